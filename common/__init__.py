@@ -1,0 +1,3 @@
+"""predlog's parts, in floors: a module imports only from floors below its own (tests/unit/test_floors.py)."""
+
+__version__ = "1.0.0"

@@ -1,0 +1,187 @@
+"""Settings: frozen dataclasses, built from flags and an environment mapping. Pure: takes the mapping, reads no environment.
+
+A field's metadata holds its help text, which names the unit. The environment variable is the field's name in capitals,
+the flag the same with dashes; a flag wins over the variable.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
+from urllib.parse import quote, unquote, urlsplit
+
+from common.errors import SettingError
+
+DEFAULT_AMQP_URL = "amqp://guest:guest@localhost:5672/"
+LOG_LEVELS = ("debug", "info", "warning", "error")
+LOG_FORMATS = ("text", "json")
+SECRETS = frozenset({"amqp_url", "api_token"})
+
+
+def _setting(default: Any, text: str, *, low: float = -math.inf, high: float = math.inf, choices: tuple[str, ...] = ()) -> Any:
+    return field(default=default, metadata={"help": text, "low": low, "high": high, "choices": choices})
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What both processes take."""
+
+    amqp_url: str = _setting("", f"broker address, amqp:// or amqps:// (TLS; ?cafile=PATH) (default {DEFAULT_AMQP_URL})")
+    rabbitmq_host: str = _setting("", "broker host, used when AMQP_URL is not set")
+    queue_name: str = _setting("predictions", "queue of events; its dead letters go to <name>.dead")
+    log_level: str = _setting("info", "least severe level that is logged", choices=LOG_LEVELS)
+    log_format: str = _setting("text", "text for people, json for machines", choices=LOG_FORMATS)
+    shutdown_timeout_ms: int = _setting(10_000, "how long a stop may take to finish accepted work, ms", low=0)
+
+
+@dataclass(frozen=True, slots=True)
+class ProducerSettings(Settings):
+    """What the producer takes besides."""
+
+    http_host: str = _setting("127.0.0.1", "address to listen on")
+    http_port: int = _setting(8000, "port to listen on (0: any free one)", low=0, high=65535)
+    workers: int = _setting(1, "processes that share the port", low=1, high=256)
+    confirm_timeout_ms: int = _setting(10_000, "wait for the broker's confirm before 504, ms", low=1)
+    max_unconfirmed: int = _setting(4096, "events under way to the broker before 503", low=1)
+    max_unconfirmed_bytes: int = _setting(64 * 1024 * 1024, "bytes of events under way to the broker before 503", low=1)
+    max_body_bytes: int = _setting(8 * 1024 * 1024, "largest request body, also after gzip, bytes (413)", low=1)
+    max_preds: int = _setting(10_000, "most predictions in one event, and events in one batch (422)", low=1)
+    max_head_bytes: int = _setting(16 * 1024, "largest request line and header section, bytes (431)", low=256)
+    max_target_bytes: int = _setting(8 * 1024, "largest request target, bytes (414)", low=16)
+    max_connections: int = _setting(20_000, "open client connections before 503 and close", low=1)
+    head_timeout_ms: int = _setting(10_000, "for a client to send its header section, ms (408)", low=1)
+    body_timeout_ms: int = _setting(20_000, "for a body to arrive, on top of 1 ms for each 16 bytes, ms (408)", low=1)
+    idle_timeout_ms: int = _setting(75_000, "before an idle connection is closed, ms", low=1)
+    write_timeout_ms: int = _setting(20_000, "for a client to take its answers before it is cut off, ms", low=1)
+    api_token: str = _setting("", "bearer token(s) for POST, separated by commas (empty: no authentication)")
+    protect_pages: bool = _setting(False, "1: /metrics, /docs and /openapi.json want the token too")
+    tls_cert: str = _setting("", "PEM file of the certificate chain: serve HTTPS (SIGHUP reloads it)")
+    tls_key: str = _setting("", "PEM file of the certificate's private key")
+
+
+@dataclass(frozen=True, slots=True)
+class ConsumerSettings(Settings):
+    """What the consumer takes besides."""
+
+    csv_file: str = _setting("data/data.csv", "the CSV file; its journal and lock lie beside it")
+    prefetch_count: int = _setting(2000, "messages the broker may send ahead of their acks", low=1, high=65535)
+    batch_max_rows: int = _setting(5000, "rows that make a batch full", low=1)
+    flush_interval_ms: int = _setting(50, "longest wait of a row for its batch, ms", low=0)
+    low_prob_threshold: float = _setting(0.25, "predictions below it get the tag low_prob", low=-1e308, high=1e308)
+    dedup_window: int = _setting(200_000, "how many message ids are remembered to drop duplicates", low=0)
+    health_port: int = _setting(0, "port of /healthz, /readyz and /metrics (0: off)", low=0, high=65535)
+    health_host: str = _setting("127.0.0.1", "address of the health port")
+    rotate_bytes: int = _setting(0, "begin a new CSV when this one has so many bytes (0: off)", low=0)
+    rotate_interval: int = _setting(0, "begin a new CSV after so many seconds (0: off)", low=0)
+    rotate_gzip: bool = _setting(False, "1: compress a CSV once it is rotated away")
+
+
+S = TypeVar("S", bound=Settings)
+
+_TRUE, _FALSE = frozenset({"1", "true", "yes", "on"}), frozenset({"", "0", "false", "no", "off"})
+
+
+def _convert(name: str, kind: type, text: str, meta: Mapping[str, Any]) -> Any:
+    """Text → value of `kind` within the field's bounds; raises SettingError with one line that names the variable."""
+    shown = "***" if name in SECRETS else repr(text)
+
+    def bad(wanted: str) -> SettingError:
+        return SettingError(f"{name.upper()} is {shown}, but must be {wanted}")
+
+    if kind is bool:
+        if text.lower() not in _TRUE | _FALSE:
+            raise bad("1 or 0")
+        return text.lower() in _TRUE
+    if kind is str:
+        if meta["choices"] and text.lower() not in meta["choices"]:
+            raise bad("one of " + ", ".join(meta["choices"]))
+        return text.lower() if meta["choices"] else text
+    try:
+        value = kind(text)
+    except ValueError:
+        raise bad("a whole number" if kind is int else "a number") from None
+    if not meta["low"] <= value <= meta["high"]:
+        if value < meta["low"]:
+            raise bad(f"at least {meta['low']}")
+        raise bad(f"at most {meta['high']}" if not math.isnan(value) else "a number")
+    return value
+
+
+_KINDS: dict[str, type] = {"str": str, "int": int, "float": float, "bool": bool}
+
+
+def parser_for(cls: type[Settings], prog: str, description: str) -> argparse.ArgumentParser:
+    """An ArgumentParser with one flag for each setting of `cls`, whose --help prints defaults and units."""
+    parser = argparse.ArgumentParser(
+        prog=prog, description=description, epilog="Each flag is also an environment variable: --http-port is HTTP_PORT."
+    )
+    for item in fields(cls):
+        text = item.metadata["help"]
+        if item.name != "amqp_url":
+            shown = int(item.default) if isinstance(item.default, bool) else item.default
+            text += f" (default {shown if shown != '' else 'none'})"
+        parser.add_argument("--" + item.name.replace("_", "-"), metavar="VALUE", help=text.replace("%", "%%"))
+    return parser
+
+
+def load(cls: type[S], flags: argparse.Namespace, environ: Mapping[str, str]) -> S:
+    """Settings from parsed flags and an environment; raises SettingError for the first bad value."""
+    values: dict[str, Any] = {}
+    for item in fields(cls):
+        text = getattr(flags, item.name)
+        if text is None:
+            text = environ.get(item.name.upper())
+        if text is None or (text == "" and (item.type != "str" or item.metadata["choices"])):
+            continue
+        values[item.name] = _convert(item.name, _KINDS[str(item.type)], text, item.metadata)
+    if not values.get("amqp_url"):
+        host = values.get("rabbitmq_host") or ""
+        values["amqp_url"] = f"amqp://guest:guest@{host}:5672/" if host else DEFAULT_AMQP_URL
+    _check_amqp_url(values["amqp_url"])
+    if not 0 < len(values.get("queue_name", "predictions").encode()) <= 250:
+        raise SettingError("QUEUE_NAME must have 1 to 250 bytes (AMQP allows 255, '.dead' takes 5)")
+    if bool(values.get("tls_cert")) != bool(values.get("tls_key")):
+        raise SettingError("TLS_CERT and TLS_KEY go together: set both, or none")
+    if not all(33 <= ord(c) <= 126 for c in values.get("api_token", "").replace(",", "")):
+        raise SettingError("API_TOKEN must be visible ASCII characters, several tokens separated by commas")
+    return cls(**values)
+
+
+def _check_amqp_url(url: str) -> None:
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        raise SettingError("AMQP_URL has a port that is no number from 1 to 65535") from None
+    if parts.scheme not in ("amqp", "amqps") or not parts.hostname or port == 0:
+        raise SettingError("AMQP_URL must look like amqp://user:password@host:5672/vhost (or amqps://)")
+
+
+def masked_url(url: str) -> str:
+    """The URL without its password and query, for logs."""
+    parts = urlsplit(url)
+    user = f"{quote(unquote(parts.username))}:***@" if parts.username else ""
+    host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
+    return f"{parts.scheme}://{user}{host}{f':{parts.port}' if parts.port else ''}{parts.path}"
+
+
+def describe(settings: Settings) -> str:
+    """The effective settings on one line, secrets masked."""
+    shown = []
+    for item in fields(settings):
+        value = getattr(settings, item.name)
+        if item.name == "amqp_url":
+            value = masked_url(value)
+        elif item.name in SECRETS and value:
+            value = "***"
+        if value != "":
+            shown.append(f"{item.name.upper()}={int(value) if isinstance(value, bool) else value}")
+    return " ".join(shown)
+
+
+def parse(cls: type[S], prog: str, description: str, argv: Sequence[str], environ: Mapping[str, str]) -> S:
+    """Flags and environment → settings, for a process without flags of its own beside them."""
+    return load(cls, parser_for(cls, prog, description).parse_args(argv), environ)

@@ -1,0 +1,49 @@
+"""Our exceptions. Each one that a client sees carries its status; each one that ends a process carries its exit code."""
+
+from __future__ import annotations
+
+
+class HttpError(Exception):
+    """An answer other than success: status code, one sentence for a person, extra response header fields."""
+
+    def __init__(self, status: int, detail: str, headers: tuple[tuple[str, str], ...] = ()) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.detail = detail
+        self.headers = headers
+
+
+class InvalidEvent(Exception):
+    """A document that is not an event. `faults` has FastAPI's shape: [{"loc": [...], "msg": str, "type": str}, ...]."""
+
+    status = 422
+
+    def __init__(self, faults: list[dict[str, object]]) -> None:
+        super().__init__(f"{len(faults)} fault(s)")
+        self.faults = faults
+
+
+class Unavailable(Exception):
+    """The event was not accepted, and a retry may be: 503. `reason` is one word for metrics, `str()` a sentence."""
+
+    status = 503
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+class Fatal(Exception):
+    """Ends the process with one line for a person and `exit_code`; no traceback."""
+
+    exit_code = 1
+
+
+class SettingError(Fatal):
+    """A setting has a bad value."""
+
+    exit_code = 2
+
+
+class StartupError(Fatal):
+    """Something outside (port, folder, broker, password, queue) is not as it must be to start."""
