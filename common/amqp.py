@@ -1,0 +1,198 @@
+"""aiormq: connect with a time limit, declare the topology, keep one connection up for ever. Hot frames are fast_lane's.
+
+Nothing here knows HTTP, CSV or what is in a message.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import aiormq
+from aiormq.abc import AbstractChannel, AbstractConnection
+from pamqp.exceptions import PAMQPException
+
+from common.config import masked_url
+from common.errors import StartupError
+from common.fast_lane import FastLane, FastLaneFactory
+from common.frames import HOT_CHANNEL
+
+log = logging.getLogger("predlog.amqp")
+
+CONNECT_TIMEOUT_SECONDS = 10.0
+CLOSE_TIMEOUT_SECONDS = 2.0
+HEARTBEAT_SECONDS = 10  # aiormq takes the broker for dead after three missed ones
+BACKOFF_FIRST_SECONDS, BACKOFF_MOST_SECONDS = 0.1, 3.0
+SETTLED_SECONDS = 5.0  # a connection that lived so long begins its back-off anew
+
+# What aiormq, pamqp and the socket raise when a connection fails; AMQPError alone does not cover them.
+CONNECTION_ERRORS = (aiormq.AMQPError, PAMQPException, OSError, asyncio.TimeoutError, RuntimeError, asyncio.IncompleteReadError)
+
+# x-delivery-limit: RabbitMQ 4.x drops a message at its 20th return unless a limit is set, and 3.10 takes the -1 that
+# means "none" to 4.x for zero. The largest number that both take keeps every message through any number of reconnects.
+# x-single-active-consumer: a standby gets nothing, so that it sits on no unacked messages (RabbitMQ 3.8 and later).
+QUEUE_ARGUMENTS = {"x-queue-type": "quorum", "x-delivery-limit": 2**31 - 1, "x-single-active-consumer": True}
+DEAD_LETTER_ARGUMENTS = {"x-queue-type": "quorum", "x-delivery-limit": 2**31 - 1}
+
+
+def dead_letter_queue(queue_name: str) -> str:
+    return queue_name + ".dead"
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """One live connection with its channel and its fast lane."""
+
+    connection: AbstractConnection
+    channel: AbstractChannel
+    lane: FastLane
+
+    @property
+    def frame_max(self) -> int:
+        """Largest frame, bytes; 0: no limit."""
+        return int(self.connection.connection_tune.frame_max or 0)
+
+    async def close(self) -> None:
+        """Say good-bye if the broker listens; never wait for one that does not."""
+        if self.lane.lost is None:
+            try:
+                await asyncio.wait_for(asyncio.shield(self.connection.close()), CLOSE_TIMEOUT_SECONDS)
+            except asyncio.CancelledError:
+                if cancelled():
+                    raise
+            except Exception as error:
+                log.debug("while closing: %r", error)
+        self.lane.fail("closed")
+        # Reap aiormq's tasks; the aborted transport ends them.
+        asyncio.ensure_future(_swallow(self.connection.close()))
+
+
+async def _swallow(closing: Awaitable[None]) -> None:
+    try:
+        await asyncio.wait_for(closing, CLOSE_TIMEOUT_SECONDS)
+    except (Exception, asyncio.CancelledError) as error:
+        log.debug("while closing: %r", error)
+
+
+def cancelled() -> bool:
+    """Whether the running task really was cancelled: aiormq may report a loss as CancelledError as well."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+async def open_link(url: str, name: str, high_water_bytes: int = 2**20) -> Link:
+    """Connect and open the hot channel with confirms. Raises one of CONNECTION_ERRORS, within CONNECT_TIMEOUT_SECONDS."""
+    factory = FastLaneFactory()
+    join = "&" if "?" in url else "?"
+    if "heartbeat=" not in url:
+        url += f"{join}heartbeat={HEARTBEAT_SECONDS}"
+        join = "&"
+    try:
+        async with asyncio.timeout(CONNECT_TIMEOUT_SECONDS):
+            connection = await aiormq.connect(f"{url}{join}name=predlog-{name}", transport_factory=factory)
+            channel = await connection.channel(channel_number=HOT_CHANNEL)
+    except BaseException as error:
+        if factory.lane is not None:
+            factory.lane.fail("not opened")
+        if isinstance(error, asyncio.CancelledError) and not cancelled():
+            raise ConnectionError("the connection was cut while opening") from None
+        raise
+    assert factory.lane is not None
+    link = Link(connection, channel, factory.lane)
+    link.lane.negotiated(link.frame_max, high_water_bytes)
+    return link
+
+
+async def declare(channel: AbstractChannel, queue_name: str, arguments: dict[str, str | int | bool]) -> None:
+    """Declare a durable queue; raises StartupError when it exists with other arguments, naming the difference."""
+    try:
+        async with asyncio.timeout(CONNECT_TIMEOUT_SECONDS):
+            await channel.queue_declare(queue_name, durable=True, arguments=dict(arguments))
+    except (aiormq.exceptions.ChannelPreconditionFailed, aiormq.exceptions.ChannelLockedResource) as error:
+        said = str(error.args[0] if error.args else error).removeprefix("PRECONDITION_FAILED - ")
+        raise StartupError(
+            f"queue '{queue_name}' exists with other arguments: {said}. Delete or move it, or set QUEUE_NAME to another name"
+        ) from None
+
+
+def explain(error: BaseException, url: str) -> str:
+    """What is wrong, in words, for the errors a person can mend."""
+    shown = masked_url(url)
+    if isinstance(error, aiormq.exceptions.ProbableAuthenticationError | aiormq.exceptions.AuthenticationError):
+        return f"the broker at {shown} refused user or password; correct AMQP_URL"
+    if isinstance(error, aiormq.exceptions.ConnectionNotAllowed | aiormq.exceptions.ChannelAccessRefused):
+        return f"the broker at {shown} denies access: {error}"
+    if isinstance(error, asyncio.TimeoutError):
+        return f"the broker at {shown} does not answer"
+    if isinstance(error, OSError) and error.strerror:
+        return f"no broker at {shown} ({error.strerror})"
+    said = ": ".join(str(part) for part in error.args if part) or repr(error)
+    return f"no broker at {shown} ({said})"
+
+
+# A restart does not mend these: the first connection ends the process with one line. Later ones wait: somebody may be
+# in the middle of changing a password or a queue.
+_HOPELESS = (
+    aiormq.exceptions.ProbableAuthenticationError,
+    aiormq.exceptions.AuthenticationError,
+    aiormq.exceptions.ConnectionNotAllowed,
+    aiormq.exceptions.ChannelAccessRefused,
+)
+
+
+async def keep_up(
+    url: str,
+    name: str,
+    prepare: Callable[[Link], Awaitable[None]],
+    on_down: Callable[[str], None],
+    high_water_bytes: int = 2**20,
+) -> None:
+    """Connect, `prepare` the link, wait until it is lost, call `on_down`, and again, until cancelled.
+
+    Raises StartupError if the first connection fails for a reason that waiting does not mend. A link is closed by the
+    time `on_down` is called for it, and on cancellation.
+    """
+    attempt, waiting, first = 0, False, True
+    loop = asyncio.get_running_loop()
+    while True:
+        link: Link | None = None
+        began = loop.time()
+        try:
+            link = await open_link(url, name, high_water_bytes)
+            lost: asyncio.Future[str] = loop.create_future()
+            link.lane.on_lost = lambda reason, lost=lost: None if lost.done() else lost.set_result(reason)
+            link.connection.closing.add_done_callback(lambda _, lane=link.lane: lane.fail("connection closed"))
+            link.channel.closing.add_done_callback(lambda _, lane=link.lane: lane.fail("channel closed"))
+            if link.lane.lost is not None:
+                raise ConnectionError(link.lane.lost)
+            await prepare(link)
+            log.info("%s to %s", "connected" if first else "connected again", masked_url(url))
+            first, waiting, began = False, False, loop.time()
+            reason = await lost
+            on_down(reason)
+            log.warning("lost the broker: %s; events under way are kept, connecting again", reason)
+        except _HOPELESS as error:
+            if first:
+                raise StartupError(explain(error, url)) from None
+            log.warning("%s; trying on", explain(error, url))
+        except StartupError as error:
+            if first:
+                raise
+            log.warning("%s; trying on", error)
+        except CONNECTION_ERRORS as error:
+            if not waiting:
+                log.warning("%s; waiting for it", explain(error, url))
+            waiting = True
+        except asyncio.CancelledError:
+            if cancelled():
+                raise
+        finally:
+            if link is not None:
+                link.lane.on_lost = lambda _: None
+                await link.close()
+        attempt = 0 if loop.time() - began >= SETTLED_SECONDS and link is not None else attempt + 1
+        # Full jitter, so that processes cut off together do not come back together.
+        await asyncio.sleep(random.uniform(0.5, 1) * min(BACKOFF_MOST_SECONDS, BACKOFF_FIRST_SECONDS * 2 ** min(attempt, 10)))

@@ -1,0 +1,178 @@
+"""The fast lane: a protocol under aiormq's reader that takes the hot frames itself and hands aiormq all the others.
+
+aiormq keeps the handshake, TLS, topology, calls and errors. Rules that both sides rest on: only this lane publishes and
+acks on the hot channel (a publish of aiormq's there would shift the delivery tags); whole frames only are written, so
+ours and aiormq's can share the socket.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, cast
+
+from aiormq import AMQPConnectionError, TransportFactory
+
+from common import frames
+
+if TYPE_CHECKING:
+    from yarl import URL
+
+HEARTBEAT_FEED_SECONDS = 1.0
+
+
+def _ignore(_: Any) -> None: ...
+
+
+class FastLane(asyncio.StreamReaderProtocol):
+    """One connection's hot frames. Set the callbacks before the first hot frame can come.
+
+    `on_lost` is called once, with the reason, as soon as the connection or its hot channel is of no more use.
+    """
+
+    def __init__(self, reader: asyncio.StreamReader, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(reader, loop=loop)
+        self.on_deliveries: Callable[[list[frames.Delivery]], None] = _ignore
+        self.on_confirms: Callable[[list[frames.Confirm]], None] = _ignore
+        self.on_blocked: Callable[[str], None] = _ignore  # the broker's reason; "" when unblocked
+        self.on_lost: Callable[[str], None] = _ignore
+        self.congested = False  # more than `high_water_bytes` wait for the broker to read them
+        self.lost: str | None = None
+        self._decoder = frames.FrameDecoder()
+        self._cold_reader = reader
+        self._lane_loop = loop
+        self._out: list[bytes] = []
+        self._flush_due = False
+        self._held_back = False
+        self._heartbeat_due = 0.0
+        self._lane_transport: asyncio.Transport | None = None
+
+    def negotiated(self, frame_max: int, high_water_bytes: int) -> None:
+        """Tell the lane what the handshake settled, and how much may wait to be written before `congested`."""
+        self._decoder.frame_max = frame_max
+        if self._lane_transport is not None:
+            self._lane_transport.set_write_buffer_limits(high=high_water_bytes)
+
+    # Out
+
+    def send(self, parts: Iterable[bytes]) -> None:
+        """Send whole frames, given in parts: one write for all that is sent in one turn of the loop."""
+        self._out += parts
+        if not self._flush_due:
+            self._flush_due = True
+            self._lane_loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._flush_due = False
+        out, self._out = self._out, []
+        if self._lane_transport is not None and self.lost is None:
+            self._lane_transport.write(b"".join(out))
+
+    # In
+
+    def hold_back(self, held: bool) -> None:
+        """Stop (or go on) reading: the consumer's way to bound what deliveries may pile up in memory."""
+        transport = self._lane_transport
+        if transport is None or held == self._held_back or transport.is_closing():
+            return
+        self._held_back = held
+        if held:
+            transport.pause_reading()
+        else:
+            transport.resume_reading()
+
+    def keep_alive(self) -> None:
+        """Call now and then while held back: aiormq's liveness clock must not take our own pause for a dead broker."""
+        if self._held_back:
+            self._cold_reader.feed_data(frames.HEARTBEAT)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._lane_transport = cast(asyncio.Transport, transport)  # uvloop's is one by its methods, not by its class
+        super().connection_made(transport)
+
+    def data_received(self, data: bytes) -> None:
+        decoder = self._decoder
+        try:
+            cold = decoder.feed(data)
+        except frames.FrameError as error:
+            self.fail(f"the broker sent what is not AMQP: {error}")
+            return
+        if cold:
+            self._cold_reader.feed_data(cold)
+        if decoder.notices:
+            self._handle_notices()
+        if decoder.confirms:
+            confirms, decoder.confirms = decoder.confirms, []
+            if self.lost is None:  # after a return, its message's ack is no good news: all is published again
+                self.on_confirms(confirms)
+            self._feed_heartbeat()
+        if decoder.deliveries:
+            deliveries, decoder.deliveries = decoder.deliveries, []
+            if self.lost is None:
+                self.on_deliveries(deliveries)
+            self._feed_heartbeat()
+
+    def _feed_heartbeat(self) -> None:
+        # aiormq's liveness clock sees only what it is fed, and a busy broker need not send heartbeats.
+        now = self._lane_loop.time()
+        if now >= self._heartbeat_due:
+            self._heartbeat_due = now + HEARTBEAT_FEED_SECONDS
+            self._cold_reader.feed_data(frames.HEARTBEAT)
+
+    def _handle_notices(self) -> None:
+        notices, self._decoder.notices = self._decoder.notices, []
+        for kind, text in notices:
+            if kind == "blocked":
+                self.on_blocked(text or "no reason given")
+            elif kind == "unblocked":
+                self.on_blocked("")
+            else:
+                self._lose(text if kind == "cancelled" else f"{kind}: {text}")
+
+    # The end
+
+    def fail(self, reason: str) -> None:
+        """Give this connection up, at once."""
+        self._lose(reason)
+        if self._lane_transport is not None:
+            self._lane_transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._lose(f"connection lost ({exc})" if exc else "connection closed by the broker")
+        super().connection_lost(exc)
+
+    def eof_received(self) -> bool | None:
+        self._lose("connection closed by the broker")
+        return super().eof_received()
+
+    def _lose(self, reason: str) -> None:
+        if self.lost is None:
+            self.lost = reason
+            self.on_lost(reason)
+
+    def pause_writing(self) -> None:
+        self.congested = True
+        super().pause_writing()
+
+    def resume_writing(self) -> None:
+        self.congested = False
+        super().resume_writing()
+
+
+class FastLaneFactory(TransportFactory):
+    """Opens the socket for aiormq with a FastLane under its reader. One factory makes one connection: `lane`."""
+
+    def __init__(self) -> None:
+        self.lane: FastLane | None = None
+
+    async def create(self, url: URL, **kwargs: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        loop = asyncio.get_running_loop()
+        reader = asyncio.StreamReader(loop=loop)
+        tls = await kwargs["ssl_context_provider"].get_context() if url.scheme == "amqps" else None
+        lane = FastLane(reader, loop)
+        try:
+            transport, _ = await loop.create_connection(lambda: lane, url.host, url.port, ssl=tls)
+        except OSError as error:
+            raise AMQPConnectionError(*error.args) from error
+        self.lane = lane
+        return reader, asyncio.StreamWriter(transport, lane, reader, loop)

@@ -1,0 +1,243 @@
+"""The hot frames of AMQP 0-9-1: publish and ack out; deliver, confirm and return in. Pure: bytes in, values out.
+
+Everything else on the wire is cold: it passes through unread, for aiormq. Section numbers are those of the AMQP 0-9-1
+specification; what RabbitMQ adds (confirms, nack, blocked) is in its extension pages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from struct import Struct
+from typing import NamedTuple
+
+HOT_CHANNEL = 1
+HEARTBEAT = b"\x08\x00\x00\x00\x00\x00\x00\xce"
+
+_METHOD, _HEADER, _BODY = 1, 2, 3
+_END = b"\xce"
+_FRAME = Struct(">BHI")  # type, channel, payload size (2.3.5)
+_U64 = Struct(">Q")
+_ACK = Struct(">BHIHHQBB")
+_OVERHEAD = 8  # 7 bytes before a frame's payload, 1 after
+
+_DELIVER, _RETURN = b"\x00\x3c\x00\x3c", b"\x00\x3c\x00\x32"
+_CONFIRM_ACK, _CONFIRM_NACK = b"\x00\x3c\x00\x50", b"\x00\x3c\x00\x78"
+_CANCEL, _CHANNEL_CLOSE = b"\x00\x3c\x00\x1e", b"\x00\x14\x00\x28"
+_CONNECTION_CLOSE, _BLOCKED, _UNBLOCKED = b"\x00\x0a\x00\x32", b"\x00\x0a\x00\x3c", b"\x00\x0a\x00\x3d"
+
+
+class FrameError(Exception):
+    """The byte stream is not AMQP: a frame is too large, lacks its end octet, or its content does not add up."""
+
+
+class Delivery(NamedTuple):
+    """A message from the broker. `header` is the payload of its content header frame, for `message_id` and pamqp."""
+
+    delivery_tag: int
+    redelivered: bool
+    header: bytes
+    body: bytes
+
+
+class Confirm(NamedTuple):
+    """The broker's word on published messages; `multiple` covers every lower delivery tag too."""
+
+    delivery_tag: int
+    multiple: bool
+    ok: bool
+
+
+class Notice(NamedTuple):
+    """A cold frame that we must know of as well: "blocked", "unblocked", "closed", "cancelled" or "returned"."""
+
+    kind: str
+    text: str
+
+
+class FrameDecoder:
+    """Cuts the hot frames of channel `HOT_CHANNEL` out of a byte stream that may be split anywhere.
+
+    `feed` returns the cold bytes, whole frames only, in their order; hot frames are appended to `deliveries`, `confirms`
+    and `notices`, which the caller empties.
+    """
+
+    __slots__ = ("_deliver", "_header", "_parts", "_rest", "_started", "_wanted", "confirms", "deliveries", "frame_max", "notices")
+
+    def __init__(self) -> None:
+        self.deliveries: list[Delivery] = []
+        self.confirms: list[Confirm] = []
+        self.notices: list[Notice] = []
+        self.frame_max = 0  # bytes of a whole frame; 0: not yet negotiated, or no limit
+        self._rest: bytes | bytearray = b""
+        self._started = False
+        # A content under way on the hot channel: its Deliver (None for a returned message), its header, its body so far.
+        self._deliver: tuple[int, bool] | None = None
+        self._header: bytes | None = None
+        self._parts: list[bytes] = []
+        self._wanted = -1  # body bytes still to come; -1: no content under way, -2: its header comes next
+
+    def feed(self, data: bytes) -> bytes:
+        """Take what the socket gave; return the cold bytes. Raises FrameError."""
+        if self._rest:
+            data = bytes(self._rest) + data
+        if not self._started:
+            if data[:1] == b"A":  # the broker's protocol header: it wants another version (2.2.4); aiormq says so
+                return data
+            self._started = True
+        cold: list[bytes] = []
+        size_of_data, position, cold_from = len(data), 0, 0
+        while size_of_data - position >= _OVERHEAD:
+            kind, channel, size = _FRAME.unpack_from(data, position)
+            end = position + size + _OVERHEAD
+            if end > size_of_data:
+                if self.frame_max and size + _OVERHEAD > self.frame_max:
+                    raise FrameError(f"a frame of {size + _OVERHEAD} bytes, but frame_max is {self.frame_max}")
+                break
+            if data[end - 1] != 0xCE:
+                raise FrameError("a frame without its end octet")
+            if channel == HOT_CHANNEL and self._hot(kind, data, position + 7, end - 1):
+                if cold_from < position:
+                    cold.append(data[cold_from:position])
+                cold_from = end
+            elif kind == _METHOD:
+                self._notice(channel, data, position + 7, end - 1)
+            position = end
+        if cold_from < position:
+            cold.append(data[cold_from:position])
+        self._rest = data[position:]
+        return b"".join(cold)
+
+    def _hot(self, kind: int, data: bytes, start: int, stop: int) -> bool:
+        """Take the frame with the payload data[start:stop] if it is hot. Tells whether it was."""
+        if kind == _METHOD:
+            method = data[start : start + 4]
+            if method == _CONFIRM_ACK or method == _CONFIRM_NACK:
+                (tag,) = _U64.unpack_from(data, start + 4)
+                self.confirms.append(Confirm(tag, data[start + 12] & 1 == 1, method == _CONFIRM_ACK))
+                return True
+            if method != _DELIVER and method != _RETURN:
+                return False
+            if self._wanted != -1:
+                raise FrameError("a method frame inside a message")
+            if method == _DELIVER:
+                at = start + 5 + data[start + 4]  # behind the consumer tag
+                self._deliver = (_U64.unpack_from(data, at)[0], data[at + 8] & 1 == 1)
+            else:
+                self._deliver = None
+                self.notices.append(Notice("returned", _short_string(data, start + 6)))
+            self._wanted = -2
+            return True
+        if self._wanted == -1:
+            return False
+        payload = data[start:stop]
+        if kind == _HEADER and self._wanted == -2:
+            (self._wanted,) = _U64.unpack_from(payload, 4)
+            self._header = payload
+        elif kind == _BODY and self._wanted > 0:
+            self._parts.append(payload)
+            self._wanted -= len(payload)
+            if self._wanted < 0:
+                raise FrameError("a message longer than its header says")
+        else:
+            raise FrameError(f"an unexpected frame of type {kind} inside a message")
+        if self._wanted == 0:
+            if self._deliver is not None:
+                body = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
+                self.deliveries.append(Delivery(*self._deliver, self._header or b"", body))
+            self._parts = []
+            self._wanted = -1
+        return True
+
+    def _notice(self, channel: int, data: bytes, start: int, stop: int) -> None:
+        method = data[start : start + 4]
+        if channel == 0 and method == _BLOCKED:
+            self.notices.append(Notice("blocked", _short_string(data, start + 4)))
+        elif channel == 0 and method == _UNBLOCKED:
+            self.notices.append(Notice("unblocked", ""))
+        elif (channel == 0 and method == _CONNECTION_CLOSE) or (channel == HOT_CHANNEL and method == _CHANNEL_CLOSE):
+            self.notices.append(Notice("closed", _short_string(data, start + 6)))
+        elif channel == HOT_CHANNEL and method == _CANCEL:
+            self.notices.append(Notice("cancelled", "the broker cancelled the consumer"))
+
+
+def _short_string(data: bytes, at: int) -> str:
+    return data[at + 1 : at + 1 + data[at]].decode("utf-8", "replace")
+
+
+class PublishEncoder:
+    """Basic.Publish frames to one queue through the default exchange: mandatory, persistent, application/json."""
+
+    __slots__ = ("_before_size", "_body_max", "_one_body", "_properties")
+
+    def __init__(self, queue_name: str, frame_max: int) -> None:
+        """`frame_max` in bytes, as negotiated; 0 is no limit (4.2.3: a body frame holds at most frame_max - 8)."""
+        key = queue_name.encode()
+        publish = b"\x00\x3c\x00\x28" + b"\x00\x00" + b"\x00" + bytes([len(key)]) + key + b"\x01"  # bit 0: mandatory
+        content_type = b"\x10application/json"
+        # Property flags: content-type, delivery-mode, message-id, timestamp.
+        before_id = b"\x90\xc0" + content_type + b"\x02" + bytes([32])
+        header_size = 2 + 2 + 8 + len(before_id) + 32 + 8
+        method = _FRAME.pack(_METHOD, HOT_CHANNEL, len(publish)) + publish + _END
+        self._before_size = method + _FRAME.pack(_HEADER, HOT_CHANNEL, header_size) + b"\x00\x3c\x00\x00"
+        self._properties = before_id
+        self._one_body = _END + bytes([_BODY]) + HOT_CHANNEL.to_bytes(2, "big")
+        self._body_max = frame_max - _OVERHEAD if frame_max else 2**31
+
+    def encode(self, body: bytes, message_id: bytes, timestamp: bytes) -> tuple[bytes, ...]:
+        """The frames of one message, in parts to be joined. `message_id`: 32 bytes; `timestamp`: `packed_seconds`."""
+        size = len(body)
+        if 0 < size <= self._body_max:
+            return (
+                self._before_size,
+                _U64.pack(size),
+                self._properties,
+                message_id,
+                timestamp,
+                self._one_body,
+                size.to_bytes(4, "big"),
+                body,
+                _END,
+            )
+        parts = [self._before_size, _U64.pack(size), self._properties, message_id, timestamp, _END]
+        for start in range(0, size, self._body_max):
+            piece = body[start : start + self._body_max]
+            parts += (_FRAME.pack(_BODY, HOT_CHANNEL, len(piece)), piece, _END)
+        return tuple(parts)
+
+
+def packed_seconds(seconds: int) -> bytes:
+    """A timestamp property: seconds since 1970, 64 bits (4.2.5.4)."""
+    return _U64.pack(seconds)
+
+
+def ack(delivery_tag: int, multiple: bool) -> bytes:
+    """A Basic.Ack frame."""
+    return _ACK.pack(_METHOD, HOT_CHANNEL, 13, 60, 80, delivery_tag, multiple, 0xCE)
+
+
+def acks(tags: Iterable[tuple[int, bool]]) -> bytes:
+    """Basic.Ack frames for (delivery_tag, multiple) pairs."""
+    return b"".join([ack(tag, multiple) for tag, multiple in tags])
+
+
+# The properties before message-id, in the order of their flags from bit 15 down (4.2.6.1): each is a short string, but
+# for headers (a table with a 4-byte length), delivery-mode and priority (an octet).
+_BEFORE_MESSAGE_ID = ((0x8000, "s"), (0x4000, "s"), (0x2000, "t"), (0x1000, "o"), (0x0800, "o"), (0x0400, "s"), (0x0200, "s"), (0x0100, "s"))
+_OURS = b"\x90\xc0\x10application/json\x02\x20"
+
+
+def message_id(header: bytes) -> bytes | None:
+    """The message-id property from a content header's payload; None if the publisher set none. Raises FrameError."""
+    if header[12:33] == _OURS[:21] and len(header) >= 66:
+        return header[33:65] if header[32] == 32 else None
+    try:
+        flags = int.from_bytes(header[12:14], "big")
+        if not flags & 0x0080:
+            return None
+        at = 14
+        for flag, kind in _BEFORE_MESSAGE_ID:
+            if flags & flag:
+                at += 1 if kind == "o" else 1 + header[at] if kind == "s" else 4 + int.from_bytes(header[at : at + 4], "big")
+        return header[at + 1 : at + 1 + header[at]]
+    except IndexError:
+        raise FrameError("a content header that ends too early") from None

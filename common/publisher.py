@@ -1,0 +1,188 @@
+"""The unconfirmed window: every event under way to the broker, until its confirm, nack, or time-out.
+
+Nothing here knows HTTP or sockets: a lane sends bytes, a waiter hears the outcome. Events that were sent when the link
+went down are held and published again, with the same message_id, on the next one; the consumer drops the duplicate.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from itertools import takewhile
+from typing import Protocol
+
+from common.errors import HttpError, Unavailable
+from common.frames import Confirm, PublishEncoder, packed_seconds
+
+
+class Lane(Protocol):
+    """What the publisher needs of a connection."""
+
+    congested: bool
+
+    def send(self, parts: Iterable[bytes]) -> None: ...
+    def fail(self, reason: str) -> None: ...
+
+
+class Waiter(Protocol):
+    """Who published, and hears of it: exactly one of the two is called, once."""
+
+    def confirmed(self, seconds: float) -> None: ...
+    def failed(self, error: HttpError | Unavailable) -> None: ...
+
+
+class _Entry:
+    __slots__ = ("body", "message_id", "since", "waiter")
+
+    def __init__(self, body: bytes, message_id: bytes, waiter: Waiter, since: float) -> None:
+        self.body = body
+        self.message_id = message_id
+        self.waiter = waiter
+        self.since = since
+
+
+class Publisher:
+    """Publishes to one queue. Times are the loop's seconds; `now` and `wall` are its two clocks, passed in."""
+
+    def __init__(
+        self,
+        queue_name: str,
+        max_unconfirmed: int,
+        max_unconfirmed_bytes: int,
+        confirm_timeout_seconds: float,
+        now: Callable[[], float],
+        wall: Callable[[], float],
+    ) -> None:
+        self.unconfirmed_bytes = 0
+        self.blocked = ""  # the broker's reason while it takes no messages
+        self.down: str | None = "not connected yet"  # why there is no link
+        self.draining = False
+        self.nacked = 0
+        self.returned = 0
+        self._queue_name = queue_name
+        self._max_unconfirmed = max_unconfirmed
+        self._max_unconfirmed_bytes = max_unconfirmed_bytes
+        self._confirm_timeout = confirm_timeout_seconds
+        self._now = now
+        self._wall = wall
+        self._lane: Lane | None = None
+        self._encoder: PublishEncoder
+        # By delivery tag, which a channel counts up from 1: the order of the dict is the order of sending and of age.
+        self._sent: dict[int, _Entry] = {}
+        self._held: deque[_Entry] = deque()  # of a lost link, oldest first
+        self._next_tag = 1
+        self._lowest_tag = 1
+        self._confirmed_at = 0.0
+        self._stamp_second = -1
+        self._stamp = b""
+
+    @property
+    def unconfirmed(self) -> int:
+        """Events under way."""
+        return len(self._sent) + len(self._held)
+
+    def trouble(self) -> Unavailable | None:
+        """Why no event could be accepted now; None if one could."""
+        if self.draining:
+            return Unavailable("draining", "the server is shutting down; try again on another one or later")
+        if self._lane is None:
+            return Unavailable("broker_away", f"no broker: {self.down}; nothing was accepted, try again")
+        if self.blocked:
+            return Unavailable("broker_blocked", f"the broker takes no messages now ({self.blocked}); nothing was accepted, try again")
+        if self._lane.congested or self.unconfirmed_bytes >= self._max_unconfirmed_bytes or self.unconfirmed >= self._max_unconfirmed:
+            return Unavailable("window_full", "too many events wait for the broker's confirm; nothing was accepted, try again")
+        return None
+
+    def publish(self, body: bytes, message_id: bytes, waiter: Waiter) -> None:
+        """Send one event; the waiter hears the outcome. Raises Unavailable, and then has sent nothing."""
+        lane = self._lane
+        if (
+            lane is None
+            or self.blocked
+            or self.draining
+            or lane.congested
+            or self.unconfirmed_bytes >= self._max_unconfirmed_bytes
+            or len(self._sent) + len(self._held) >= self._max_unconfirmed
+        ):
+            refusal = self.trouble()
+            assert refusal is not None
+            raise refusal
+        self.unconfirmed_bytes += len(body)
+        self._send(lane, _Entry(body, message_id, waiter, self._now()))
+
+    def _send(self, lane: Lane, entry: _Entry) -> None:
+        second = int(self._wall())
+        if second != self._stamp_second:
+            self._stamp_second, self._stamp = second, packed_seconds(second)
+        lane.send(self._encoder.encode(entry.body, entry.message_id, self._stamp))
+        self._sent[self._next_tag] = entry
+        self._next_tag += 1
+
+    # What the broker says
+
+    def link_up(self, lane: Lane, frame_max: int) -> None:
+        """A new channel: its tags begin at 1, and what is held goes out again first."""
+        self._lane, self.down, self.blocked = lane, None, ""
+        self._encoder = PublishEncoder(self._queue_name, frame_max)
+        self._next_tag = self._lowest_tag = 1
+        self._confirmed_at = self._now()
+        held, self._held = self._held, deque()
+        for entry in held:
+            self._send(lane, entry)
+
+    def link_down(self, reason: str) -> None:
+        """The channel is gone, and with it what it would have confirmed: hold it all for the next one."""
+        self._lane, self.down, self.blocked = None, reason, ""
+        self._held.extend(self._sent.values())
+        self._sent = {}
+
+    def confirms(self, confirms: Sequence[Confirm]) -> None:
+        """Match confirms, in any order; `multiple` covers every tag not yet confirmed up to its own."""
+        now = self._confirmed_at = self._now()
+        sent = self._sent
+        for tag, multiple, ok in confirms:
+            if multiple:
+                for lower in range(self._lowest_tag, tag):
+                    entry = sent.pop(lower, None)
+                    if entry is not None:
+                        self._settle(entry, ok, now)
+                self._lowest_tag = max(self._lowest_tag, tag + 1)
+            entry = sent.pop(tag, None)
+            if entry is not None:
+                self._settle(entry, ok, now)
+
+    def _settle(self, entry: _Entry, ok: bool, now: float) -> None:
+        self.unconfirmed_bytes -= len(entry.body)
+        if ok:
+            entry.waiter.confirmed(now - entry.since)
+        else:
+            self.nacked += 1
+            entry.waiter.failed(Unavailable("nacked", "the broker could not take the event; try again"))
+
+    # Time
+
+    def sweep(self) -> None:
+        """Give up on what waits too long; call it a few times a second."""
+        oldest = self._now() - self._confirm_timeout
+        while self._held and self._held[0].since <= oldest:
+            self._expire(self._held.popleft())
+        expired = list(takewhile(lambda tag: self._sent[tag].since <= oldest, self._sent))
+        for tag in expired:
+            self._expire(self._sent.pop(tag))
+        if expired and self._confirmed_at <= oldest and self._lane is not None:
+            # Not one confirm in all that time: this link is of no use. A new one may reach a live broker.
+            self._lane.fail(f"no confirm for {self._confirm_timeout:g} s")
+
+    def _expire(self, entry: _Entry) -> None:
+        self.unconfirmed_bytes -= len(entry.body)
+        entry.waiter.failed(
+            HttpError(504, "no confirm from the broker in time: the event may or may not be stored; a retry with the same Idempotency-Key is safe")
+        )
+
+    def fail_all(self) -> None:
+        """The end of a drain that took too long: everything under way gets its 504."""
+        entries = [*self._held, *self._sent.values()]
+        self._held.clear()
+        self._sent.clear()
+        for entry in entries:
+            self._expire(entry)
