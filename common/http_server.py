@@ -1,0 +1,378 @@
+"""HTTP connections: reading, answers in order, time-outs, limits, drain. The grammar is http1's; what a request means is
+the handler's, a plain function that answers its exchange now or later.
+
+No task, future or timer is made for a request: answers are callbacks, and one sweep a second looks after all time-outs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import ssl
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from email.utils import formatdate
+from typing import cast
+
+from common import event, http1
+from common.errors import HttpError, InvalidEvent, StartupError, Unavailable
+from common.http1 import Head, Request, RequestParser
+
+log = logging.getLogger("predlog.http")
+
+JSON = b"application/json"
+PIPELINE_DEPTH = 32  # requests of one connection under way; beyond it we stop reading that connection
+LINGER_SECONDS = 2.0  # how long a refused client may finish talking, so that its kernel does not drop our answer
+LINGER_BYTES = 1 << 20
+SLOWEST_BODY_BYTES_PER_SECOND = 16_000
+
+
+@dataclass(frozen=True, slots=True)
+class ServerLimits:
+    """Bounds on connections and time; http1.Limits has those on one request."""
+
+    request: http1.Limits
+    connections: int
+    buffered_bytes: int  # of requests that are not complete, all connections together
+    head_seconds: float
+    body_seconds: float
+    idle_seconds: float
+    write_seconds: float
+
+
+class Exchange:
+    """One request and its answer, which may come at any time, once."""
+
+    __slots__ = ("_connection", "began", "close", "head", "response", "route", "size")
+
+    def __init__(self, connection: Connection, head: Head | None, began: float) -> None:
+        self._connection = connection
+        self.head = head  # None: the request could not be read
+        self.began = began
+        self.route = ""
+        self.size = 0
+        self.close = head is None or not head.keep_alive
+        self.response: bytes | None = None
+
+    def answer(self, status: int, body: bytes, content_type: bytes = JSON, extra: bytes = b"") -> None:
+        """Answer; `extra` is whole header lines, each with its CRLF. An answer to a client that left goes nowhere."""
+        connection = self._connection
+        server = connection.server
+        if server.draining:
+            self.close = True
+        head = self.head
+        self.response = http1.response(
+            status,
+            body,
+            content_type,
+            server.date,
+            extra,
+            keep_alive=not self.close,
+            head_only=head is not None and head.method == b"HEAD",
+            http10=head is not None and head.http10,
+        )
+        server.on_answer(self, status)
+        connection.flush()
+
+    def fail(self, error: HttpError | InvalidEvent | Unavailable) -> None:
+        """Answer with an error, in the contract's shape."""
+        extra = b""
+        if isinstance(error, InvalidEvent):
+            body = event.dumps({"detail": error.faults})
+        else:
+            body = event.dumps({"detail": str(error)})
+            if isinstance(error, Unavailable):
+                extra = b"Retry-After: 1\r\n"
+                self._connection.server.on_refusal(error.reason)
+            else:
+                extra = b"".join(f"{name}: {value}\r\n".encode("latin-1") for name, value in error.headers)
+        self.answer(error.status, body, extra=extra)
+
+
+class Connection(asyncio.Protocol):
+    """One client."""
+
+    __slots__ = ("_accounted", "_checked", "_drained", "_eof", "_lingering", "_parser", "_partial", "_pumping", "_reading", "_since", "_stuck_since", "exchanges", "server", "transport")
+
+    def __init__(self, server: HttpServer) -> None:
+        self.server = server
+        self.transport: asyncio.Transport | None = None
+        self.exchanges: deque[Exchange] = deque()
+        self._parser = RequestParser(server.limits.request)
+        self._since = 0.0  # when the present phase (idle, or a partial request) began
+        self._partial = False
+        self._checked = False  # the head whose body is still arriving has passed the server's `check`
+        self._stuck_since: float | None = None  # the client does not read its answers
+        self._lingering: float | None = None  # we have said our last; until this time the client may finish
+        self._drained = 0
+        self._accounted = 0
+        self._pumping = False
+        self._reading = True
+        self._eof = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's is one by its methods, not by its class
+        server = self.server
+        server.connections.add(self)
+        self._since = server.now()
+        if len(server.connections) > server.limits.connections:
+            self._refuse(HttpError(503, "too many connections", (("Retry-After", "1"),)))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.transport = None
+        self.exchanges.clear()
+        self._account(0)
+        self.server.connection_closed(self)
+
+    def data_received(self, data: bytes) -> None:
+        if self._lingering is not None:
+            self._drained += len(data)
+            if self._drained > LINGER_BYTES and self.transport is not None:
+                self.transport.abort()
+            return
+        self._parser.receive_data(data)
+        self._pump()
+
+    def eof_received(self) -> bool:
+        # A half-close is a client's way to say that this was its last request: it still gets its answers.
+        self._eof = True
+        return bool(self.exchanges)
+
+    def _pump(self) -> None:
+        """Handle all that has arrived, up to the pipeline's depth, and write the answers that are due."""
+        if self._pumping:
+            return
+        self._pumping = True
+        going_on = True
+        while going_on:
+            try:
+                self._handle_requests()
+            except HttpError as error:
+                self._refuse(error)
+            self._account(self._parser.buffered_bytes)
+            going_on = self._write_answers()
+        self._pumping = False
+
+    def flush(self) -> None:
+        """Write the answers that are due; called whenever one has come."""
+        if not self._pumping and self._write_answers():
+            self._pump()
+
+    def _handle_requests(self) -> None:
+        parser, server, exchanges = self._parser, self.server, self.exchanges
+        while len(exchanges) < PIPELINE_DEPTH and not self._closing():
+            request = parser.next_request()
+            if request is None:
+                self._wait_for_more()
+                return
+            self._partial = self._checked = False
+            exchange = Exchange(self, request.head, server.now())
+            exchanges.append(exchange)
+            try:
+                server.handle(request, exchange)
+            except (HttpError, InvalidEvent, Unavailable) as error:
+                exchange.fail(error)
+            except Exception:
+                log.exception("a bug: %s %s", request.head.method.decode(), request.head.path.decode("latin-1"))
+                exchange.fail(HttpError(500, "internal error; the log has the details"))
+        self._set_reading(False)
+
+    def _wait_for_more(self) -> None:
+        parser = self._parser
+        if parser.idle:
+            return
+        if not self._partial:
+            self._partial, self._since = True, self.server.now()
+        head = parser.head
+        # What may not come in is refused before its body is read, and 100 Continue is sent when it is this request's turn.
+        if head is not None and not self._checked and not self.exchanges:
+            self.server.check(head)
+            self._checked = True
+            if head.expect_continue and not parser.buffered_bytes and self.transport is not None:
+                self.transport.write(http1.CONTINUE)
+
+    def _account(self, buffered_bytes: int) -> None:
+        """Keep the sum over all connections of what incomplete requests hold in memory, and within its bound."""
+        if buffered_bytes == self._accounted:
+            return
+        self.server.buffered_bytes += buffered_bytes - self._accounted
+        self._accounted = buffered_bytes
+        if buffered_bytes and self.server.buffered_bytes > self.server.limits.buffered_bytes and not self._closing():
+            self._refuse(HttpError(503, "too many large requests at once; try again", (("Retry-After", "1"),)))
+
+    def _closing(self) -> bool:
+        return self._lingering is not None or bool(self.exchanges and self.exchanges[-1].close)
+
+    def _refuse(self, error: HttpError) -> None:
+        """Answer what cannot be read, behind the answers still due, and close then."""
+        exchange = Exchange(self, None, self.server.now())
+        self.exchanges.append(exchange)
+        exchange.fail(error)
+
+    def _write_answers(self) -> bool:
+        """Write the answers that are due, in the order of their requests. Tells whether there may be more to handle."""
+        transport, exchanges = self.transport, self.exchanges
+        if transport is None or not exchanges or exchanges[0].response is None:
+            return False
+        answers = []
+        while exchanges and not transport.is_closing():
+            exchange = exchanges[0]
+            if exchange.response is None:
+                break
+            exchanges.popleft()
+            answers.append(exchange.response)
+            if exchange.close:
+                transport.write(b"".join(answers))
+                exchanges.clear()
+                self._finish(polite=exchange.head is not None and self._parser.idle)
+                return False
+        transport.write(answers[0] if len(answers) == 1 else b"".join(answers))
+        if not self._partial:
+            self._since = self.server.now()
+        if self._eof and not exchanges and self._parser.idle:
+            transport.close()
+            return False
+        if not self._reading and self._stuck_since is None:
+            self._set_reading(True)
+            return True
+        return self._partial and not self._checked and not exchanges
+
+    def _finish(self, polite: bool) -> None:
+        """Close. When the client may still be sending, close only our side first: a reset would destroy the answer on its
+        way (RFC 9112 section 9.6)."""
+        transport = self.transport
+        assert transport is not None
+        if polite or self._eof or not transport.can_write_eof():
+            transport.close()
+            return
+        self._lingering = self.server.now() + LINGER_SECONDS
+        self._parser = RequestParser(self.server.limits.request)
+        self._account(0)
+        transport.write_eof()
+        self._set_reading(True)
+
+    def _set_reading(self, on: bool) -> None:
+        if on == self._reading or self.transport is None or self.transport.is_closing():
+            return
+        self._reading = on
+        if on:
+            self.transport.resume_reading()
+        else:
+            self.transport.pause_reading()
+
+    def pause_writing(self) -> None:
+        self._stuck_since = self.server.now()
+        self._set_reading(False)
+
+    def resume_writing(self) -> None:
+        self._stuck_since = None
+        if len(self.exchanges) < PIPELINE_DEPTH and not self._closing():
+            self._set_reading(True)
+            self._pump()
+
+    # Time
+
+    def sweep(self, now: float) -> None:
+        """Close what is idle, or too slow."""
+        transport, limits = self.transport, self.server.limits
+        if transport is None:
+            return
+        if self._lingering is not None:
+            if now > self._lingering:
+                transport.abort()
+        elif self._stuck_since is not None:
+            if now - self._stuck_since > limits.write_seconds:
+                transport.abort()
+        elif self.exchanges:
+            return
+        elif self._partial:
+            if self._parser.head is None:
+                if now - self._since > limits.head_seconds:
+                    self._refuse(HttpError(408, "the header section did not arrive in time"))
+            elif now - self._since > limits.body_seconds + self._parser.buffered_bytes / SLOWEST_BODY_BYTES_PER_SECOND:
+                self._refuse(HttpError(408, "the body did not arrive in time"))
+        elif now - self._since > limits.idle_seconds:
+            transport.close()
+
+    def drain(self) -> None:
+        """Close when nothing is under way; else the last answer does it."""
+        if self.transport is not None and not self.exchanges and not self._partial and self._lingering is None:
+            self.transport.close()
+
+
+class HttpServer:
+    """Listens, and owns the connections. `handle(request, exchange)` must answer, now or later; it and `check(head)` may
+    raise HttpError, InvalidEvent or Unavailable instead."""
+
+    def __init__(
+        self,
+        limits: ServerLimits,
+        handle: Callable[[Request, Exchange], None],
+        check: Callable[[Head], None] = lambda head: None,
+        on_answer: Callable[[Exchange, int], None] = lambda exchange, status: None,
+        on_refusal: Callable[[str], None] = lambda reason: None,
+    ) -> None:
+        self.limits = limits
+        self.handle = handle
+        self.check = check
+        self.on_answer = on_answer
+        self.on_refusal = on_refusal
+        self.connections: set[Connection] = set()
+        self.buffered_bytes = 0
+        self.draining = False
+        self.date = formatdate(usegmt=True).encode()
+        self.now = asyncio.get_running_loop().time
+        self._server: asyncio.Server | None = None
+        self._empty = asyncio.Event()
+        self._sweeper: asyncio.TimerHandle | None = None
+
+    async def listen(self, host: str, port: int, tls: ssl.SSLContext | None = None, reuse_port: bool = False) -> int:
+        """Begin; the port it listens on. Raises StartupError when the address cannot be had."""
+        loop = asyncio.get_running_loop()
+        try:
+            self._server = await loop.create_server(
+                lambda: Connection(self), host, port, ssl=tls, reuse_port=reuse_port or None, backlog=4096
+            )
+        except OSError as error:
+            where = f"{host}:{port}"
+            if error.errno == errno.EADDRINUSE:
+                raise StartupError(f"{where} is in use by another program; stop it, or choose another port") from None
+            raise StartupError(f"cannot listen on {where}: {error.strerror or error}") from None
+        self._tick()
+        return int(self._server.sockets[0].getsockname()[1])
+
+    def _tick(self) -> None:
+        self.date = formatdate(usegmt=True).encode()
+        now = self.now()
+        for connection in list(self.connections):
+            connection.sweep(now)
+        self._sweeper = asyncio.get_running_loop().call_later(1.0, self._tick)
+
+    def connection_closed(self, connection: Connection) -> None:
+        self.connections.discard(connection)
+        if not self.connections:
+            self._empty.set()
+
+    def stop_listening(self) -> None:
+        """Take no new connections, close the idle ones, and every other one with its next answer."""
+        self.draining = True
+        if self._server is not None:
+            self._server.close()
+        for connection in list(self.connections):
+            connection.drain()
+
+    async def drained(self) -> None:
+        """Wait until every connection has had its answers and is closed."""
+        while self.connections:
+            self._empty.clear()
+            await self._empty.wait()
+
+    def abort(self) -> None:
+        """Cut what is left."""
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        for connection in list(self.connections):
+            if connection.transport is not None:
+                connection.transport.abort()

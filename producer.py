@@ -1,0 +1,447 @@
+"""The producer: POST /process → validate → publish → 200 after the broker's confirm. Wires settings, broker and HTTP.
+
+The way of an event: Connection.data_received (common/http_server.py) → Api.handle → Api._process → Publisher.publish
+(common/publisher.py) → FastLane.send … FastLane.data_received → Publisher.confirms → _Post.confirmed → Exchange.answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import os
+import signal
+import ssl
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from common import __version__, amqp, config, content, event, lifecycle, openapi, workers
+from common.config import ProducerSettings
+from common.errors import Fatal, HttpError, InvalidEvent, StartupError, Unavailable
+from common.http1 import Head, Limits, Request
+from common.http_server import Exchange, HttpServer, ServerLimits
+from common.metrics import CONTENT_TYPE as METRICS_TYPE
+from common.metrics import LATENCY_SECONDS, Metrics
+from common.publisher import Publisher
+
+log = logging.getLogger("predlog.producer")
+
+SWEEP_SECONDS = 0.1
+BUFFERED_BYTES = 256 * 1024 * 1024  # of all requests that are still arriving
+HTML = b"text/html; charset=utf-8"
+PAGE = Path(__file__).parent / "common" / "page.html"
+
+_METHODS = {
+    b"/process": (b"POST",),
+    b"/process/batch": (b"POST",),
+    b"/healthz": (b"GET", b"HEAD"),
+    b"/readyz": (b"GET", b"HEAD"),
+    b"/metrics": (b"GET", b"HEAD"),
+    b"/openapi.json": (b"GET", b"HEAD"),
+    b"/docs": (b"GET", b"HEAD"),
+}
+_KNOWN_METHODS = frozenset({b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS", b"TRACE", b"CONNECT"})
+_PAGES = frozenset({b"/metrics", b"/openapi.json", b"/docs"})
+_STATUSES = (200, 207, 400, 401, 404, 405, 408, 413, 414, 415, 417, 422, 431, 500, 501, 503, 504, 505)
+_REFUSALS = ("draining", "broker_away", "broker_blocked", "window_full", "nacked")
+
+
+class Counters:
+    """The producer's metrics. The layout is fixed, so that workers can share memory."""
+
+    def __init__(self) -> None:
+        self.metrics = m = Metrics()
+        routes = [path.decode() for path in _METHODS] + ["other"]
+        self.requests = {
+            (route, status): m.counter("predlog_http_requests_total", "Requests answered.", route=route, status=str(status))
+            for route in routes
+            for status in _STATUSES
+        }
+        self.refusals = {
+            reason: m.counter("predlog_refusals_total", "Events refused for now (503), by reason.", reason=reason)
+            for reason in _REFUSALS
+        }
+        self.request_seconds = m.histogram(
+            "predlog_http_request_seconds", "From the last byte of a POST to its answer.", LATENCY_SECONDS
+        )
+        self.confirm_seconds = m.histogram("predlog_confirm_seconds", "From publish to the broker's confirm.", LATENCY_SECONDS)
+        self.events = m.counter("predlog_events_total", "Events confirmed by the broker.")
+        self.predictions = m.counter("predlog_predictions_total", "Predictions in the events confirmed by the broker.")
+        self.event_bytes = m.counter("predlog_event_bytes_total", "Bytes of the events confirmed by the broker.")
+        self.unconfirmed = m.gauge("predlog_unconfirmed", "Events sent to the broker and not yet confirmed.")
+        self.unconfirmed_bytes = m.gauge("predlog_unconfirmed_bytes", "Bytes of the events not yet confirmed.")
+        self.connected = m.gauge("predlog_amqp_connected", "1 while connected to the broker (of several workers: the least).", min)
+        self.blocked = m.gauge("predlog_amqp_blocked", "1 while the broker takes no messages.", max)
+        self.reconnects = m.counter("predlog_amqp_reconnects_total", "Connections to the broker lost.")
+        self.connections = m.gauge("predlog_http_connections", "Open client connections.")
+        m.values[m.gauge("predlog_info", "Version and process.", max, version=__version__, process="producer")] = 1.0
+
+
+def build_metrics() -> Metrics:
+    """All metrics of the producer, at zero."""
+    return Counters().metrics
+
+
+class _Post:
+    """Who waits for the confirm of a POST /process."""
+
+    __slots__ = ("_api", "_body", "_exchange")
+
+    def __init__(self, api: Api, exchange: Exchange, body: bytes) -> None:
+        self._api = api
+        self._exchange = exchange
+        self._body = body
+
+    def confirmed(self, seconds: float) -> None:
+        self._api.count_event(self._body, seconds)
+        self._exchange.answer(200, self._body)
+
+    def failed(self, error: HttpError | Unavailable) -> None:
+        self._exchange.fail(error)
+
+
+class _Batch:
+    """A POST /process/batch: publishes its events as the window lets it, answers when the last has its outcome."""
+
+    def __init__(self, api: Api, exchange: Exchange, key: bytes | None, events: Sequence[bytes | InvalidEvent]) -> None:
+        self._api = api
+        self._exchange = exchange
+        self._key = key
+        self._events = events
+        self._results: list[dict[str, object]] = [{}] * len(events)
+        self._next = 0
+        self._under_way = 0
+
+    def go_on(self) -> None:
+        """Publish what the window takes. When it is full of others' events, the rest is refused."""
+        while self._next < len(self._events):
+            position = self._next
+            item = self._events[position]
+            if isinstance(item, InvalidEvent):
+                self._results[position] = {"status": item.status, "detail": item.faults}
+            else:
+                # No key has a NUL: this one is no other request's.
+                key = None if self._key is None else b"%b\x00%d" % (self._key, position)
+                try:
+                    self._api.publish(item, key, _BatchItem(self, position, item))
+                except Unavailable as error:
+                    if self._under_way and error.reason == "window_full":
+                        return
+                    self._results[position] = {"status": error.status, "detail": str(error)}
+                else:
+                    self._under_way += 1
+            self._next += 1
+        if not self._under_way:
+            accepted = sum(result["status"] == 200 for result in self._results)
+            status = 200 if accepted == len(self._events) else 207
+            self._exchange.answer(status, event.dumps({"accepted": accepted, "results": self._results}))
+
+    def settle(self, position: int, result: dict[str, object]) -> None:
+        self._results[position] = result
+        self._under_way -= 1
+        self.go_on()
+
+
+class _BatchItem:
+    """Who waits for the confirm of one event of a batch."""
+
+    __slots__ = ("_batch", "_body", "_position")
+
+    def __init__(self, batch: _Batch, position: int, body: bytes) -> None:
+        self._batch = batch
+        self._position = position
+        self._body = body
+
+    def confirmed(self, seconds: float) -> None:
+        self._batch._api.count_event(self._body, seconds)
+        self._batch.settle(self._position, {"status": 200})
+
+    def failed(self, error: HttpError | Unavailable) -> None:
+        self._batch.settle(self._position, {"status": error.status, "detail": str(error)})
+
+
+class Api:
+    """What each request means."""
+
+    def __init__(self, settings: ProducerSettings, publisher: Publisher, counters: Counters, rows: Sequence[Sequence[float]]) -> None:
+        self._settings = settings
+        self._publisher = publisher
+        self._counters = counters
+        self._rows = rows  # the metrics of every worker
+        self._tokens = [b"Bearer " + token.encode() for token in settings.api_token.split(",") if token]
+        self._openapi = event.dumps(
+            openapi.document(
+                __version__, settings.max_preds, settings.max_body_bytes, bool(self._tokens), settings.protect_pages
+            )
+        )
+        self._page = PAGE.read_bytes()
+        self._page_headers = openapi.page_headers(self._page)
+        self._random = b""
+
+    # Requests
+
+    def check(self, head: Head) -> None:
+        """Refuse what its head alone condemns; raises HttpError."""
+        methods = _METHODS.get(head.path)
+        if methods is None:
+            if head.path == b"*" and head.method == b"OPTIONS":
+                return
+            raise HttpError(404, "no such page; see /docs")
+        if head.method not in methods:
+            if head.method not in _KNOWN_METHODS:
+                raise HttpError(501, "no such method")
+            allow = ", ".join(method.decode() for method in methods)
+            raise HttpError(405, f"this page takes {allow}", (("Allow", allow),))
+        if self._tokens and (head.method == b"POST" or (self._settings.protect_pages and head.path in _PAGES)):
+            self._authorize(head.authorization)
+        if head.method == b"POST":
+            batch = head.path == b"/process/batch"
+            if head.content_type is not None and head.content_type != b"application/json":
+                kind = content.media_type(head.content_type)
+                if kind is None or (kind == content.NDJSON and not batch):
+                    raise HttpError(415, "send application/json" + (" or application/x-ndjson" if batch else "") + " in UTF-8")
+            if head.content_encoding is not None and head.content_encoding.lower() not in (b"gzip", b"x-gzip", b"identity"):
+                raise HttpError(415, "this Content-Encoding is not known; gzip is", (("Accept-Encoding", "gzip"),))
+
+    def _authorize(self, given: bytes | None) -> None:
+        if given is not None and given[:7].lower() == b"bearer ":
+            given = b"Bearer " + given[7:].strip()
+            # Every token is compared, each in constant time.
+            if sum([hmac.compare_digest(given, token) for token in self._tokens]):
+                return
+        detail = "a bearer token is needed" if given is None else "this token is not known"
+        challenge = 'Bearer realm="predlog"' + ("" if given is None else ', error="invalid_token"')
+        raise HttpError(401, detail, (("WWW-Authenticate", challenge),))
+
+    def handle(self, request: Request, exchange: Exchange) -> None:
+        """Answer a request, now or when its events have their outcome."""
+        head = request.head
+        path = head.path
+        exchange.route = path.decode("latin-1") if path in _METHODS else "other"
+        self.check(head)
+        if path == b"/process":
+            self._process(request, exchange)
+        elif path == b"/process/batch":
+            self._process_batch(request, exchange)
+        elif path == b"/healthz":
+            exchange.answer(200, b'{"status":"alive"}')
+        elif path == b"/readyz":
+            trouble = self._publisher.trouble()
+            if trouble is not None:
+                raise HttpError(503, str(trouble), (("Retry-After", "1"),))
+            exchange.answer(200, b'{"status":"ready"}')
+        elif path == b"/metrics":
+            self._set_gauges()
+            exchange.answer(200, self._counters.metrics.render(self._rows), METRICS_TYPE)
+        elif path == b"/openapi.json":
+            exchange.answer(200, self._openapi)
+        elif path == b"/docs":
+            exchange.answer(200, self._page, HTML, self._page_headers)
+        else:
+            exchange.answer(200, b"", extra=b"Allow: GET, HEAD, POST, OPTIONS\r\n")
+
+    def _body(self, request: Request) -> bytes:
+        coding = request.head.content_encoding
+        if coding is None or coding.lower() == b"identity":
+            return request.body
+        return content.inflate(request.body, self._settings.max_body_bytes)
+
+    def _process(self, request: Request, exchange: Exchange) -> None:
+        key = content.idempotency_key(request.head.idempotency_key)
+        body = event.normalise(self._body(request), self._settings.max_preds)
+        self.publish(body, key, _Post(self, exchange, body))
+
+    def _process_batch(self, request: Request, exchange: Exchange) -> None:
+        key = content.idempotency_key(request.head.idempotency_key)
+        trouble = self._publisher.trouble()
+        if trouble is not None:
+            raise trouble
+        lines = content.media_type(request.head.content_type) == content.NDJSON
+        events = event.normalise_batch(self._body(request), lines, self._settings.max_preds)
+        _Batch(self, exchange, key, events).go_on()
+
+    def publish(self, body: bytes, key: bytes | None, waiter: _Post | _BatchItem) -> None:
+        """Publish a normalised event; with a key, its message id is the same at every retry. Raises Unavailable."""
+        self._publisher.publish(body, self._random_uuid() if key is None else event.message_id(key, body), waiter)
+
+    def _random_uuid(self) -> bytes:
+        """A version 4 UUID as 32 hex digits (RFC 9562 section 5.4); randomness is fetched for many at once."""
+        if not self._random:
+            self._random = os.urandom(4096)
+        digits = self._random[:16].hex()
+        self._random = self._random[16:]
+        return f"{digits[:12]}4{digits[13:16]}{'89ab'[int(digits[16], 16) & 3]}{digits[17:]}".encode()
+
+    # Metrics
+
+    def count_event(self, body: bytes, seconds: float) -> None:
+        counters = self._counters
+        values = counters.metrics.values
+        values[counters.events] += 1.0
+        values[counters.predictions] += event.row_count(body)
+        values[counters.event_bytes] += len(body)
+        counters.confirm_seconds.observe(seconds)
+
+    def on_answer(self, exchange: Exchange, status: int) -> None:
+        counters = self._counters
+        counters.metrics.values[counters.requests[exchange.route or "other", status]] += 1.0
+        if exchange.route == "/process":
+            counters.request_seconds.observe(self._now() - exchange.began)
+
+    def on_refusal(self, reason: str) -> None:
+        self._counters.metrics.values[self._counters.refusals[reason]] += 1.0
+
+    def attach(self, server: HttpServer) -> None:
+        self._server = server
+        self._now = server.now
+
+    def _set_gauges(self) -> None:
+        counters, publisher = self._counters, self._publisher
+        values = counters.metrics.values
+        values[counters.unconfirmed] = publisher.unconfirmed
+        values[counters.unconfirmed_bytes] = publisher.unconfirmed_bytes
+        values[counters.connected] = publisher.down is None
+        values[counters.blocked] = bool(publisher.blocked)
+        values[counters.connections] = len(self._server.connections)
+
+    def tick(self) -> None:
+        """A few times a second: time-outs, and the gauges that another worker may be asked for."""
+        self._publisher.sweep()
+        self._set_gauges()
+
+
+def _tls(settings: ProducerSettings) -> ssl.SSLContext | None:
+    """The TLS context; raises StartupError. TLS 1.2 and 1.3 with Python's default ciphers."""
+    if not settings.tls_cert:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.set_alpn_protocols(["http/1.1"])
+    try:
+        context.load_cert_chain(settings.tls_cert, settings.tls_key)
+    except (OSError, ssl.SSLError) as error:
+        raise StartupError(f"cannot use TLS_CERT {settings.tls_cert} with TLS_KEY {settings.tls_key}: {error}") from None
+    return context
+
+
+def _limits(settings: ProducerSettings) -> ServerLimits:
+    request = Limits(
+        target_bytes=settings.max_target_bytes, head_bytes=settings.max_head_bytes, body_bytes=settings.max_body_bytes
+    )
+    return ServerLimits(
+        request=request,
+        connections=settings.max_connections,
+        buffered_bytes=max(BUFFERED_BYTES, 2 * settings.max_body_bytes),
+        head_seconds=settings.head_timeout_ms / 1000,
+        body_seconds=settings.body_timeout_ms / 1000,
+        idle_seconds=settings.idle_timeout_ms / 1000,
+        write_seconds=settings.write_timeout_ms / 1000,
+    )
+
+
+async def serve(
+    settings: ProducerSettings,
+    counters: Counters,
+    rows: Sequence[Sequence[float]] = (),
+    port: int | None = None,
+    alive_fd: int | None = None,
+) -> None:
+    """Run one producer until a signal, then drain. `port` is one reserved for several workers to share."""
+    loop = asyncio.get_running_loop()
+    stop = lifecycle.on_stop()
+    if alive_fd is not None:
+        loop.add_reader(alive_fd, stop.set)
+    tls = _tls(settings)
+    publisher = Publisher(
+        settings.queue_name,
+        settings.max_unconfirmed,
+        settings.max_unconfirmed_bytes,
+        settings.confirm_timeout_ms / 1000,
+        loop.time,
+        time.time,
+    )
+    api = Api(settings, publisher, counters, rows or (counters.metrics.values,))
+    server = HttpServer(_limits(settings), api.handle, api.check, api.on_answer, api.on_refusal)
+    api.attach(server)
+
+    def reload_certificate() -> None:
+        if tls is None:
+            return
+        try:
+            tls.load_cert_chain(settings.tls_cert, settings.tls_key)
+            log.info("TLS certificate loaded again")
+        except (OSError, ssl.SSLError) as error:
+            log.error("the new TLS certificate cannot be used (%s); the old one stays", error)
+
+    async def prepare(link: amqp.Link) -> None:
+        await amqp.declare(link.channel, settings.queue_name, amqp.QUEUE_ARGUMENTS)
+        link.lane.on_confirms = publisher.confirms
+        link.lane.on_blocked = on_blocked
+        publisher.link_up(link.lane, link.frame_max)
+
+    def on_blocked(reason: str) -> None:
+        publisher.blocked = reason
+        if reason:
+            log.warning("the broker takes no messages: %s", reason)
+        else:
+            log.info("the broker takes messages again")
+
+    def on_down(reason: str) -> None:
+        publisher.link_down(reason)
+        counters.metrics.values[counters.reconnects] += 1.0
+
+    async def tick() -> None:
+        while True:
+            await asyncio.sleep(SWEEP_SECONDS)
+            api.tick()
+
+    loop.add_signal_handler(signal.SIGHUP, reload_certificate)
+    bound = await server.listen(settings.http_host, settings.http_port if port is None else port, tls, reuse_port=port is not None)
+    log.info("POST to %s://%s:%d/process, pages at /docs", "https" if tls else "http", settings.http_host, bound)
+    ticker = asyncio.create_task(tick())
+    link = asyncio.create_task(
+        amqp.keep_up(settings.amqp_url, "producer", prepare, on_down, high_water_bytes=settings.max_unconfirmed_bytes)
+    )
+    try:
+        await lifecycle.first_of(stop, ticker, link)
+        log.info("stopping: %d event(s) under way", publisher.unconfirmed)
+        publisher.draining = True
+        server.stop_listening()
+        try:
+            await asyncio.wait_for(server.drained(), settings.shutdown_timeout_ms / 1000)
+        except TimeoutError:
+            log.warning("%d event(s) had no confirm in time; answered 504", publisher.unconfirmed)
+            publisher.fail_all()
+            await asyncio.sleep(0.1)  # for those answers to leave
+    finally:
+        server.abort()
+        ticker.cancel()
+        link.cancel()
+        await asyncio.wait({link})
+    log.info("stopped")
+
+
+def main(argv: Sequence[str], environ: dict[str, str]) -> int:
+    try:
+        settings = config.parse(ProducerSettings, "producer.py", __doc__.partition(".")[0] + ".", argv, environ)
+        lifecycle.set_up_logging("producer", settings.log_level, settings.log_format)
+        log.info("predlog %s producer: %s", __version__, config.describe(settings))
+        counters = Counters()
+        if settings.workers == 1:
+            return lifecycle.run("producer", lambda: serve(settings, counters))
+        _tls(settings)
+        port = workers.reserve_port(settings.http_host, settings.http_port)
+    except Fatal as error:
+        return lifecycle.fail("producer", error)
+    rows = workers.shared_rows(settings.workers, counters.metrics.size)
+
+    def work(index: int, alive_fd: int) -> int:
+        counters.metrics.bind(rows[index])
+        return lifecycle.run("producer", lambda: serve(settings, counters, rows, port.getsockname()[1], alive_fd))
+
+    return workers.supervise(settings.workers, work, settings.shutdown_timeout_ms / 1000)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], dict(os.environ)))
