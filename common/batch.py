@@ -1,0 +1,66 @@
+"""When to flush, and what to acknowledge, decided without a clock or I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from common.event import row_count
+from common.frames import Delivery
+
+FULL_BYTES = 16 * 1024 * 1024  # a batch of large events is full long before it has many rows
+
+
+class Pending:
+    """Deliveries that wait for the next batch. Times are seconds of any one clock."""
+
+    def __init__(self, batch_max_rows: int, flush_interval_seconds: float) -> None:
+        self.deliveries: list[Delivery] = []
+        self.bytes = 0
+        self.rows = 0  # exact for events of our producer
+        self.since = 0.0  # when the oldest of them came
+        self._batch_max_rows = batch_max_rows
+        self._flush_interval = flush_interval_seconds
+
+    def add(self, deliveries: Sequence[Delivery], now: float) -> None:
+        if not self.deliveries:
+            self.since = now
+        self.deliveries += deliveries
+        for delivery in deliveries:
+            body = delivery.body
+            self.bytes += len(body)
+            self.rows += row_count(body)
+
+    @property
+    def full(self) -> bool:
+        """No need to wait for more."""
+        return self.rows >= self._batch_max_rows or self.bytes >= FULL_BYTES
+
+    def due_in(self, now: float) -> float | None:
+        """Seconds until the batch must be flushed; 0 at once, None while there is nothing to flush."""
+        if not self.deliveries:
+            return None
+        return 0.0 if self.full else max(0.0, self.since + self._flush_interval - now)
+
+    def take(self) -> list[Delivery]:
+        """All of them: what came while the last batch was written makes the next one. `prefetch_count` bounds it."""
+        taken, self.deliveries = self.deliveries, []
+        self.bytes = self.rows = 0
+        return taken
+
+
+def acks(stored: Sequence[int], held: Collection[int]) -> list[tuple[int, bool]]:
+    """The acks for `stored` delivery tags, ascending, as (tag, multiple), that cover no tag in `held`.
+
+    One ack with multiple=True covers every tag up to its own that is not settled yet; above the lowest held tag each is
+    acked by itself. Every lower tag must be stored already, or be in `held`.
+    """
+    lowest_held = min(held, default=None)
+    if lowest_held is None:
+        return [(stored[-1], True)] if stored else []
+    below = [tag for tag in stored if tag < lowest_held]
+    return [(tag, True) for tag in below[-1:]] + [(tag, False) for tag in stored[len(below) :]]
+
+
+def rotation_due(csv_bytes: int, age_seconds: float, rotate_bytes: int, rotate_interval_seconds: int) -> bool:
+    """Whether the CSV is to be rotated away; a limit of 0 is off."""
+    return (0 < rotate_bytes <= csv_bytes) or (0 < rotate_interval_seconds <= age_seconds)
