@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
 import aiormq
@@ -34,8 +34,8 @@ CONNECTION_ERRORS = (aiormq.AMQPError, PAMQPException, OSError, asyncio.TimeoutE
 # x-delivery-limit: RabbitMQ 4.x drops a message at its 20th return unless a limit is set, and 3.10 takes the -1 that
 # means "none" to 4.x for zero. The largest number that both take keeps every message through any number of reconnects.
 # x-single-active-consumer: a standby gets nothing, so that it sits on no unacked messages (RabbitMQ 3.8 and later).
-QUEUE_ARGUMENTS = {"x-queue-type": "quorum", "x-delivery-limit": 2**31 - 1, "x-single-active-consumer": True}
-DEAD_LETTER_ARGUMENTS = {"x-queue-type": "quorum", "x-delivery-limit": 2**31 - 1}
+QUEUE_ARGUMENTS: Mapping[str, str | int | bool] = {"x-queue-type": "quorum", "x-delivery-limit": 2**31 - 1, "x-single-active-consumer": True}
+DEAD_LETTER_ARGUMENTS: Mapping[str, str | int | bool] = {"x-queue-type": "quorum", "x-delivery-limit": 2**31 - 1}
 
 
 def dead_letter_queue(queue_name: str) -> str:
@@ -106,7 +106,18 @@ async def open_link(url: str, name: str, high_water_bytes: int = 2**20) -> Link:
     return link
 
 
-async def declare(channel: AbstractChannel, queue_name: str, arguments: dict[str, str | int | bool]) -> None:
+def _lost(link: Link) -> asyncio.Future[str]:
+    """The reason, once the link is of no more use, whoever notices it first."""
+    lane, lost = link.lane, asyncio.get_running_loop().create_future()
+    if lane.lost is not None:
+        raise ConnectionError(lane.lost)
+    lane.on_lost = lambda reason: None if lost.done() else lost.set_result(reason)
+    link.connection.closing.add_done_callback(lambda _: lane.fail("connection closed"))
+    link.channel.closing.add_done_callback(lambda _: lane.fail("channel closed"))
+    return lost
+
+
+async def declare(channel: AbstractChannel, queue_name: str, arguments: Mapping[str, str | int | bool]) -> None:
     """Declare a durable queue; raises StartupError when it exists with other arguments, naming the difference."""
     try:
         async with asyncio.timeout(CONNECT_TIMEOUT_SECONDS):
@@ -162,12 +173,7 @@ async def keep_up(
         began = loop.time()
         try:
             link = await open_link(url, name, high_water_bytes)
-            lost: asyncio.Future[str] = loop.create_future()
-            link.lane.on_lost = lambda reason, lost=lost: None if lost.done() else lost.set_result(reason)
-            link.connection.closing.add_done_callback(lambda _, lane=link.lane: lane.fail("connection closed"))
-            link.channel.closing.add_done_callback(lambda _, lane=link.lane: lane.fail("channel closed"))
-            if link.lane.lost is not None:
-                raise ConnectionError(link.lane.lost)
+            lost = _lost(link)
             await prepare(link)
             log.info("%s to %s", "connected" if first else "connected again", masked_url(url))
             first, waiting, began = False, False, loop.time()

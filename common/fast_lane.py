@@ -171,7 +171,7 @@ class FastLaneFactory(TransportFactory):
         tls = await kwargs["ssl_context_provider"].get_context() if url.scheme == "amqps" else None
         lane = FastLane(reader, loop)
         try:
-            transport, _ = await loop.create_connection(lambda: lane, url.host, url.port, ssl=tls)
+            transport, _ = await loop.create_connection(lambda: lane, url.host or "", url.port or 0, ssl=tls)
         except OSError as error:
             raise AMQPConnectionError(*error.args) from error
         self.lane = lane

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from struct import Struct
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 HOT_CHANNEL = 1
 HEARTBEAT = b"\x08\x00\x00\x00\x00\x00\x00\xce"
@@ -16,6 +16,7 @@ HEARTBEAT = b"\x08\x00\x00\x00\x00\x00\x00\xce"
 _METHOD, _HEADER, _BODY = 1, 2, 3
 _END = b"\xce"
 _FRAME = Struct(">BHI")  # type, channel, payload size (2.3.5)
+_CONTENT = Struct(">BHIHHQ")  # a content header frame up to its body size: type, channel, size, class, weight, body size
 _U64 = Struct(">Q")
 _ACK = Struct(">BHIHHQBB")
 _OVERHEAD = 8  # 7 bytes before a frame's payload, 1 after
@@ -37,6 +38,9 @@ class Delivery(NamedTuple):
     redelivered: bool
     header: bytes
     body: bytes
+
+
+_tuple: Any = tuple.__new__  # a NamedTuple's own constructor takes three times as long
 
 
 class Confirm(NamedTuple):
@@ -98,6 +102,8 @@ class FrameDecoder:
             if channel == HOT_CHANNEL and self._hot(kind, data, position + 7, end - 1):
                 if cold_from < position:
                     cold.append(data[cold_from:position])
+                if self._wanted == -2 and self._deliver is not None:
+                    end = self._whole_message(data, end, size_of_data)
                 cold_from = end
             elif kind == _METHOD:
                 self._notice(channel, data, position + 7, end - 1)
@@ -107,13 +113,30 @@ class FrameDecoder:
         self._rest = data[position:]
         return b"".join(cold)
 
+    def _whole_message(self, data: bytes, start: int, stop: int) -> int:
+        """Behind a Deliver: take its header and its only body frame at once, if both are here. Where to go on."""
+        if stop - start < _CONTENT.size:
+            return start
+        kind, channel, size, _, _, body_size = _CONTENT.unpack_from(data, start)
+        body_frame = start + size + _OVERHEAD
+        end = body_frame + body_size + _OVERHEAD
+        if end > stop or kind != _HEADER or channel != HOT_CHANNEL or not body_size:
+            return start  # frame by frame, then
+        if _FRAME.unpack_from(data, body_frame) != (_BODY, HOT_CHANNEL, body_size) or data[body_frame - 1] != 0xCE or data[end - 1] != 0xCE:
+            return start
+        tag, redelivered = self._deliver or (0, False)
+        header = data[start + 7 : body_frame - 1]
+        self.deliveries.append(_tuple(Delivery, (tag, redelivered, header, data[body_frame + 7 : end - 1])))
+        self._wanted = -1
+        return end
+
     def _hot(self, kind: int, data: bytes, start: int, stop: int) -> bool:
         """Take the frame with the payload data[start:stop] if it is hot. Tells whether it was."""
         if kind == _METHOD:
             method = data[start : start + 4]
             if method == _CONFIRM_ACK or method == _CONFIRM_NACK:
                 (tag,) = _U64.unpack_from(data, start + 4)
-                self.confirms.append(Confirm(tag, data[start + 12] & 1 == 1, method == _CONFIRM_ACK))
+                self.confirms.append(_tuple(Confirm, (tag, data[start + 12] & 1 == 1, method == _CONFIRM_ACK)))
                 return True
             if method != _DELIVER and method != _RETURN:
                 return False
@@ -140,7 +163,7 @@ class FrameDecoder:
                 raise FrameError("a message longer than its header says")
         else:
             raise FrameError(f"an unexpected frame of type {kind} inside a message")
-        if self._wanted == 0:
+        if self._wanted == 0:  # also behind the header of an empty body
             if self._deliver is not None:
                 body = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
                 self.deliveries.append(Delivery(*self._deliver, self._header or b"", body))
@@ -223,13 +246,13 @@ def acks(tags: Iterable[tuple[int, bool]]) -> bytes:
 # The properties before message-id, in the order of their flags from bit 15 down (4.2.6.1): each is a short string, but
 # for headers (a table with a 4-byte length), delivery-mode and priority (an octet).
 _BEFORE_MESSAGE_ID = ((0x8000, "s"), (0x4000, "s"), (0x2000, "t"), (0x1000, "o"), (0x0800, "o"), (0x0400, "s"), (0x0200, "s"), (0x0100, "s"))
-_OURS = b"\x90\xc0\x10application/json\x02\x20"
+_OURS = b"\x90\xc0\x10application/json\x02\x20"  # as PublishEncoder writes them, up to the length of the message-id
 
 
 def message_id(header: bytes) -> bytes | None:
     """The message-id property from a content header's payload; None if the publisher set none. Raises FrameError."""
-    if header[12:33] == _OURS[:21] and len(header) >= 66:
-        return header[33:65] if header[32] == 32 else None
+    if header[12:33] == _OURS:
+        return header[33:65]
     try:
         flags = int.from_bytes(header[12:14], "big")
         if not flags & 0x0080:

@@ -11,7 +11,8 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, MutableSequence
+from typing import cast
 
 from common.errors import StartupError
 
@@ -23,10 +24,10 @@ KILL_GRACE_SECONDS = 2.0
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
 
 
-def shared_rows(rows: int, floats: int) -> list[memoryview]:
+def shared_rows(rows: int, floats: int) -> list[MutableSequence[float]]:
     """Rows of floats that processes forked from this one share."""
-    view = memoryview(mmap.mmap(-1, max(1, rows * floats) * 8)).cast("d")
-    return [view[row * floats : (row + 1) * floats] for row in range(rows)]
+    view = memoryview(mmap.mmap(-1, rows * floats * 8)).cast("d")
+    return [cast(MutableSequence[float], view[row * floats : (row + 1) * floats]) for row in range(rows)]
 
 
 def reserve_port(host: str, port: int) -> socket.socket:

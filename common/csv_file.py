@@ -1,0 +1,169 @@
+"""The CSV file on disk: append, sync, find where its rows end, set bytes aside, gzip an old one.
+
+Knows that a file is a header and whole rows. Which bytes are committed, and what becomes of the others, is store.py's.
+Every function raises OSError.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import gzip
+import os
+import shutil
+import stat
+import time
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+
+BLOCK_BYTES = 1 << 20
+
+
+class CsvFile:
+    """One open CSV file, locked by itself, too (flock): removing a lock file must not let two consumers write."""
+
+    def __init__(self, path: str) -> None:
+        """Opens `path`; a missing file is created, empty."""
+        self.path = path
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            status = os.fstat(self._fd)
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError(errno.EINVAL, "is not a regular file", path)
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise OSError(errno.EBUSY, "is in use by another consumer", path) from error
+        except OSError:
+            self.close()
+            raise
+        self.device = status.st_dev
+        self.inode = status.st_ino
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    def size(self) -> int:
+        return os.fstat(self._fd).st_size
+
+    def in_place(self) -> bool:
+        """False when the path is gone or names another file: renamed, removed, replaced."""
+        try:
+            status = os.stat(self.path)
+        except FileNotFoundError:
+            return False
+        return status.st_ino == self.inode and status.st_dev == self.device
+
+    def write(self, data: bytes) -> None:
+        """Appends `data`. After an error any part of it may be at the end of the file."""
+        rest = memoryview(data)
+        while rest:
+            rest = rest[os.write(self._fd, rest) :]
+
+    def sync(self) -> None:
+        os.fsync(self._fd)
+
+    def cut(self, length: int) -> None:
+        os.ftruncate(self._fd, length)
+
+    def read(self, start: int, end: int | None = None) -> Iterator[bytes]:
+        """The bytes from `start` up to `end`, or up to the end of the file, in blocks."""
+        while end is None or start < end:
+            block = os.pread(self._fd, BLOCK_BYTES if end is None else min(BLOCK_BYTES, end - start), start)
+            if not block:
+                return
+            yield block
+            start += len(block)
+
+    def crc32(self, start: int, end: int) -> int:
+        checksum = 0
+        for block in self.read(start, end):
+            checksum = zlib.crc32(block, checksum)
+        return checksum
+
+    def rows_end(self) -> int:
+        return rows_end(self.read(0))
+
+    def set_aside(self, start: int) -> str:
+        """Moves the bytes from `start` on to a new file beside this one (synced before the cut); returns its path."""
+        aside = free_name(f"{self.path}.uncommitted-")
+        fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        try:
+            with open(fd, "wb") as file:
+                for block in self.read(start):
+                    file.write(block)
+                file.flush()
+                os.fsync(fd)
+            sync_directory(aside)
+        except OSError:
+            with suppress(OSError):
+                os.unlink(aside)
+            raise
+        self.cut(start)
+        return aside
+
+
+def rows_end(blocks: Iterable[bytes]) -> int:
+    """The offset behind the last whole row: behind the last CRLF with an even number of quotes before it."""
+    end = offset = quotes = 0
+    held = b""  # a CR at the end of a block, until its LF is seen
+    for block in blocks:
+        block = held + block
+        held = block[-1:] if block.endswith(b"\r") else b""
+        at = len(block) - len(held)
+        quotes += block.count(b'"')
+        before = quotes
+        after = at
+        while (crlf := block.rfind(b"\r\n", 0, after)) >= 0:
+            before -= block.count(b'"', crlf, after)
+            if before % 2 == 0:
+                end = offset + crlf + 2
+                break
+            after = crlf
+        offset += at
+    return end
+
+
+def free_name(prefix: str, suffix: str = "") -> str:
+    """`prefix` + UTC time + `suffix`, numbered when it or its .gz is taken. The consumer's lock makes it safe."""
+    name = utc = prefix + time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    number = 0
+    while os.path.lexists(name + suffix) or os.path.lexists(f"{name}{suffix}.gz"):
+        number += 1
+        name = f"{utc}-{number}"
+    return name + suffix
+
+
+def compress(path: str) -> None:
+    """Replaces the file `path` by `path`.gz.
+
+    The plain file goes only when the whole .gz is on disk under its name; killed anywhere, it can be run again.
+    """
+    part = f"{path}.gz.part"
+    with open(path, "rb") as plain, open(part, "wb") as target:
+        with gzip.GzipFile(os.path.basename(path), "wb", 6, target) as packed:
+            shutil.copyfileobj(plain, packed, BLOCK_BYTES)
+        target.flush()
+        os.fsync(target.fileno())
+    os.rename(part, f"{path}.gz")
+    sync_directory(path)
+    os.unlink(path)
+
+
+def sync_directory(path: str) -> None:
+    """Makes the names in the folder of `path` durable: files made, renamed, removed."""
+    fd = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def make_directory(path: str) -> None:
+    """Makes the folder `path` and those above it, durably."""
+    if not os.path.isdir(path):
+        make_directory(os.path.dirname(path))
+        with suppress(FileExistsError):
+            os.mkdir(path)
+        sync_directory(path)

@@ -1,0 +1,423 @@
+"""Events: bytes to a validated event in normal form, and events to CSV rows. Pure: no clock, no randomness, no I/O.
+
+Normal form: the contract's members in the contract's order, nothing else; ids are strings, `prob` is a float, all
+strings are valid Unicode; as bytes it is compact JSON. The producer publishes it, and an event in normal form
+validates to an equal one.
+
+Faults are what FastAPI answers (pydantic 2, lax mode): `loc`, `msg` and `type`, every fault at once.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from hashlib import blake2b
+from io import StringIO
+from typing import Any, cast
+
+import orjson
+
+from common.errors import InvalidEvent
+
+Event = dict[str, Any]
+Fault = dict[str, object]
+
+HEADER = b"device_id;client_id;created_at;license_id;image_frame;prob;tags\r\n"
+LOW_PROB_TAG = "low_prob"
+
+# What a document may cost before anything is known about it. A prediction with `n` tags has 4 + n values (counted as
+# commas, brackets and braces that open), so a full batch of `max_preds` predictions may have 8 tags in each.
+VALUES_PER_PRED = 12
+SPARE_VALUES = 10_000
+# The second, exact reading of a refused document is several times slower than the first: not for a hostile 8 MiB.
+EXACT_READING_BYTES = 1 << 18
+MAX_NUMBER_CHARS = 1000
+# The answer to a document with more faults names this many, and says so.
+MAX_FAULTS = 10_000
+
+_BOM = b"\xef\xbb\xbf"
+
+_MESSAGES = {
+    "missing": "Field required",
+    "json_invalid": "JSON decode error",
+    "model_attributes_type": "Input should be a valid dictionary or object to extract fields from",
+    "list_type": "Input should be a valid list",
+    "string_type": "Input should be a valid string",
+    "string_unicode": "Input should be a valid string, unable to parse raw data as a unicode string",
+    "float_type": "Input should be a valid number",
+    "float_parsing": "Input should be a valid number, unable to parse string as a number",
+    "finite_number": "Input should be a finite number",
+}
+
+
+def _fault(loc: Iterable[str | int], kind: str, message: str | None = None) -> Fault:
+    return {"loc": list(loc), "msg": message or _MESSAGES[kind], "type": kind}
+
+
+# --- JSON ---
+
+
+def dumps(value: object) -> bytes:
+    """Compact JSON, UTF-8."""
+    return orjson.dumps(value)
+
+
+def loads(body: bytes) -> Any:
+    """The JSON document in `body`: UTF-8, one byte order mark allowed, the last of equal keys wins, depth up to 1024.
+
+    Integers beyond 64 bits come as floats; `decode` knows better. Raises InvalidEvent with one fault for an empty body
+    and for what RFC 8259 does not allow (NaN, lone surrogates and numbers beyond a double included).
+    """
+    try:
+        return orjson.loads(body.removeprefix(_BOM))
+    except orjson.JSONDecodeError as error:
+        if not body:
+            raise InvalidEvent([_fault(("body",), "missing")]) from None
+        raise _unreadable(error.pos) from None
+
+
+def _unreadable(position: int) -> InvalidEvent:
+    return InvalidEvent([_fault(("body", position), "json_invalid")])
+
+
+# --- validation ---
+
+
+def _string(value: object) -> str:
+    if type(value) is not str:
+        raise ValueError("string_type")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ValueError("string_unicode") from None
+    return value
+
+
+def _identifier(value: object) -> str:
+    return str(value) if type(value) is int else _string(value)
+
+
+def _number(value: object) -> float:
+    if type(value) is str:
+        number = _parse_number(value)
+    elif type(value) is float or type(value) is int:
+        try:
+            number = float(value)
+        except OverflowError:  # an integer beyond a double: pydantic's name for it
+            raise ValueError("float_type") from None
+    else:
+        raise ValueError("float_type")
+    if number - number != 0.0:
+        raise ValueError("finite_number")
+    return number
+
+
+# Unicode's White_Space, as Rust trims it; str.strip() would also take the separators U+001C to U+001F.
+_WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000"
+
+
+def _parse_number(text: str) -> float:
+    """A float as pydantic reads one from a string: Rust's grammar, which is Python's in ASCII but for underscores."""
+    if len(text) <= MAX_NUMBER_CHARS:
+        text = text.strip(_WHITE_SPACE)
+        if text.isascii() and text.isprintable() and "__" not in text and "_" not in (text[:1], text[-1:]):
+            with suppress(ValueError):
+                return float(text.replace("_", ""))
+    raise ValueError("float_parsing")
+
+
+# A document's shape: an object by its members, a list by its only item, a value by what reads it.
+Shape = dict[str, Any] | list[Any] | Callable[[object], object]
+
+_PREDS: Shape = [{"image_frame": _string, "prob": _number, "tags": [_string]}]
+_EVENT: Shape = {
+    "device_id": _identifier,
+    "client_id": _identifier,
+    "created_at": _identifier,
+    "data": {"license_id": _identifier, "preds": _PREDS},
+}
+
+
+class _Walk:
+    """Reads a document by its shape, and collects every fault on the way."""
+
+    def __init__(self, max_preds: int | None, loc: tuple[str | int, ...]) -> None:
+        self.max_preds = max_preds
+        self.loc: list[str | int] = list(loc)
+        self.faults: list[Fault] = []
+
+    def read(self, value: Any, shape: Shape) -> Any:
+        if isinstance(shape, dict):
+            return self.read_object(value, shape) if type(value) is dict else self.fault("model_attributes_type")
+        if isinstance(shape, list):
+            return self.read_list(value, shape) if type(value) is list else self.fault("list_type")
+        try:
+            return shape(value)
+        except ValueError as error:
+            return self.fault(str(error))
+
+    def read_object(self, value: dict[str, Any], shape: dict[str, Any]) -> dict[str, Any]:
+        result = {}
+        for name, member in shape.items():
+            self.loc.append(name)
+            result[name] = self.read(value[name], member) if name in value else self.fault("missing")
+            self.loc.pop()
+        return result
+
+    def read_list(self, value: list[Any], shape: list[Any]) -> Any:
+        if shape is _PREDS and self.max_preds is not None and len(value) > self.max_preds:
+            return self.fault("too_long", _too_long(self.max_preds, len(value)))
+        result = []
+        self.loc.append(0)
+        for self.loc[-1], item in enumerate(value):
+            result.append(self.read(item, shape[0]))
+        self.loc.pop()
+        return result
+
+    def fault(self, kind: str, message: str | None = None) -> Any:
+        """Notes a fault at `loc`, and gives the value that stands for the faulty one."""
+        self.faults.append(_fault(self.loc, kind, message))
+        if len(self.faults) == MAX_FAULTS:
+            self.faults.append(_fault(["body"], "too_many_faults", f"Only the first {MAX_FAULTS} faults are listed"))
+            raise InvalidEvent(self.faults)
+        return None
+
+
+def _too_long(limit: int, length: int) -> str:
+    return f"List should have at most {limit} item{'' if limit == 1 else 's'} after validation, not {length}"
+
+
+def _validate_carefully(document: object, max_preds: int | None, loc: tuple[str | int, ...]) -> Event:
+    walk = _Walk(max_preds, loc)
+    event: Event = walk.read(document, _EVENT)
+    if walk.faults:
+        raise InvalidEvent(walk.faults)
+    return event
+
+
+def _validate_quickly(document: Any, max_preds: int | None) -> Event | None:
+    """The event in normal form; None when somebody has to look closer."""
+    try:
+        data = document["data"]
+        ids = document["device_id"], document["client_id"], document["created_at"], data["license_id"]
+        device_id, client_id, created_at, license_id = ids
+        if not (str is type(device_id) is type(client_id) is type(created_at) is type(license_id)):
+            device_id, client_id, created_at, license_id = map(_identifier, ids)
+        preds = data["preds"]
+        if type(preds) is not list or (max_preds is not None and len(preds) > max_preds):
+            return None
+        normal = []
+        for pred in preds:
+            image_frame = pred["image_frame"]
+            prob = pred["prob"]
+            tags = pred["tags"]
+            if type(image_frame) is not str or type(tags) is not list:
+                return None
+            if type(prob) is not float or prob - prob != 0.0:
+                prob = _number(prob)
+            for tag in tags:
+                if type(tag) is not str:
+                    return None
+            normal.append({"image_frame": image_frame, "prob": prob, "tags": tags})
+    except (KeyError, TypeError, ValueError):
+        return None
+    return {
+        "device_id": device_id,
+        "client_id": client_id,
+        "created_at": created_at,
+        "data": {"license_id": license_id, "preds": normal},
+    }
+
+
+def validate(document: object, max_preds: int | None = None, loc: tuple[str | int, ...] = ("body",)) -> Event:
+    """The event in normal form. `document` is as `loads` gives it; its lists of tags are shared, not copied.
+
+    Raises InvalidEvent with every fault (the first MAX_FAULTS of them), each `loc` beginning with `loc`.
+    """
+    event = _validate_quickly(document, max_preds)
+    return event if event is not None else _validate_carefully(document, max_preds, loc)
+
+
+def decode(body: bytes, max_preds: int | None = None) -> Event:
+    """`loads` and `validate`, with a bound on the work when `max_preds` is given. Raises InvalidEvent with every fault.
+
+    What does not pass is read a second time, as FastAPI would (up to EXACT_READING_BYTES): so an integer id of more
+    than 64 bits keeps its digits, and NaN, 1e999 or a lone surrogate is named by where it is. What `loads` cannot read
+    is never accepted, though.
+    """
+    if max_preds is not None:
+        _bound_values(body, VALUES_PER_PRED * max_preds + SPARE_VALUES)
+    try:
+        document = loads(body)
+    except InvalidEvent as refusal:
+        exact = _read_exactly(body, otherwise=None) if body else None
+        if exact is not None:
+            _validate_carefully(exact, max_preds, ("body",))
+        raise refusal from None
+    event = _validate_quickly(document, max_preds)
+    if event is not None:
+        return event
+    return _validate_carefully(_read_exactly(body, otherwise=document), max_preds, ("body",))
+
+
+def _read_exactly(body: bytes, otherwise: object) -> object:
+    if len(body) > EXACT_READING_BYTES:
+        return otherwise
+    try:
+        return json.loads(body.decode("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise _unreadable(error.pos) from None
+    except UnicodeDecodeError as error:
+        raise _unreadable(error.start) from None
+    except (ValueError, RecursionError):  # an integer of thousands of digits; a deep document
+        return otherwise
+
+
+def _bound_values(body: bytes, limit: int) -> None:
+    """Refuses a body with more than `limit` values, at a fraction of what parsing it would cost."""
+    if len(body) <= limit:
+        return
+    count = _count_values(body)
+    if count > limit and b"\\" not in body and body.count(b'"') <= 2 * limit:
+        # Outside strings only: a frame may be the text of an array of pixels.
+        count = _count_values(b"".join(body.split(b'"')[::2]))
+    if count > limit:
+        raise InvalidEvent([_fault(["body"], "json_too_large", f"Body should hold at most {limit} JSON values")])
+
+
+def _count_values(text: bytes) -> int:
+    return len(text) - len(text.translate(None, b",[{"))
+
+
+def normalise(body: bytes, max_preds: int) -> bytes:
+    """The event in `body` in normal form, as bytes. Bounded work, whatever `body` is. Raises InvalidEvent."""
+    return orjson.dumps(decode(body, max_preds))
+
+
+def normalise_batch(body: bytes, lines: bool, max_preds: int) -> list[bytes | InvalidEvent]:
+    """The events of a JSON array, or of NDJSON when `lines`: each in normal form, or its faults (`loc`: body, position, …).
+
+    `max_preds` bounds the events, and the predictions of all of them. Raises InvalidEvent when the whole cannot be read.
+    """
+    _bound_values(body, VALUES_PER_PRED * max_preds + SPARE_VALUES)
+    documents: list[Any] = [line for line in body.split(b"\n") if line.strip()] if lines else loads(body)
+    if type(documents) is not list:
+        raise InvalidEvent([_fault(("body",), "list_type")])
+    if len(documents) > max_preds:
+        raise InvalidEvent([_fault(("body",), "too_long", _too_long(max_preds, len(documents)))])
+    normal: list[bytes | InvalidEvent] = []
+    preds = 0
+    for position, document in enumerate(documents):
+        try:
+            event = decode(document, max_preds) if lines else validate(document, max_preds, ("body", position))
+        except InvalidEvent as error:
+            if lines:
+                faults = [{**fault, "loc": ["body", position, *cast(list[Any], fault["loc"])[1:]]} for fault in error.faults]
+                error = InvalidEvent(faults)
+            normal.append(error)
+        else:
+            preds += len(event["data"]["preds"])
+            normal.append(orjson.dumps(event))
+    if preds > max_preds:
+        raise InvalidEvent([_fault(("body",), "too_long", _too_long(max_preds, preds))])
+    return normal
+
+
+def reason(faults: list[Fault]) -> str:
+    """One short line for a person: the first fault, and how many there are. It holds nothing of the document's text."""
+    first = faults[0]
+    loc = first["loc"]
+    where = ".".join(map(str, loc)) if isinstance(loc, list) else ""
+    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+    return f"{where}: {first['msg']}{more}"
+
+
+# --- identity ---
+
+
+def message_id(key: bytes, normalised: bytes) -> bytes:
+    """The AMQP message id for an event sent with an idempotency key: 32 hex digits, a 128-bit digest of both.
+
+    The same key with another event gives another id.
+    """
+    head = len(key).to_bytes(4, "big") + key
+    return blake2b(head + normalised, digest_size=16, person=b"predlog-msg-id").hexdigest().encode()
+
+
+def digest(message_id: str | bytes) -> bytes:
+    """The 16 bytes a message id is remembered by: its own when it is 32 hex digits, else a digest of it."""
+    text = message_id.encode(errors="surrogateescape") if isinstance(message_id, str) else message_id
+    with suppress(ValueError):
+        own = bytes.fromhex(text.decode("ascii"))
+        if len(text) == 32 and len(own) == 16:  # fromhex skips white space
+            return own
+    return blake2b(text, digest_size=16, person=b"predlog-digest").digest()
+
+
+# --- rows ---
+
+
+def row_count(body: bytes) -> int:
+    """How many rows the event in `body` makes. Right only for normal form, where a quote inside a string is escaped."""
+    return body.count(b'"prob":')
+
+
+def encode_rows(events: Iterable[Event], low_prob_threshold: float) -> bytes:
+    """The CSV rows of `events`, one for each prediction, byte for byte as `csv.writer(delimiter=";")` writes them.
+
+    `tags` is a CSV record of its own (delimiter ","), with `low_prob` appended when `prob < low_prob_threshold`.
+    """
+    rows: list[str] = []
+    for event in events:
+        rows += _plain_rows(event, low_prob_threshold) or _quoted_rows(event, low_prob_threshold)
+    return "".join(rows).encode()
+
+
+def _plain_rows(event: Event, low_prob_threshold: float) -> list[str] | None:
+    """The event's rows when nothing in them needs a quote, else None. A third of what csv.writer costs."""
+    data = event["data"]
+    texts = [event["device_id"], event["client_id"], event["created_at"], data["license_id"]]
+    prefix = ";".join(texts)
+    rows = []
+    for pred in data["preds"]:
+        image_frame, prob, tags = pred["image_frame"], pred["prob"], pred["tags"]
+        if prob < low_prob_threshold:
+            tags = [*tags, LOW_PROB_TAG]
+        cell = ",".join(tags)
+        if tags and (not cell or cell.count(",") != len(tags) - 1):
+            return None
+        texts += image_frame, cell
+        rows.append(f"{prefix};{image_frame};{prob!r};{cell}\r\n")
+    text = "".join(texts)
+    return None if ";" in text or '"' in text or "\n" in text or "\r" in text else rows
+
+
+def _quoted_rows(event: Event, low_prob_threshold: float) -> list[str]:
+    data = event["data"]
+    ids = event["device_id"], event["client_id"], event["created_at"], data["license_id"]
+    text = StringIO(newline="")
+    writer = csv.writer(text, delimiter=";")
+    for pred in data["preds"]:
+        tags = [*pred["tags"], LOW_PROB_TAG] if pred["prob"] < low_prob_threshold else pred["tags"]
+        writer.writerow((*ids, pred["image_frame"], pred["prob"], _join_tags(tags)))
+    return [text.getvalue()]
+
+
+def _join_tags(tags: list[str]) -> str:
+    if not tags:
+        return ""
+    text = StringIO(newline="")
+    csv.writer(text).writerow(tags)
+    return text.getvalue().removesuffix("\r\n")
+
+
+_TAG = re.compile(r'(?:"([^"]*(?:""[^"]*)*)"|([^,]*)),')
+
+
+def split_tags(cell: str) -> list[str]:
+    """The tags of a row, from its last cell (as text, the row's own quotes taken off already)."""
+    return [quoted.replace('""', '"') or plain for quoted, plain in _TAG.findall(cell + ",")] if cell else []

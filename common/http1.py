@@ -1,0 +1,527 @@
+"""HTTP/1.1 message syntax, sans-IO (RFC 9110, RFC 9112): bytes in, requests out; and the bytes of a response.
+
+Strict: whatever two servers could read differently is refused, and nothing after it is read. What a parser makes of a
+stream does not depend on how the stream was cut into pieces. No sockets, clock, routes or media types here.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+from urllib.parse import unquote_to_bytes
+
+from common.errors import HttpError
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Limits:
+    """What one request may cost. The parsers of a server share one instance: heads are cached per instance."""
+
+    target_bytes: int = 8192  # else 414; RFC 9112 section 3 recommends at least 8,000 for a request line
+    head_bytes: int = 16384  # else 431; request line and header section, line ends included
+    headers: int = 100  # else 431
+    body_bytes: int = 8 * 1024 * 1024  # else 413; without the chunked coding
+    chunk_overhead_bytes: int = 16384  # else 413; chunk framing beyond the data that it carried. Trailer section: 431
+
+
+class Head(NamedTuple):
+    """Request line and header section. Immutable: equal heads may be one object."""
+
+    method: bytes
+    target: bytes  # as received
+    path: bytes  # percent-decoded, without the query; b"*" means the server as a whole
+    query: bytes  # as received, without the "?"
+    http10: bool
+    keep_alive: bool
+    content_length: int  # 0 without the field
+    chunked: bool
+    expect_continue: bool  # there is content, and the client may wait for a 100 before it sends it
+    content_type: bytes | None
+    content_encoding: bytes | None
+    idempotency_key: bytes | None
+    authorization: bytes | None
+    headers: tuple[tuple[bytes, bytes], ...]  # in order; names in lower case, values trimmed
+
+
+class Request:
+    """A complete request. `body` is without the chunked coding; a content coding is left on."""
+
+    __slots__ = ("body", "head")
+
+    def __init__(self, head: Head, body: bytes) -> None:
+        self.head = head
+        self.body = body
+
+
+_TCHAR = b"!#$%&'*+-.^_`|~0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+# The same twice: what a whole head matches, and the first fault, which ends where it shows.
+_HEAD_LINES = re.compile(rb"(?:[\t -~\x80-\xff]*+\r\n)++")
+_NOT_IN_HEAD = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f](?:(?<![\r\n])|(?<=\n)(?<!\r\n)|(?<=\r)[^\n])")
+
+# Possessive quantifiers (*+, ++) throughout: no input makes these patterns backtrack.
+_TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]++"
+_QUOTED_STRING = rb'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*+"'
+_PCHAR = rb"[A-Za-z0-9\-._~!$&'()*+,;=:@]|%[0-9A-Fa-f]{2}"
+_HOST = rb"(?:\[[0-9A-Fa-f:.]++\]|(?:[A-Za-z0-9\-._~!$&'()*+,;=]|%[0-9A-Fa-f]{2})++)"
+
+_REQUEST_LINE = re.compile(rb"(%b) ([!-~]++) HTTP/([0-9])\.([0-9])" % _TOKEN)
+# RFC 3986 has no []{}|\^` in a query, but browsers send them unencoded (URL Standard) and they mislead nobody.
+_ORIGIN_FORM = re.compile(rb"(/(?:%b|/)*+)(?:\?((?:%b|[/?\[\]{}|\\^`])*+))?" % (_PCHAR, _PCHAR))
+_ABSOLUTE_FORM = re.compile(rb"(?i:https?)://%b(?::[0-9]{0,5})?([/?].*+)?" % _HOST)
+_AUTHORITY_FORM = re.compile(rb"%b:[0-9]{1,5}" % _HOST)
+_HOST_VALUE = re.compile(rb"(?:%b(?::[0-9]{0,5})?)?" % _HOST)
+_CHUNK_LINE = re.compile(
+    rb"([0-9A-Fa-f]{1,16})(?:[ \t]*+;[ \t]*+%b(?:[ \t]*+=[ \t]*+(?:%b|%b))?)*+\r\n" % (_TOKEN, _TOKEN, _QUOTED_STRING)
+)
+
+# Fields that change what a request means here: two of one name are ambiguous. (Connection is a list, and may repeat.)
+_ONCE = frozenset(
+    b"host content-length transfer-encoding expect content-type content-encoding idempotency-key authorization".split()
+)
+_NOT_IN_TRAILERS = frozenset(b"host content-length transfer-encoding".split())  # RFC 9110 section 6.5.1
+
+_METHOD_AND_VERSION_BYTES = 64  # their room in a request line beside the target
+_EMPTY_LINES = 8  # in front of a request line; RFC 9112 section 2.2 asks for at least one
+_CACHED_HEADS = 1024
+_CACHED_HEAD_BYTES = 1024
+
+
+@lru_cache(256)
+def _field(line: bytes) -> tuple[bytes, bytes]:
+    """One field line without CR, LF and control characters (RFC 9112 section 5): lower-case name, trimmed value."""
+    name, colon, value = line.partition(b":")
+    if not colon or not name or name.translate(None, _TCHAR):
+        if line[:1] in (b" ", b"\t"):
+            raise HttpError(400, "folded or indented header line")
+        raise HttpError(400, "malformed header line")
+    return name.lower(), value.strip(b" \t")
+
+
+@lru_cache(64)
+def _request_line(line: bytes, target_bytes: int) -> tuple[bytes, bytes, bytes, bytes, bool]:
+    """Method, target, path, query, and whether the version is 1.0 (RFC 9112 section 3)."""
+    match = _REQUEST_LINE.fullmatch(line)
+    if match is None:
+        raise HttpError(400, "malformed request line")
+    method, target, major, minor = match.groups()
+    if major != b"1":
+        raise HttpError(505, "only HTTP/1.1 and HTTP/1.0 are supported")
+    if len(target) > target_bytes:
+        raise HttpError(414, f"request target longer than {target_bytes} bytes")
+    path, query = _target(method, target)
+    return method, target, path, query, minor == b"0"  # a minor version above 1 is read as 1 (RFC 9110 section 6.2)
+
+
+def _target(method: bytes, target: bytes) -> tuple[bytes, bytes]:
+    """Path and query of a request target in one of its four forms (RFC 9112 section 3.2)."""
+    if method == b"CONNECT":
+        if _AUTHORITY_FORM.fullmatch(target):
+            raise HttpError(501, "CONNECT is not implemented")
+        raise HttpError(400, "malformed request target")
+    if target == b"*":
+        if method == b"OPTIONS":
+            return b"*", b""
+        raise HttpError(400, "only OPTIONS may have the target *")
+    if absolute := _ABSOLUTE_FORM.fullmatch(target):
+        target = absolute[1] or b""
+        if not target and method == b"OPTIONS":
+            return b"*", b""  # RFC 9112 section 3.2.4
+        if not target.startswith(b"/"):
+            target = b"/" + target
+    origin = _ORIGIN_FORM.fullmatch(target)
+    if origin is None:
+        raise HttpError(400, "malformed request target")
+    path, query = origin.groups(b"")
+    return unquote_to_bytes(path) if b"%" in path else path, query
+
+
+def parse_head(raw: bytes, limits: Limits) -> Head:
+    """The head of a request from its bytes, including the empty line at their end.
+
+    The caller has checked `head_bytes`. Raises HttpError 400, 413, 414, 417, 431, 501 or 505.
+    """
+    if not _HEAD_LINES.fullmatch(raw):
+        raise HttpError(400, "control character or bare line feed in the request head")
+    request_line, *field_lines = raw[:-4].split(b"\r\n")
+    if len(field_lines) > limits.headers:
+        raise HttpError(431, f"more than {limits.headers} header lines")
+
+    method, target, path, query, http10 = _request_line(request_line, limits.target_bytes)
+
+    headers = []
+    once: dict[bytes, bytes] = {}
+    connection = b""
+    for line in field_lines:
+        field = name, value = _field(line)
+        headers.append(field)
+        if name in _ONCE:
+            if name in once:
+                raise HttpError(400, f"more than one {name.decode()} header")
+            once[name] = value
+        elif name == b"connection":
+            connection += b"," + value
+
+    host = once.get(b"host")
+    if host is None:
+        if not http10:
+            raise HttpError(400, "no Host header")
+    elif not _HOST_VALUE.fullmatch(host):
+        raise HttpError(400, "malformed Host header")
+
+    content_length, chunked = _content(once, http10, limits)
+    expect = None if http10 else once.get(b"expect")  # RFC 9110 section 10.1.1: ignored in HTTP/1.0
+    if expect is not None and expect.lower() != b"100-continue":
+        raise HttpError(417, "the only expectation that can be met is 100-continue")
+    options = {option.strip(b" \t") for option in connection.lower().split(b",")} if connection else ()
+    return Head(
+        method,
+        target,
+        path,
+        query,
+        http10,
+        b"close" not in options and (not http10 or b"keep-alive" in options),
+        content_length,
+        chunked,
+        expect is not None and (chunked or content_length > 0),
+        once.get(b"content-type"),
+        once.get(b"content-encoding"),
+        once.get(b"idempotency-key"),
+        once.get(b"authorization"),
+        tuple(headers),
+    )
+
+
+def _content(fields: dict[bytes, bytes], http10: bool, limits: Limits) -> tuple[int, bool]:
+    """Length of the content, and whether it is chunked instead (RFC 9112 section 6.3, without its leniencies)."""
+    coding = fields.get(b"transfer-encoding")
+    length = fields.get(b"content-length")
+    if coding is not None:
+        if http10:
+            raise HttpError(400, "Transfer-Encoding in HTTP/1.0")
+        if length is not None:
+            raise HttpError(400, "both Transfer-Encoding and Content-Length")
+        if coding.lower() == b"chunked":
+            return 0, True
+        codings = [name.strip(b" \t") for name in coding.lower().split(b",")]
+        if codings[-1] != b"chunked" or codings.count(b"chunked") > 1:
+            raise HttpError(400, "the last transfer coding must be chunked, once")
+        raise HttpError(501, "the only transfer coding supported is chunked")
+    if length is None:
+        return 0, False
+    if not length.isdigit():
+        raise HttpError(400, "malformed Content-Length header")
+    if len(length) > 19 or int(length) > limits.body_bytes:
+        raise HttpError(413, f"content longer than {limits.body_bytes} bytes")
+    return int(length), False
+
+
+_parse_head_cached = lru_cache(_CACHED_HEADS)(parse_head)
+
+
+class _ChunkedContent:
+    """Chunked content, decoded as it arrives (RFC 9112 section 7.1). Trailer fields are checked and dropped."""
+
+    __slots__ = ("_chunk_bytes", "_expects", "_framing_bytes", "_limits", "_searched_bytes", "complete", "data")
+
+    def __init__(self, limits: Limits) -> None:
+        self.data = bytearray()
+        self.complete = False
+        self._limits = limits
+        self._expects = "size line"  # or "data", "data end", "trailer line"
+        self._chunk_bytes = 0  # still to come of the current chunk
+        self._framing_bytes = limits.chunk_overhead_bytes  # still allowed; each byte of data allows one more
+        self._searched_bytes = 0  # of the current line, without its end
+
+    def receive(self, buffer: bytes | bytearray, start: int) -> int:
+        """Read from `start` on. Returns where it is dealt with up to. Raises HttpError 400, 413 or 431."""
+        while not self.complete:
+            if self._expects == "data":
+                piece = buffer[start : start + self._chunk_bytes]
+                start += len(piece)
+                self.data += piece
+                self._chunk_bytes -= len(piece)
+                if self._chunk_bytes:
+                    break
+                self._expects = "data end"
+            if self._expects == "data end":
+                line_end = buffer[start : start + 2]
+                if not b"\r\n".startswith(line_end):
+                    raise HttpError(400, "chunk longer than its size")
+                if len(line_end) < 2:
+                    break
+                start += 2
+                self._framing_bytes -= 2
+                self._expects = "size line"
+            end = buffer.find(b"\n", start + self._searched_bytes) + 1
+            line_bytes = (end or len(buffer)) - start
+            if line_bytes > min(self._framing_bytes, self._limits.chunk_overhead_bytes):
+                if self._expects == "trailer line":
+                    raise HttpError(431, "trailer section too long")
+                raise HttpError(413, "too much chunk framing for too little content")
+            if not end:
+                self._searched_bytes = line_bytes
+                break
+            self._searched_bytes = 0
+            self._framing_bytes -= line_bytes
+            if self._expects == "size line":
+                self._read_size_line(bytes(buffer[start:end]))
+            else:
+                self._read_trailer_line(bytes(buffer[start:end]))
+            start = end
+        return start
+
+    def _read_size_line(self, line: bytes) -> None:
+        match = _CHUNK_LINE.fullmatch(line)
+        if match is None:
+            raise HttpError(400, "malformed chunk size line")
+        self._chunk_bytes = int(match[1], 16)
+        if len(self.data) + self._chunk_bytes > self._limits.body_bytes:
+            raise HttpError(413, f"content longer than {self._limits.body_bytes} bytes")
+        self._framing_bytes += self._chunk_bytes
+        self._expects = "data" if self._chunk_bytes else "trailer line"
+
+    def _read_trailer_line(self, line: bytes) -> None:
+        if line == b"\r\n":
+            self.complete = True
+            return
+        if not _HEAD_LINES.fullmatch(line):
+            raise HttpError(400, "control character or bare line feed in the trailer section")
+        name, _ = _field(line[:-2])
+        if name in _NOT_IN_TRAILERS:
+            raise HttpError(400, f"{name.decode()} in the trailer section")
+
+
+class RequestParser:
+    """The requests of one connection, in order.
+
+    `receive_data` only stores: who leaves requests in the parser must also stop reading, by `buffered_bytes`. Once
+    `next_request` returned None, one incomplete request at most is stored, within the limits.
+    After an error, and after a request without keep-alive (RFC 9112 section 9.6), everything more is dropped.
+    """
+
+    __slots__ = (
+        "_buffer",
+        "_chunked",
+        "_dropped",
+        "_empty_lines",
+        "_ended",
+        "_error",
+        "_limits",
+        "_request_line_bytes",
+        "_searched_bytes",
+        "_start",
+        "head",
+    )
+
+    def __init__(self, limits: Limits) -> None:
+        self.head: Head | None = None  # of the request whose content is not complete yet
+        self._limits = limits
+        self._request_line_bytes = min(limits.target_bytes + _METHOD_AND_VERSION_BYTES, limits.head_bytes - 2)
+        self._buffer: bytes | bytearray = b""  # one piece as it came, or a bytearray of several
+        self._start = 0  # the buffer before it is dealt with
+        self._searched_bytes = 0  # from _start on, without the end of a head
+        self._empty_lines = 0
+        self._chunked: _ChunkedContent | None = None
+        self._ended = False
+        self._dropped = False
+        self._error: HttpError | None = None
+
+    @property
+    def buffered_bytes(self) -> int:
+        """What is stored for requests not returned yet."""
+        return len(self._buffer) - self._start + (len(self._chunked.data) if self._chunked else 0)
+
+    @property
+    def idle(self) -> bool:
+        """Nothing has arrived after the requests returned."""
+        return not self._buffer and self.head is None and not self._dropped
+
+    def receive_data(self, data: bytes) -> None:
+        buffer = self._buffer
+        if not buffer:
+            if self._ended:
+                self._dropped = True
+            else:
+                self._buffer = data
+            return
+        if isinstance(buffer, bytearray):
+            del buffer[: self._start]
+        else:
+            self._buffer = buffer = bytearray(memoryview(buffer)[self._start :])
+        self._start = 0
+        buffer += data
+
+    def next_request(self) -> Request | None:
+        """The next complete request, or None when it takes more data.
+
+        Raises HttpError 400, 413, 414, 417, 431, 501 or 505, and again at each later call: the connection must close.
+        """
+        if not self._buffer:
+            if self._error is not None:
+                raise self._error
+            return None
+        try:
+            head = self.head or self._next_head()
+            if head is None:
+                return None
+            body = self._chunked_body() if head.chunked else self._take(head.content_length)
+        except HttpError as error:
+            self._error = error
+            self._end()
+            raise
+        if body is None:
+            self.head = head
+            return None
+        self.head = None
+        if not head.keep_alive:
+            self._end()
+        return Request(head, body)
+
+    def _next_head(self) -> Head | None:
+        if self._buffer[self._start] == 0x0D:
+            self._skip_empty_lines()
+        buffer, start, searched_bytes = self._buffer, self._start, self._searched_bytes
+        end = buffer.find(b"\r\n\r\n", start + searched_bytes - 3 if searched_bytes > 3 else start) + 4
+        if end < 4:
+            self._refuse_early(len(buffer))
+            self._searched_bytes = len(buffer) - start
+            return None
+        head_bytes = end - start
+        if head_bytes > self._request_line_bytes:
+            self._refuse_early(end)
+        raw = bytes(buffer[start:end])
+        if head_bytes <= _CACHED_HEAD_BYTES:
+            head = _parse_head_cached(raw, self._limits)
+        else:
+            head = parse_head(raw, self._limits)
+        self._empty_lines = 0
+        self._searched_bytes = 0
+        self._start = end
+        if head.chunked:
+            self._chunked = _ChunkedContent(self._limits)
+        return head
+
+    def _skip_empty_lines(self) -> None:
+        while self._buffer.startswith(b"\r\n", self._start):
+            self._empty_lines += 1
+            if self._empty_lines > _EMPTY_LINES:
+                raise HttpError(400, "too many empty lines before a request")
+            self._searched_bytes = 0
+            self._advance(self._start + 2)
+
+    def _refuse_early(self, stop: int) -> None:
+        """Refuse a head by what lies before `stop`, be it complete or not: too long, or a byte that none may have.
+
+        Of several reasons the one that shows first in the stream counts: so the pieces it comes in make no difference.
+        """
+        start, limits = self._start, self._limits
+        bad = _NOT_IN_HEAD.search(self._buffer, start + max(0, self._searched_bytes - 1), stop)
+        reach_bytes = (bad.end() - 1 if bad else stop) - start
+        line_stop = start + self._request_line_bytes + 2
+        if start + reach_bytes >= line_stop and self._buffer.find(b"\r\n", start, line_stop) < 0:
+            raise HttpError(414, f"request target longer than {limits.target_bytes} bytes")
+        if reach_bytes > limits.head_bytes:
+            raise HttpError(431, f"request head longer than {limits.head_bytes} bytes")
+        if bad:
+            raise HttpError(400, "control character or bare line feed in the request head")
+
+    def _take(self, size: int) -> bytes | None:
+        buffer, start = self._buffer, self._start
+        end = start + size
+        if end > len(buffer):
+            self._advance(start)
+            return None
+        # One copy, also out of a bytearray.
+        data = buffer[start:end] if isinstance(buffer, bytes) else bytes(memoryview(buffer)[start:end])
+        self._advance(end)
+        return data
+
+    def _chunked_body(self) -> bytes | None:
+        assert self._chunked is not None
+        self._advance(self._chunked.receive(self._buffer, self._start))
+        if not self._chunked.complete:
+            return None
+        body = bytes(self._chunked.data)
+        self._chunked = None
+        return body
+
+    def _advance(self, start: int) -> None:
+        if start == len(self._buffer):
+            self._buffer = b""
+            start = 0
+        self._start = start
+
+    def _end(self) -> None:
+        self._ended = True
+        self._dropped = bool(self._buffer)
+        self._chunked = None
+        self._buffer = b""
+        self._start = 0
+
+
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+_REASONS = {
+    200: b"OK",
+    202: b"Accepted",
+    204: b"No Content",
+    207: b"Multi-Status",
+    400: b"Bad Request",
+    401: b"Unauthorized",
+    403: b"Forbidden",
+    404: b"Not Found",
+    405: b"Method Not Allowed",
+    408: b"Request Timeout",
+    409: b"Conflict",
+    413: b"Content Too Large",
+    414: b"URI Too Long",
+    415: b"Unsupported Media Type",
+    417: b"Expectation Failed",
+    422: b"Unprocessable Content",
+    429: b"Too Many Requests",
+    431: b"Request Header Fields Too Large",
+    500: b"Internal Server Error",
+    501: b"Not Implemented",
+    503: b"Service Unavailable",
+    504: b"Gateway Timeout",
+    505: b"HTTP Version Not Supported",
+}
+
+
+def response(
+    status: int,
+    body: bytes = b"",
+    content_type: bytes = b"application/json",
+    date: bytes = b"",
+    extra_headers: bytes = b"",
+    *,
+    keep_alive: bool = True,
+    head_only: bool = False,
+    http10: bool = False,
+) -> bytes:
+    """A whole response.
+
+    `date`: now as an IMF-fixdate (RFC 9110 section 5.6.7), left out when empty. `extra_headers`: field lines, each with
+    its CRLF. `head_only`: the answer to HEAD, with the length that the body would have. `http10`: of the request.
+    """
+    prefix = _response_prefix(status, content_type, date, keep_alive, http10)
+    if status == 204:  # has no content, and no Content-Length (RFC 9110 section 8.6)
+        return b"%b%b\r\n" % (prefix, extra_headers)
+    return b"".join((prefix, b"%d\r\n" % len(body), extra_headers, b"\r\n", b"" if head_only else body))
+
+
+@lru_cache(64)
+def _response_prefix(status: int, content_type: bytes, date: bytes, keep_alive: bool, http10: bool) -> bytes:
+    """A response up to the value of Content-Length. It says HTTP/1.1 to 1.0 clients too (RFC 9110 section 2.5)."""
+    prefix = b"HTTP/1.1 %d %b\r\n" % (status, _REASONS.get(status, b""))
+    if date:
+        prefix += b"Date: %b\r\n" % date
+    if not keep_alive:
+        prefix += b"Connection: close\r\n"
+    elif http10:
+        prefix += b"Connection: keep-alive\r\n"
+    if status == 204:
+        return prefix
+    return prefix + b"Content-Type: %b\r\nContent-Length: " % content_type

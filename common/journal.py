@@ -1,0 +1,189 @@
+"""What is remembered next to the CSV: which bytes of which file are committed, and the ids of recent messages.
+
+An append-only text file. Each line is a checksum and one JSON record, and is one commit: one write, one fsync. A line
+cut short by a crash is a commit that never was. The first line holds every id, the others the ids of their commit.
+The file is replaced as a whole (written beside, synced, renamed) when it has grown, and when anything about it failed,
+because after a failed write or fsync nobody knows what of it is on disk.
+Knows nothing of the CSV itself. It is for one thread.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import zlib
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from itertools import chain, islice
+from struct import iter_unpack
+
+ID_BYTES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class FileState:
+    """How far a file is committed, and how to know it: crc32 of its last committed bytes, from `chunk_offset` on."""
+
+    device: int
+    inode: int
+    committed_bytes: int
+    chunk_offset: int
+    chunk_crc32: int
+    started_at: float  # Unix time at which the file was begun or taken over
+
+
+class JournalCorrupt(Exception):
+    """The journal is there, and does not say what was committed."""
+
+
+class Journal:
+    def __init__(self, path: str, dedup_window: int, prefetch_count: int, log: logging.Logger) -> None:
+        self.path = path
+        self._log = log
+        self._dedup_window = dedup_window
+        self._prefetch_count = prefetch_count
+        self._order: deque[bytes] = deque()  # the same ids in commit order
+        self._ids: set[bytes] = set()
+        self._fd = -1  # -1: the next commit writes the file anew
+        self._bytes = 0
+
+    @property
+    def window(self) -> int:
+        """How many ids are remembered.
+
+        The broker can redeliver `prefetch_count` messages, and while it does others are committed: twice covers both.
+        The largest `prefetch_count` ever used counts, because what was unacked under it may still come back.
+        """
+        return max(self._dedup_window, 2 * self._prefetch_count)
+
+    def load(self) -> tuple[FileState, bool] | None:
+        """The last committed state, and whether that run ended cleanly; None without a journal. Remembers the ids.
+
+        Raises OSError, and JournalCorrupt for anything that a crash of ours cannot have left.
+        """
+        try:
+            with open(self.path, "rb") as file:
+                lines = file.read().split(b"\n")
+        except FileNotFoundError:
+            return None
+        texts = [_checked(line) for line in lines[:-1]]
+        whole = [text for text in texts if text is not None]
+        if not whole or None in texts[: len(whole)]:
+            raise JournalCorrupt("a damaged line" if whole else "no whole line")
+        try:
+            ids = deque[str]()
+            for text in whole:
+                record = json.loads(text)
+                ids.append(record["ids"])
+            state = FileState(**record["file"])
+            clean = bool(record["clean"])
+            prefetch_count = int(record["prefetch_count"])
+            packed = bytes.fromhex("".join(ids))
+            if len(packed) % ID_BYTES or not 0 <= state.chunk_offset <= state.committed_bytes:
+                raise ValueError("impossible numbers")
+        except (ValueError, TypeError, KeyError) as error:
+            raise JournalCorrupt(f"not a journal of this version ({error!r})") from error
+        self._prefetch_count = max(self._prefetch_count, prefetch_count)
+        self._remember([id for (id,) in iter_unpack("16s", packed[-self.window * ID_BYTES :])])
+        return state, clean
+
+    def seen(self, id: bytes) -> bool:
+        return id in self._ids
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def commit(self, state: FileState, ids: Sequence[bytes] = (), clean: bool = False) -> None:
+        """Makes `state` and new `ids` (16 bytes each) durable, then remembers them.
+
+        Raises OSError; then the commit is on disk or not, and the same call again settles it.
+        """
+        if self._fd >= 0 and self._bytes < self._limit_bytes() and self._untouched():
+            self._append(self._line(state, ids, clean))
+        else:
+            known = islice(self._order, max(0, len(self._order) + len(ids) - self.window), None)
+            self._replace(self._line(state, chain(known, ids), clean))
+        self._remember(ids)
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _remember(self, ids: Sequence[bytes]) -> None:
+        self._order.extend(ids)
+        self._ids.update(ids)
+        for _ in range(len(self._order) - self.window):
+            self._ids.discard(self._order.popleft())
+
+    def _line(self, state: FileState, ids: Sequence[bytes] | chain[bytes], clean: bool) -> bytes:
+        record = {
+            "file": asdict(state),
+            "clean": clean,
+            "prefetch_count": self._prefetch_count,
+            "ids": b"".join(ids).hex(),
+        }
+        text = json.dumps(record).encode()
+        return b"%08x %b\n" % (zlib.crc32(text), text)
+
+    def _limit_bytes(self) -> int:
+        return (4 << 20) + 2 * (2 * ID_BYTES * self.window)
+
+    def _untouched(self) -> bool:
+        try:
+            status = os.stat(self.path)
+        except FileNotFoundError:
+            status = None
+        ours = os.fstat(self._fd)
+        if status and (status.st_ino, status.st_dev, status.st_size) == (ours.st_ino, ours.st_dev, self._bytes):
+            return True
+        self._log.warning("%s: another program changed or removed it; it is written anew, complete", self.path)
+        return False
+
+    def _append(self, line: bytes) -> None:
+        try:
+            _write(self._fd, line)
+            os.fsync(self._fd)
+        except OSError:
+            self.close()
+            raise
+        self._bytes += len(line)
+
+    def _replace(self, line: bytes) -> None:
+        self.close()
+        beside = f"{self.path}.new"
+        fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644)
+        try:
+            _write(fd, line)
+            os.fsync(fd)
+            os.rename(beside, self.path)
+            _sync_directory(self.path)
+        except OSError:
+            os.close(fd)
+            with suppress(OSError):
+                os.unlink(beside)
+            raise
+        self._fd = fd
+        self._bytes = len(line)
+
+
+def _checked(line: bytes) -> bytes | None:
+    checksum, _, text = line.partition(b" ")
+    return text if checksum == b"%08x" % zlib.crc32(text) else None
+
+
+def _write(fd: int, line: bytes) -> None:
+    rest = memoryview(line)
+    while rest:
+        rest = rest[os.write(fd, rest) :]
+
+
+def _sync_directory(path: str) -> None:
+    fd = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

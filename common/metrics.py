@@ -1,0 +1,137 @@
+"""Counters, gauges and histograms over one flat array of floats, and their text in Prometheus' format.
+
+Pure: no clock, no I/O. The layout is fixed before the first count, so the array can live in memory that several
+worker processes share, one array each; whoever is scraped merges all of them.
+"""
+
+import re
+from array import array
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, MutableSequence, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
+LATENCY_SECONDS = (
+    *(0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.025),
+    *(0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0),
+)
+BATCH_ROWS = (1.0, 10.0, 50.0, 100.0, 250.0, 500.0, 1000.0, 2500.0, 5000.0, 10000.0, 50000.0)
+
+_METRIC_NAME = re.compile(r"[a-zA-Z_:][a-zA-Z0-9_:]*")
+_LABEL_NAME = re.compile(r"(?!__)[a-zA-Z_][a-zA-Z0-9_]*")
+_HELP_ESCAPES = str.maketrans({"\\": r"\\", "\n": r"\n"})
+_LABEL_ESCAPES = _HELP_ESCAPES | str.maketrans({'"': r"\""})
+
+Merge = Callable[[Iterable[float]], float]
+
+
+@dataclass(slots=True)
+class _Family:
+    help: str
+    type: str
+    merge: Merge
+    bounds: tuple[float, ...] = ()
+    """Of a histogram only."""
+    samples: dict[str, int] = field(default_factory=dict)
+    """The first index of each label set, by its text: `{route="/process"}`, or nothing."""
+
+
+class Metrics:
+    """A set of metrics. To count is `metrics.values[index] += 1.0`; to set a gauge, `metrics.values[index] = x`."""
+
+    def __init__(self) -> None:
+        self.values: MutableSequence[float] = array("d")
+        self._families: dict[str, _Family] = {}
+
+    @property
+    def size(self) -> int:
+        """How many floats one process needs."""
+        return len(self.values)
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all families; a histogram's without `_bucket`, `_sum` and `_count`."""
+        return list(self._families)
+
+    def counter(self, name: str, help: str, /, **labels: str) -> int:
+        """Register a counter, or one more label set of it; its index."""
+        if not name.endswith("_total"):
+            raise ValueError(f"{name}: the name of a counter ends in _total")
+        return self._register(name, labels, _Family(help, "counter", sum), 1)
+
+    def gauge(self, name: str, help: str, merge: Merge = sum, /, **labels: str) -> int:
+        """Register a gauge, or one more label set of it; its index. `merge` is sum, max or min over the processes."""
+        return self._register(name, labels, _Family(help, "gauge", merge), 1)
+
+    def histogram(self, name: str, help: str, bounds: Sequence[float], /) -> "Histogram":
+        """Register a histogram with ascending, inclusive upper `bounds`; a bucket for +Inf is added."""
+        if not bounds or sorted(set(bounds)) != list(bounds):
+            raise ValueError(f"{name}: the bounds of a histogram ascend")
+        start = self._register(name, {}, _Family(help, "histogram", sum, tuple(bounds)), len(bounds) + 2)
+        return Histogram(self, start, tuple(bounds))
+
+    def bind(self, values: MutableSequence[float]) -> None:
+        """Go on counting in `values`, of `size` floats. Call it once, after the last registration.
+
+        What `values` holds already was counted by a dead predecessor of this process. Counters go on from there, since
+        a total that falls reads as a restart of all processes; gauges start anew.
+        """
+        if len(values) != self.size:
+            raise ValueError(f"{len(values)} floats for {self.size} metrics")
+        gauges = {i for f in self._families.values() if f.type == "gauge" for i in f.samples.values()}
+        for i, value in enumerate(self.values):
+            values[i] = value if i in gauges else value + values[i]
+        self.values = values
+
+    def render(self, all_values: Sequence[Sequence[float]] = ()) -> bytes:
+        """The text exposition (format 0.0.4) of the values of all processes; of this one's own without an argument."""
+        columns = list(zip(*(all_values or (self.values,)), strict=True))
+        lines: list[str] = []
+        for name, family in self._families.items():
+            lines += f"# HELP {name} {family.help.translate(_HELP_ESCAPES)}", f"# TYPE {name} {family.type}"
+            for labels, start in family.samples.items():
+                if not family.bounds:
+                    lines.append(f"{name}{labels} {_number(family.merge(columns[start]))}")
+                    continue
+                end = start + len(family.bounds) + 1
+                cumulative = [_number(count) for count in accumulate(map(sum, columns[start:end]))]
+                les = (*map(_number, family.bounds), "+Inf")
+                lines += (f'{name}_bucket{{le="{le}"}} {count}' for le, count in zip(les, cumulative, strict=True))
+                lines += f"{name}_sum {_number(sum(columns[end]))}", f"{name}_count {cumulative[-1]}"
+        return "\n".join((*lines, "")).encode()
+
+    def _register(self, name: str, labels: dict[str, str], family: _Family, floats: int) -> int:
+        known = self._families.setdefault(name, family)
+        text = ",".join(f'{key}="{value.translate(_LABEL_ESCAPES)}"' for key, value in sorted(labels.items()))
+        text = text and f"{{{text}}}"
+        if not _METRIC_NAME.fullmatch(name) or not all(map(_LABEL_NAME.fullmatch, labels)):
+            raise ValueError(f"{name}{text}: not a Prometheus name")
+        if (known.help, known.type, known.merge) != (family.help, family.type, family.merge) or text in known.samples:
+            raise ValueError(f"{name}{text} is registered already, or as something else")
+        known.samples[text] = start = len(self.values)
+        for _ in range(floats):
+            self.values.append(0.0)
+        return start
+
+
+class Histogram:
+    """One count per bucket, not cumulative, and after them the sum, from `start` on in the values of `metrics`."""
+
+    __slots__ = ("_bounds", "_metrics", "_start", "_sum")
+
+    def __init__(self, metrics: Metrics, start: int, bounds: tuple[float, ...]) -> None:
+        self._metrics = metrics
+        self._bounds = bounds
+        self._start = start
+        self._sum = start + len(bounds) + 1
+
+    def observe(self, value: float) -> None:
+        """Count one `value`, in the unit that the metric's name ends with."""
+        values = self._metrics.values
+        values[self._start + bisect_left(self._bounds, value)] += 1.0
+        values[self._sum] += value
+
+
+def _number(value: float) -> str:
+    return str(int(value)) if float(value).is_integer() else repr(value)

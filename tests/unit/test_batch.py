@@ -1,0 +1,66 @@
+"""When to flush, and what to acknowledge."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common import batch
+from common.frames import Delivery
+
+
+def deliveries(*bodies: bytes) -> list[Delivery]:
+    return [Delivery(number, False, b"", body) for number, body in enumerate(bodies, 1)]
+
+
+def test_a_row_waits_no_longer_than_the_flush_interval() -> None:
+    pending = batch.Pending(batch_max_rows=10, flush_interval_seconds=0.05)
+    assert pending.due_in(0.0) is None
+    pending.add(deliveries(b'{"prob":1}'), 1.0)
+    pending.add(deliveries(b'{"prob":1}'), 1.04)  # what comes later does not put it off
+    assert pending.due_in(1.04) == pytest.approx(0.01)
+    assert pending.due_in(1.06) == 0.0
+
+
+def test_a_full_batch_does_not_wait() -> None:
+    pending = batch.Pending(batch_max_rows=4, flush_interval_seconds=60)
+    pending.add(deliveries(b'"prob":1 "prob":2 "prob":3'), 0.0)
+    assert not pending.full
+    pending.add(deliveries(b'"prob":1'), 0.0)
+    assert pending.due_in(0.0) == 0.0
+    large = batch.Pending(batch_max_rows=4, flush_interval_seconds=60)
+    large.add(deliveries(bytes(batch.FULL_BYTES)), 0.0)
+    assert large.due_in(0.0) == 0.0
+
+
+def test_taking_leaves_nothing() -> None:
+    pending = batch.Pending(4, 60)
+    pending.add(deliveries(b'"prob":1', b""), 0.0)
+    assert len(pending.take()) == 2
+    assert (pending.take(), pending.rows, pending.bytes, pending.due_in(9.0)) == ([], 0, 0, None)
+
+
+@given(st.lists(st.sampled_from(["store", "hold", "later"]), max_size=20))
+def test_acks_cover_every_stored_tag_and_no_other(fates: list[str]) -> None:
+    """Tags of one batch: stored, held for the dead letters, or of a later batch (above all others)."""
+    fates.sort(key=lambda fate: fate == "later")
+    tags = {tag: fate for tag, fate in enumerate(fates, 1)}
+    stored = [tag for tag, fate in tags.items() if fate == "store"]
+    held = {tag for tag, fate in tags.items() if fate == "hold"}
+    settled: set[int] = set()
+    for tag, multiple in batch.acks(stored, held):
+        covered = {lower for lower in tags if lower <= tag} - settled if multiple else {tag}
+        assert tag not in settled, "acking a settled tag closes the channel with 406"
+        settled |= covered
+    assert settled == set(stored)
+
+
+@pytest.mark.parametrize(
+    ("size", "age", "limit_bytes", "limit_seconds", "due"),
+    [(99, 9, 100, 10, False), (100, 0, 100, 0, True), (0, 10, 0, 10, True), (10**9, 10**9, 0, 0, False)],
+)
+def test_a_file_is_rotated_by_size_or_age_and_never_when_both_are_off(
+    size: int, age: float, limit_bytes: int, limit_seconds: int, due: bool
+) -> None:
+    assert batch.rotation_due(size, age, limit_bytes, limit_seconds) is due

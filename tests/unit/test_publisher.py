@@ -1,0 +1,182 @@
+"""The unconfirmed window."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common.errors import HttpError, Unavailable
+from common.frames import Confirm
+from common.publisher import Publisher
+
+
+class Lane:
+    """A connection that keeps what was sent."""
+
+    def __init__(self) -> None:
+        self.congested = False
+        self.sent: list[bytes] = []
+        self.failed = ""
+
+    def send(self, parts: Iterable[bytes]) -> None:
+        self.sent.append(b"".join(parts))
+
+    def fail(self, reason: str) -> None:
+        self.failed = reason
+
+
+class Waiter:
+    def __init__(self) -> None:
+        self.outcomes: list[str | int] = []
+
+    def confirmed(self, seconds: float) -> None:
+        self.outcomes.append("confirmed")
+
+    def failed(self, error: HttpError | Unavailable) -> None:
+        self.outcomes.append(error.status)
+
+
+class Bench:
+    """A publisher with a lane and a clock that a test moves."""
+
+    def __init__(self, max_unconfirmed: int = 100, max_bytes: int = 10_000) -> None:
+        self.time = 1000.0
+        self.publisher = Publisher("q", max_unconfirmed, max_bytes, 10.0, lambda: self.time, lambda: self.time)
+        self.lane = Lane()
+        self.publisher.link_up(self.lane, 131072)
+
+    def publish(self, number: int = 0, size: int = 10) -> Waiter:
+        waiter = Waiter()
+        self.publisher.publish(b"x" * size, b"%032d" % number, waiter)
+        return waiter
+
+
+def test_an_event_is_confirmed_only_by_its_own_confirm() -> None:
+    bench = Bench()
+    first, second = bench.publish(1), bench.publish(2)
+    bench.publisher.confirms([Confirm(2, False, True)])
+    assert (first.outcomes, second.outcomes) == ([], ["confirmed"])
+    assert bench.publisher.unconfirmed == 1
+
+
+@given(st.lists(st.tuples(st.integers(1, 30), st.booleans(), st.booleans()), max_size=40), st.integers(1, 30))
+def test_every_event_hears_exactly_one_outcome_whatever_the_order_of_confirms(
+    confirms: list[tuple[int, bool, bool]], count: int
+) -> None:
+    bench = Bench()
+    waiters = [bench.publish(number) for number in range(1, count + 1)]
+    expected: dict[int, str | int] = {}
+    for tag, multiple, ok in confirms:
+        bench.publisher.confirms([Confirm(tag, multiple, ok)])
+        for covered in range(1 if multiple else tag, tag + 1):
+            expected.setdefault(covered, "confirmed" if ok else 503)
+    assert [waiter.outcomes for waiter in waiters] == [
+        [expected[tag]] if tag in expected else [] for tag in range(1, count + 1)
+    ]
+    bench.time += 11
+    bench.publisher.sweep()
+    assert all(len(waiter.outcomes) == 1 for waiter in waiters)
+    assert bench.publisher.unconfirmed == bench.publisher.unconfirmed_bytes == 0
+
+
+def test_a_nack_is_never_a_200() -> None:
+    bench = Bench()
+    waiter = bench.publish()
+    bench.publisher.confirms([Confirm(1, False, False)])
+    assert waiter.outcomes == [503]
+
+
+def test_no_confirm_in_time_is_504_and_a_late_confirm_changes_nothing() -> None:
+    bench = Bench()
+    waiter = bench.publish()
+    bench.time += 9.9
+    bench.publisher.sweep()
+    assert waiter.outcomes == []
+    bench.time += 0.2
+    bench.publisher.sweep()
+    bench.publisher.confirms([Confirm(1, False, True)])
+    assert waiter.outcomes == [504]
+
+
+def test_a_link_without_one_confirm_in_the_whole_time_is_given_up() -> None:
+    bench = Bench()
+    bench.publish()
+    bench.time += 5
+    bench.publish()
+    bench.publisher.confirms([Confirm(2, False, True)])
+    bench.time += 5.1
+    bench.publisher.sweep()
+    assert bench.lane.failed == ""
+    bench.publish()
+    bench.time += 10.1
+    bench.publisher.sweep()
+    assert "no confirm" in bench.lane.failed
+
+
+def test_events_under_way_when_the_link_goes_down_are_published_again_first_with_the_same_message_id() -> None:
+    bench = Bench()
+    waiters = [bench.publish(number) for number in (1, 2, 3)]
+    bench.publisher.confirms([Confirm(2, False, True)])
+    bench.publisher.link_down("cut")
+    bench.publisher.confirms([Confirm(1, False, True)])  # of the old channel: means nothing any more
+    assert waiters[0].outcomes == []
+    second = Lane()
+    bench.publisher.link_up(second, 131072)
+    assert [b"%032d" % number in sent for number, sent in zip((1, 3), second.sent, strict=True)] == [True, True]
+    new = bench.publish(4)
+    bench.publisher.confirms([Confirm(2, True, True)])
+    assert [waiter.outcomes for waiter in (*waiters, new)] == [["confirmed"]] * 3 + [[]]
+    bench.publisher.confirms([Confirm(3, False, True)])
+    assert new.outcomes == ["confirmed"]
+
+
+def test_held_events_keep_their_deadline() -> None:
+    bench = Bench()
+    waiter = bench.publish()
+    bench.publisher.link_down("cut")
+    bench.time += 10.1
+    bench.publisher.sweep()
+    assert waiter.outcomes == [504]
+    second = Lane()
+    bench.publisher.link_up(second, 131072)
+    assert second.sent == []
+
+
+@pytest.mark.parametrize("trouble", ["away", "blocked", "count", "bytes", "congested", "draining"])
+def test_what_cannot_be_sent_is_refused_at_once_and_the_refusal_says_why(trouble: str) -> None:
+    bench = Bench(max_unconfirmed=2, max_bytes=100)
+    publisher = bench.publisher
+    assert publisher.trouble() is None
+    if trouble == "away":
+        publisher.link_down("cut")
+    elif trouble == "blocked":
+        publisher.blocked = "low on memory"
+    elif trouble == "count":
+        bench.publish(), bench.publish()
+    elif trouble == "bytes":
+        bench.publish(size=100)
+    elif trouble == "congested":
+        bench.lane.congested = True
+    else:
+        publisher.draining = True
+    sent = len(bench.lane.sent)
+    with pytest.raises(Unavailable) as refusal:
+        bench.publish()
+    assert len(bench.lane.sent) == sent
+    assert str(publisher.trouble()) == str(refusal.value)
+    if trouble == "blocked":
+        assert "low on memory" in str(refusal.value)
+
+
+def test_a_drain_that_takes_too_long_answers_everything() -> None:
+    bench = Bench()
+    sent = bench.publish(1)
+    bench.publisher.link_down("cut")
+    bench.publisher.link_up(bench.lane, 131072)
+    held = bench.publish(2)
+    bench.publisher.fail_all()
+    assert (sent.outcomes, held.outcomes) == ([504], [504])
+    assert bench.publisher.unconfirmed_bytes == 0
