@@ -14,7 +14,7 @@ import signal
 import ssl
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from common import __version__, amqp, config, content, event, lifecycle, openapi, workers
@@ -162,6 +162,15 @@ class _BatchItem:
         self._batch.settle(self._position, {"status": error.status, "detail": str(error)})
 
 
+def random_uuids() -> Iterator[bytes]:
+    """Version 4 UUIDs as 32 hex digits (RFC 9562 section 5.4); the randomness is fetched for many at once."""
+    while True:
+        digits = os.urandom(16 * 256).hex()
+        for at in range(0, len(digits), 32):
+            variant = "89ab"[int(digits[at + 16], 16) & 3]
+            yield f"{digits[at : at + 12]}4{digits[at + 13 : at + 16]}{variant}{digits[at + 17 : at + 32]}".encode()
+
+
 class Api:
     """What each request means."""
 
@@ -178,7 +187,7 @@ class Api:
         )
         self._page = PAGE.read_bytes()
         self._page_headers = openapi.page_headers(self._page)
-        self._random = b""
+        self._uuids = random_uuids()
 
     # Requests
 
@@ -264,15 +273,7 @@ class Api:
 
     def publish(self, body: bytes, key: bytes | None, waiter: _Post | _BatchItem) -> None:
         """Publish a normalised event; with a key, its message id is the same at every retry. Raises Unavailable."""
-        self._publisher.publish(body, self._random_uuid() if key is None else event.message_id(key, body), waiter)
-
-    def _random_uuid(self) -> bytes:
-        """A version 4 UUID as 32 hex digits (RFC 9562 section 5.4); randomness is fetched for many at once."""
-        if not self._random:
-            self._random = os.urandom(4096)
-        digits = self._random[:16].hex()
-        self._random = self._random[16:]
-        return f"{digits[:12]}4{digits[13:16]}{'89ab'[int(digits[16], 16) & 3]}{digits[17:]}".encode()
+        self._publisher.publish(body, next(self._uuids) if key is None else event.message_id(key, body), waiter)
 
     # Metrics
 

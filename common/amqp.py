@@ -95,8 +95,11 @@ async def open_link(url: str, name: str, high_water_bytes: int = 2**20) -> Link:
             connection = await aiormq.connect(f"{url}{join}name=predlog-{name}", transport_factory=factory)
             channel = await connection.channel(channel_number=HOT_CHANNEL)
     except BaseException as error:
+        said = factory.lane.lost if factory.lane is not None else None
         if factory.lane is not None:
             factory.lane.fail("not opened")
+        if said is not None and "NOT_ALLOWED" in said:  # aiormq reports this answer to connection.open as a frame error
+            raise aiormq.exceptions.ConnectionNotAllowed(said.removeprefix("closed: ")) from None
         if isinstance(error, asyncio.CancelledError) and not cancelled():
             raise ConnectionError("the connection was cut while opening") from None
         raise

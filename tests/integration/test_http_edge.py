@@ -1,0 +1,233 @@
+"""Clients that are slow, greedy, half-dead or hostile: each gets what it deserves, and no other one notices."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import Service, Start
+from tests.integration.test_contract import EVENT, call, post
+
+BODY = json.dumps(EVENT).encode()
+
+
+def request(body: bytes = BODY, *, path: bytes = b"/process", length: int | None = None, extra: bytes = b"") -> bytes:
+    size = len(body) if length is None else length
+    return b"POST %b HTTP/1.1\r\nHost: h\r\n%bContent-Length: %d\r\n\r\n%b" % (path, extra, size, body)
+
+
+@contextlib.contextmanager
+def connected(service: Service, timeout: float = 20) -> Iterator[socket.socket]:
+    host, _, port = service.url.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port)), timeout) as client:
+        yield client
+
+
+def read_all(client: socket.socket) -> bytes:
+    return b"".join(iter(lambda: client.recv(65536), b""))
+
+
+def reset(client: socket.socket) -> None:
+    """Vanish: the other side gets a reset."""
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.close()
+
+
+def metric(service: Service, name: str) -> float:
+    text = call(service, "GET", "/metrics")[2].decode()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(name) and "#" not in line)
+
+
+def wait_for(condition: Any, seconds: float = 15.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    ("sent", "setting", "answer"),
+    [
+        (b"GET /healthz HTTP/1.1\r\nHo", "HEAD_TIMEOUT_MS", b"HTTP/1.1 408 "),
+        (request(b"{", length=100), "BODY_TIMEOUT_MS", b"HTTP/1.1 408 "),
+        (b"", "IDLE_TIMEOUT_MS", b""),
+        (b"GET /healthz HTTP/1.1\r\nHost: h\r\n\r\n", "IDLE_TIMEOUT_MS", b"HTTP/1.1 200 "),
+    ],
+    ids=["head", "body", "never a byte", "idle after an answer"],
+)
+def test_a_client_that_stalls_is_closed_in_time(producer: Start, sent: bytes, setting: str, answer: bytes) -> None:
+    service = producer(**{setting: 300})
+    with connected(service) as client:
+        client.sendall(sent)
+        got = read_all(client)
+    assert got.startswith(answer)
+    assert got.count(b"HTTP/1.1") == (1 if answer else 0)
+
+
+def test_a_head_that_drips_is_not_granted_more_time(producer: Start) -> None:
+    service = producer(HEAD_TIMEOUT_MS=500)
+    with connected(service) as client:
+        client.sendall(b"GET /healthz HTTP/1.1\r\n")
+        client.settimeout(0.05)
+        got, deadline = b"", time.monotonic() + 10
+        while not got and time.monotonic() < deadline:
+            client.sendall(b"X: y\r\n")
+            with contextlib.suppress(TimeoutError):
+                got = client.recv(100)
+    assert got.startswith(b"HTTP/1.1 408 ")
+
+
+def test_a_client_that_does_not_read_its_answers_is_cut_off(producer: Start) -> None:
+    service = producer(WRITE_TIMEOUT_MS=500)
+    with connected(service) as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.settimeout(0.2)
+        with contextlib.suppress(TimeoutError, ConnectionError):  # it stops reading us as well
+            while True:
+                client.sendall(b"GET /docs HTTP/1.1\r\nHost: h\r\n\r\n" * 100)
+        wait_for(lambda: metric(service, "predlog_http_connections") == 1)  # the one that asks
+
+
+def test_connections_above_the_limit_get_503_and_leave_the_others_alone(producer: Start) -> None:
+    service = producer(MAX_CONNECTIONS=3)
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(connected(service)) for _ in range(3)]
+        with connected(service) as refused:
+            got = read_all(refused)
+        assert got.startswith(b"HTTP/1.1 503 ")
+        assert b"Retry-After" in got
+        clients[0].sendall(request())
+        assert clients[0].recv(100).startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize(
+    "smuggler",
+    [
+        b"POST /process HTTP/1.1\r\nHost: h\r\nContent-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"POST /process HTTP/1.1\r\nHost: h\r\nContent-Length: 0\r\nContent-Length: 40\r\n\r\n",
+        b"POST /process HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\nTransfer-Encoding: identity\r\n\r\n0\r\n\r\n",
+        b"POST /process HTTP/1.1\r\nHost: h\r\nTransfer-Encoding : chunked\r\n\r\n0\r\n\r\n",
+        b"POST /process HTTP/1.1\r\nHost: h\r\nContent-Length: +4\r\n\r\n",
+        b"GET /healthz HTTP/1.1\r\nHost: h\nX: y\r\n\r\n",
+    ],
+)
+def test_nothing_behind_an_ambiguous_request_is_ever_answered(shared: Service, smuggler: bytes) -> None:
+    with connected(shared) as client:
+        client.sendall(b"GET /healthz HTTP/1.1\r\nHost: h\r\n\r\n" + smuggler + b"GET /readyz HTTP/1.1\r\nHost: h\r\n\r\n")
+        got = read_all(client)
+    statuses = [int(part[:3]) for part in got.split(b"HTTP/1.1 ")[1:]]
+    assert statuses[0] == 200
+    assert len(statuses) == 2
+    assert statuses[1] in (400, 501)
+    assert b"Connection: close" in got
+
+
+@pytest.fixture(scope="module")
+def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """One producer for the tests that leave it as they found it."""
+    from scripts.rabbitmq import free_port
+
+    port, broker = free_port(), request.getfixturevalue("broker")
+    environment = {"AMQP_URL": broker.url, "QUEUE_NAME": "test-edge", "HTTP_PORT": str(port), "BODY_TIMEOUT_MS": "60000", "HEAD_TIMEOUT_MS": "60000"}
+    service = Service("producer", f"http://127.0.0.1:{port}", environment, tmp_path_factory.mktemp("edge"))
+    service.wait_until_ready()
+    yield service
+    service.stop()
+
+
+def test_a_refused_client_that_is_still_sending_gets_its_answer_and_no_reset(producer: Start) -> None:
+    service = producer(MAX_BODY_BYTES=1000)
+    with connected(service) as client:
+        client.sendall(request(b"x" * 500_000))
+        got = read_all(client)
+    assert got.startswith(b"HTTP/1.1 413 ")
+
+
+def test_a_thousand_slow_clients_do_not_stop_a_fast_one(shared: Service) -> None:
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(connected(shared)) for _ in range(1000)]
+        for number, client in enumerate(clients):
+            client.sendall(b"POST /process HTT" if number % 2 else request(b'{"device', length=2000))
+        for _ in range(100):
+            assert post(shared, EVENT)[0] == 200
+        for client in clients:
+            client.sendall(b"x")  # they are still there
+
+
+def test_hostile_bodies_do_not_stall_the_others(shared: Service) -> None:
+    size = 8 * 2**20
+    hostile = [b"[" * size, b"{}," * (size // 3), b'{"data":{"preds":[' + b"{}," * 2_700_000 + b"{}]}}", b'"' + b"a" * (size - 2) + b'"']
+    slowest = 0.0
+    done = threading.Event()
+
+    def attack() -> list[int]:
+        try:
+            return [call(shared, "POST", "/process", body)[0] for body in hostile]
+        finally:
+            done.set()
+
+    with ThreadPoolExecutor(1) as pool:
+        attacker = pool.submit(attack)
+        while not done.is_set():
+            began = time.monotonic()
+            assert post(shared, EVENT)[0] == 200
+            slowest = max(slowest, time.monotonic() - began)
+        assert attacker.result() == [422] * 4
+    assert slowest < 2.0, "a bound far above any noise, and far below a blocked loop's"
+
+
+def test_clients_that_vanish_leave_nothing_behind(shared: Service) -> None:
+    """Aborted in the head, in the body, before the answer, half-open, in a flood: counted before and after."""
+    pid = shared.process.pid
+    fds = Path(f"/proc/{pid}/fd")
+
+    def flood(rounds: int) -> None:
+        for number in range(rounds):
+            with connected(shared) as client:
+                kind = number % 5
+                if kind == 0:
+                    client.sendall(request()[:20])
+                elif kind == 1:
+                    client.sendall(request()[:-5])
+                elif kind == 2:
+                    client.sendall(request() * 3)
+                elif kind == 3:
+                    client.sendall(request())
+                    client.shutdown(socket.SHUT_WR)
+                    assert read_all(client).startswith(b"HTTP/1.1 200 ")  # a half-close is no abort
+                if kind != 3:
+                    reset(client)
+
+    def memory() -> int:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+    def settled() -> bool:
+        return metric(shared, "predlog_http_connections") == 1 and metric(shared, "predlog_unconfirmed ") == 0
+
+    flood(500)
+    wait_for(settled)
+    before, open_files = memory(), len(list(fds.iterdir()))
+    flood(2000)
+    wait_for(settled)
+    assert len(list(fds.iterdir())) <= open_files
+    assert memory() - before < 4 * 2**20
+    assert post(shared, EVENT)[0] == 200
+
+
+def test_logs_hold_nothing_of_a_request(producer: Start) -> None:
+    service = producer(LOG_LEVEL="debug")
+    call(service, "GET", "/x%0aforged%20line", Authorization="Bearer hush-hush", User_Agent="forged-agent")
+    post(service, {"device_id": "forged\nid"})
+    for word in ("forged", "hush-hush"):
+        assert word not in service.log()
