@@ -1,0 +1,222 @@
+"""The fast lane against a real broker: what stock aiormq does with the same messages, the lane does too."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import ssl
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import aiormq
+import pytest
+import trustme
+
+from common import amqp, frames
+from common.frames import Confirm, Delivery, PublishEncoder
+from tests.rabbitmq import RabbitMQ
+
+SIZES = [0, 1, 500, 131_063, 131_064, 131_065, 400_000]  # around frame_max - 8, and several frames
+
+
+class Lane:
+    """A link through the fast lane, with all that it hears."""
+
+    def __init__(self, link: amqp.Link, queue_name: str) -> None:
+        self.link = link
+        self.encoder = PublishEncoder(queue_name, link.frame_max)
+        self.confirms: list[Confirm] = []
+        self.deliveries: list[Delivery] = []
+        self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        link.lane.on_confirms = self.confirms.extend
+        link.lane.on_deliveries = self.deliveries.extend
+        link.lane.on_lost = lambda reason: self.lost.done() or self.lost.set_result(reason)
+
+    @classmethod
+    async def open(cls, url: str, queue_name: str) -> Lane:
+        return cls(await amqp.open_link(url, "test"), queue_name)
+
+    def publish(self, body: bytes, number: int) -> None:
+        self.link.lane.send(self.encoder.encode(body, b"%032d" % number, frames.packed_seconds(number)))
+
+    async def consume(self, queue_name: str, prefetch: int = 0) -> None:
+        await self.link.channel.basic_qos(prefetch_count=prefetch)
+        await self.link.channel.basic_consume(queue_name, never)
+
+
+async def never(_: object) -> None:
+    pytest.fail("aiormq got a delivery that was the lane's")
+
+
+async def until(condition: Any, seconds: float = 15.0) -> None:
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+def bodies() -> list[bytes]:
+    rng = random.Random(3)
+    return [rng.randbytes(size) for size in SIZES] * 3
+
+
+def confirmed(confirms: list[Confirm]) -> set[int]:
+    tags: set[int] = set()
+    for tag, multiple, ok in confirms:
+        assert ok
+        tags |= set(range(1, tag + 1)) if multiple else {tag}
+    return tags
+
+
+@pytest.mark.parametrize("publish_by", ["lane", "aiormq"])
+@pytest.mark.parametrize("consume_by", ["lane", "aiormq"])
+async def test_messages_of_any_size_arrive_the_same_through_lane_and_stock(
+    broker: RabbitMQ, queue_name: str, publish_by: str, consume_by: str
+) -> None:
+    sent = bodies()
+    lane = await Lane.open(broker.url, queue_name)
+    await amqp.declare(lane.link.channel, queue_name, amqp.QUEUE_ARGUMENTS)
+    if publish_by == "lane":
+        for number, body in enumerate(sent, 1):
+            lane.publish(body, number)
+        await until(lambda: len(confirmed(lane.confirms)) == len(sent))
+    got: list[tuple[bytes, str | None]] = []
+    async with aiormq.connect(broker.url) as connection:
+        channel = await connection.channel()
+        if publish_by == "aiormq":
+            for number, body in enumerate(sent, 1):
+                properties = aiormq.spec.Basic.Properties(message_id="%032d" % number, delivery_mode=2)
+                await channel.basic_publish(body, routing_key=queue_name, properties=properties)
+        if consume_by == "aiormq":
+
+            async def take(message: Any) -> None:
+                got.append((message.body, message.header.properties.message_id))
+
+            await channel.basic_consume(queue_name, take)
+            await until(lambda: len(got) == len(sent))
+        else:
+            await lane.consume(queue_name)
+            await until(lambda: len(lane.deliveries) == len(sent))
+            for delivery in lane.deliveries:
+                message_id = frames.message_id(delivery.header)
+                got.append((delivery.body, message_id.decode() if message_id else None))
+    assert got == [(body, "%032d" % number) for number, body in enumerate(sent, 1)]
+    await lane.link.close()
+
+
+async def test_acks_settle_what_they_cover_and_the_rest_comes_again(broker: RabbitMQ, queue_name: str) -> None:
+    lane = await Lane.open(broker.url, queue_name)
+    await amqp.declare(lane.link.channel, queue_name, amqp.QUEUE_ARGUMENTS)
+    for number in range(1, 21):
+        lane.publish(b"x", number)
+    await lane.consume(queue_name, prefetch=20)
+    await until(lambda: len(lane.deliveries) == 20)
+    lane.link.lane.send([frames.acks([(5, True), (7, False), (20, False)])])
+    await lane.link.close()
+    again = await Lane.open(broker.url, queue_name)
+    await again.consume(queue_name)
+    await until(lambda: len(again.deliveries) == 13)
+    came = {int(frames.message_id(delivery.header) or 0) for delivery in again.deliveries}
+    assert came == {6, *range(8, 20)}
+    assert all(delivery.redelivered for delivery in again.deliveries)
+    await again.link.close()
+
+
+async def test_a_nack_of_the_broker_arrives_as_one(broker: RabbitMQ, queue_name: str) -> None:
+    lane = await Lane.open(broker.url, queue_name)
+    arguments = {"x-max-length": 1, "x-overflow": "reject-publish"}
+    await lane.link.channel.queue_declare(queue_name, durable=True, arguments=arguments)
+    for number in range(1, 11):
+        lane.publish(b"x", number)
+    await until(lambda: sum(len(range(1, tag + 1)) if multiple else 1 for tag, multiple, _ in lane.confirms) >= 10)
+    assert {ok for _, _, ok in lane.confirms} == {True, False}
+    await lane.link.channel.queue_delete(queue_name)
+    await lane.link.close()
+
+
+async def test_a_message_for_a_missing_queue_ends_the_link_and_its_ack_counts_for_nothing(broker: RabbitMQ, queue_name: str) -> None:
+    lane = await Lane.open(broker.url, queue_name)
+    lane.publish(b"x", 1)
+    async with asyncio.timeout(10):
+        assert "returned: NO_ROUTE" in await lane.lost
+    assert lane.confirms == []
+    await lane.link.close()
+
+
+async def test_a_deleted_queue_a_closed_channel_and_a_cut_connection_are_noticed_at_once(broker: RabbitMQ, queue_name: str) -> None:
+    async with aiormq.connect(broker.url) as connection:
+        other = await connection.channel()
+        for trouble, words in (("delete", "cancelled"), ("ack", "unknown delivery tag"), ("cut", "closed")):
+            lane = await Lane.open(broker.url, queue_name)
+            await amqp.declare(lane.link.channel, queue_name, amqp.QUEUE_ARGUMENTS)
+            await lane.consume(queue_name)
+            if trouble == "delete":
+                await other.queue_delete(queue_name)
+            elif trouble == "ack":
+                lane.link.lane.send([frames.ack(99, False)])
+            else:
+                lane.link.lane.fail("connection closed by the test")
+            async with asyncio.timeout(10):
+                assert words in await lane.lost
+            await lane.link.close()
+
+
+async def test_idle_and_busy_connections_outlive_many_heartbeats(broker: RabbitMQ, queue_name: str) -> None:
+    url = broker.url + "?heartbeat=1"  # aiormq's grace is then 6 s, the broker's 2 s
+    idle, busy = await Lane.open(url, queue_name), await Lane.open(url, queue_name)
+    await amqp.declare(busy.link.channel, queue_name, amqp.QUEUE_ARGUMENTS)
+    held = await Lane.open(url, queue_name)
+    held.link.lane.hold_back(True)
+    loop = asyncio.get_running_loop()
+    end, number = loop.time() + 8, 0
+    while loop.time() < end:
+        number += 1
+        busy.publish(b"x", number)
+        held.link.lane.keep_alive()
+        await asyncio.sleep(0.02)
+    held.link.lane.hold_back(False)
+    await until(lambda: len(confirmed(busy.confirms)) == number)
+    for lane in (idle, busy, held):
+        assert not lane.lost.done()
+        await lane.link.channel.basic_qos(prefetch_count=1)  # answers: the link works
+        await lane.link.close()
+
+
+@pytest.fixture(scope="module")
+def tls_broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RabbitMQ, str, Path]]:
+    """A broker with a TLS listener, its amqps URL, and the file of the CA that it is signed by."""
+    from scripts.rabbitmq import free_port
+
+    folder, port = tmp_path_factory.mktemp("tls-broker"), free_port()
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(folder / "ca.pem")
+    server = authority.issue_cert("localhost")
+    server.private_key_pem.write_to_path(folder / "key.pem")
+    (folder / "cert.pem").write_bytes(b"".join(pem.bytes() for pem in server.cert_chain_pems))
+    for pem in folder.glob("*.pem"):
+        pem.chmod(0o644)
+    node = RabbitMQ(folder)
+    (folder / "rabbitmq.conf").write_text(
+        f"listeners.ssl.1 = 127.0.0.1:{port}\nssl_options.cacertfile = {folder}/ca.pem\n"
+        f"ssl_options.certfile = {folder}/cert.pem\nssl_options.keyfile = {folder}/key.pem\n"
+    )
+    with node:
+        yield node, f"amqps://guest:guest@localhost:{port}/", folder / "ca.pem"
+
+
+async def test_the_lane_works_over_tls_with_its_own_ca_and_never_without_verifying(
+    tls_broker: tuple[RabbitMQ, str, Path], queue_name: str
+) -> None:
+    _, url, ca_file = tls_broker
+    with pytest.raises((ssl.SSLError, aiormq.AMQPError)):
+        await amqp.open_link(url, "test")
+    lane = await Lane.open(f"{url}?cafile={ca_file}", queue_name)
+    await amqp.declare(lane.link.channel, queue_name, amqp.QUEUE_ARGUMENTS)
+    sent = bodies()
+    for number, body in enumerate(sent, 1):
+        lane.publish(body, number)
+    await until(lambda: len(confirmed(lane.confirms)) == len(sent))
+    await lane.consume(queue_name)
+    await until(lambda: len(lane.deliveries) == len(sent))
+    assert [delivery.body for delivery in lane.deliveries] == sent
+    await lane.link.close()

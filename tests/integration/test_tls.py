@@ -1,0 +1,80 @@
+"""HTTPS, and a certificate that is replaced while the producer runs."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import signal
+import ssl
+import time
+from pathlib import Path
+
+import trustme
+
+from tests.conftest import Service, Start
+from tests.integration.test_contract import EVENT
+
+
+def issue(authority: trustme.CA, folder: Path) -> None:
+    made = authority.issue_cert("localhost")
+    made.private_key_pem.write_to_path(folder / "key.pem")
+    (folder / "cert.pem").write_bytes(b"".join(pem.bytes() for pem in made.cert_chain_pems))
+
+
+def ask(service: Service, authority: trustme.CA, method: str = "GET", path: str = "/readyz", body: bytes | None = None) -> tuple[int, bytes]:
+    """Status, and the serial number of the certificate that was shown."""
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    port = int(service.url.rpartition(":")[2])
+    connection = http.client.HTTPSConnection("localhost", port, timeout=10, context=context)
+    try:
+        connection.request(method, path, body)
+        assert isinstance(connection.sock, ssl.SSLSocket)
+        serial = str((connection.sock.getpeercert() or {})["serialNumber"]).encode()
+        return connection.getresponse().status, serial
+    finally:
+        connection.close()
+
+
+def test_https_serves_and_sighup_brings_the_new_certificate_while_a_broken_one_keeps_the_old(producer: Start, tmp_path: Path) -> None:
+    authority = trustme.CA()
+    issue(authority, tmp_path)
+    service = producer(wait=False, TLS_CERT=tmp_path / "cert.pem", TLS_KEY=tmp_path / "key.pem")
+    deadline = time.monotonic() + 20
+
+    def serial() -> bytes:
+        while True:
+            try:
+                status, shown = ask(service, authority)
+                if status == 200:
+                    return shown
+            except ConnectionError:
+                pass
+            assert time.monotonic() < deadline, service.log()
+            time.sleep(0.05)
+
+    def hang_up(word: str) -> None:
+        before = service.log().count(word)
+        service.process.send_signal(signal.SIGHUP)
+        while service.log().count(word) == before:
+            assert time.monotonic() < deadline, service.log()
+            time.sleep(0.02)
+
+    first = serial()
+    assert ask(service, authority, "POST", "/process", json.dumps(EVENT).encode())[0] == 200
+    issue(authority, tmp_path)
+    hang_up("loaded again")
+    second = serial()
+    assert second != first
+    (tmp_path / "cert.pem").write_text("broken")
+    hang_up("the old one stays")
+    assert serial() == second
+
+
+def test_a_certificate_that_cannot_be_used_is_one_clear_line(producer: Start, tmp_path: Path) -> None:
+    (tmp_path / "cert.pem").write_text("broken")
+    for workers in (1, 2):
+        service = producer(wait=False, TLS_CERT=tmp_path / "cert.pem", TLS_KEY=tmp_path / "none.pem", WORKERS=workers)
+        assert service.process.wait(20) == 1
+        assert "TLS_CERT" in service.log().splitlines()[-1]
+        assert "Traceback" not in service.log()
