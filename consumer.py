@@ -79,14 +79,22 @@ class Counters:
     def __init__(self) -> None:
         self.metrics = m = Metrics()
         self.deliveries = m.counter("predlog_deliveries_total", "Messages delivered by the broker.")
-        self.redeliveries = m.counter("predlog_redeliveries_total", "Messages delivered by the broker not for the first time.")
-        self.duplicates = m.counter("predlog_duplicates_total", "Messages dropped because their rows are in the CSV already.")
-        self.dead_letters = m.counter("predlog_dead_letters_total", "Messages moved to the dead letters, by reason.", reason="not_an_event")
+        self.redeliveries = m.counter(
+            "predlog_redeliveries_total", "Messages delivered by the broker not for the first time."
+        )
+        self.duplicates = m.counter(
+            "predlog_duplicates_total", "Messages dropped because their rows are in the CSV already."
+        )
+        self.dead_letters = m.counter(
+            "predlog_dead_letters_total", "Messages moved to the dead letters, by reason.", reason="not_an_event"
+        )
         self.rows = m.counter("predlog_rows_total", "Rows committed to the CSV.")
         self.batch_rows = m.histogram("predlog_batch_rows", "Rows in a batch.", BATCH_ROWS)
         self.write_seconds = m.histogram("predlog_write_seconds", "Writing a batch to the CSV.", LATENCY_SECONDS)
         self.fsync_seconds = m.histogram("predlog_fsync_seconds", "Syncing the CSV to the disk.", LATENCY_SECONDS)
-        self.commit_seconds = m.histogram("predlog_commit_seconds", "Committing a batch to the journal.", LATENCY_SECONDS)
+        self.commit_seconds = m.histogram(
+            "predlog_commit_seconds", "Committing a batch to the journal.", LATENCY_SECONDS
+        )
         self.store_failures = m.counter("predlog_store_failures_total", "Attempts to store a batch that failed.")
         self.unacked = m.gauge("predlog_unacked", "Messages delivered and not yet acked.")
         self.oldest_unacked = m.gauge("predlog_oldest_unacked_seconds", "Age of the oldest unacked message.", max)
@@ -104,9 +112,11 @@ def build_metrics() -> Metrics:
 
 
 class Consumer:
-    """Takes deliveries, stores them batch by batch, acks. `run` is the loop; everything else feeds it or hears of it."""
+    """Takes deliveries, stores them batch by batch, acks. `run` is the loop; all else feeds it or hears of it."""
 
-    def __init__(self, settings: ConsumerSettings, store: Store, thread: ThreadPoolExecutor, counters: Counters) -> None:
+    def __init__(
+        self, settings: ConsumerSettings, store: Store, thread: ThreadPoolExecutor, counters: Counters
+    ) -> None:
         self.trouble = ""  # why batches cannot be stored now
         self.down = "not connected yet"  # why there is no link; "" while there is
         self._settings = settings
@@ -196,16 +206,20 @@ class Consumer:
         """What may only happen while no batch is under way: rotation, reopening."""
         settings, store = self._settings, self._store
         try:
-            if batch.rotation_due(store.committed_bytes, time.time() - store.started_at, settings.rotate_bytes, settings.rotate_interval):
+            if batch.rotation_due(
+                store.committed_bytes, time.time() - store.started_at, settings.rotate_bytes, settings.rotate_interval
+            ):
                 await self._in_thread(store.rotate)
             if self._reopen_due:
                 self._reopen_due = False
                 await self._in_thread(store.reopen)
         except OSError as error:
-            log.error("cannot begin a new file: %s: %s; trying again with the next batch", error.filename, error.strerror)
+            log.error(
+                "cannot begin a new file: %s: %s; trying again with the next batch", error.filename, error.strerror
+            )
 
     async def _store_until_done(self, prepared: Prepared) -> None:
-        """Append a batch; in trouble (disk full, I/O error) wait and try again, for nothing is acked before it is safe."""
+        """Append a batch; in trouble (disk full, I/O error) wait and try again: nothing is acked before it is safe."""
         counters, delay = self._counters, RETRY_FIRST_SECONDS
         while True:
             try:
@@ -360,7 +374,8 @@ _HEALTH_LIMITS = ServerLimits(Limits(body_bytes=1024), 100, 2**20, 5.0, 5.0, 75.
 
 async def serve(settings: ConsumerSettings) -> None:
     """Run the consumer until a signal, then drain."""
-    stop = lifecycle.on_stop()
+    loop, stop = asyncio.get_running_loop(), lifecycle.on_stop()
+    loop.add_signal_handler(signal.SIGHUP, lambda: None)  # a standby has no file to open again
     counters = Counters()
     health = Health(counters)
     server = HttpServer(_HEALTH_LIMITS, health.handle, health.check)
@@ -369,7 +384,6 @@ async def serve(settings: ConsumerSettings) -> None:
     lock = Lock(settings.csv_file)
     if not await _owned(lock, stop):
         return
-    loop = asyncio.get_running_loop()
     with ThreadPoolExecutor(1, "store") as thread:
         store = await loop.run_in_executor(
             thread,

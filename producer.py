@@ -29,6 +29,7 @@ from common.publisher import Publisher
 log = logging.getLogger("predlog.producer")
 
 SWEEP_SECONDS = 0.1
+FILES_BESIDE_CONNECTIONS = 64
 BUFFERED_BYTES = 256 * 1024 * 1024  # of all requests that are still arriving
 HTML = b"text/html; charset=utf-8"
 PAGE = Path(__file__).parent / "common" / "page.html"
@@ -55,7 +56,9 @@ class Counters:
         self.metrics = m = Metrics()
         routes = [path.decode() for path in _METHODS] + ["other"]
         self.requests = {
-            (route, status): m.counter("predlog_http_requests_total", "Requests answered.", route=route, status=str(status))
+            (route, status): m.counter(
+                "predlog_http_requests_total", "Requests answered.", route=route, status=str(status)
+            )
             for route in routes
             for status in _STATUSES
         }
@@ -66,13 +69,17 @@ class Counters:
         self.request_seconds = m.histogram(
             "predlog_http_request_seconds", "From the last byte of a POST to its answer.", LATENCY_SECONDS
         )
-        self.confirm_seconds = m.histogram("predlog_confirm_seconds", "From publish to the broker's confirm.", LATENCY_SECONDS)
+        self.confirm_seconds = m.histogram(
+            "predlog_confirm_seconds", "From publish to the broker's confirm.", LATENCY_SECONDS
+        )
         self.events = m.counter("predlog_events_total", "Events confirmed by the broker.")
         self.predictions = m.counter("predlog_predictions_total", "Predictions in the events confirmed by the broker.")
         self.event_bytes = m.counter("predlog_event_bytes_total", "Bytes of the events confirmed by the broker.")
         self.unconfirmed = m.gauge("predlog_unconfirmed", "Events sent to the broker and not yet confirmed.")
         self.unconfirmed_bytes = m.gauge("predlog_unconfirmed_bytes", "Bytes of the events not yet confirmed.")
-        self.connected = m.gauge("predlog_amqp_connected", "1 while connected to the broker (of several workers: the least).", min)
+        self.connected = m.gauge(
+            "predlog_amqp_connected", "1 while connected to the broker (of several workers: the least).", min
+        )
         self.blocked = m.gauge("predlog_amqp_blocked", "1 while the broker takes no messages.", max)
         self.reconnects = m.counter("predlog_amqp_reconnects_total", "Connections to the broker lost.")
         self.connections = m.gauge("predlog_http_connections", "Open client connections.")
@@ -174,7 +181,9 @@ def random_uuids() -> Iterator[bytes]:
 class Api:
     """What each request means."""
 
-    def __init__(self, settings: ProducerSettings, publisher: Publisher, counters: Counters, rows: Sequence[Sequence[float]]) -> None:
+    def __init__(
+        self, settings: ProducerSettings, publisher: Publisher, counters: Counters, rows: Sequence[Sequence[float]]
+    ) -> None:
         self._settings = settings
         self._publisher = publisher
         self._counters = counters
@@ -210,8 +219,14 @@ class Api:
             if head.content_type is not None and head.content_type != b"application/json":
                 kind = content.media_type(head.content_type)
                 if kind is None or (kind == content.NDJSON and not batch):
-                    raise HttpError(415, "send application/json" + (" or application/x-ndjson" if batch else "") + " in UTF-8")
-            if head.content_encoding is not None and head.content_encoding.lower() not in (b"gzip", b"x-gzip", b"identity"):
+                    raise HttpError(
+                        415, "send application/json" + (" or application/x-ndjson" if batch else "") + " in UTF-8"
+                    )
+            if head.content_encoding is not None and head.content_encoding.lower() not in (
+                b"gzip",
+                b"x-gzip",
+                b"identity",
+            ):
                 raise HttpError(415, "this Content-Encoding is not known; gzip is", (("Accept-Encoding", "gzip"),))
 
     def _authorize(self, given: bytes | None) -> None:
@@ -322,17 +337,19 @@ def _tls(settings: ProducerSettings) -> ssl.SSLContext | None:
     try:
         context.load_cert_chain(settings.tls_cert, settings.tls_key)
     except (OSError, ssl.SSLError) as error:
-        raise StartupError(f"cannot use TLS_CERT {settings.tls_cert} with TLS_KEY {settings.tls_key}: {error}") from None
+        raise StartupError(
+            f"cannot use TLS_CERT {settings.tls_cert} with TLS_KEY {settings.tls_key}: {error}"
+        ) from None
     return context
 
 
-def _limits(settings: ProducerSettings) -> ServerLimits:
+def _limits(settings: ProducerSettings, most_connections: int) -> ServerLimits:
     request = Limits(
         target_bytes=settings.max_target_bytes, head_bytes=settings.max_head_bytes, body_bytes=settings.max_body_bytes
     )
     return ServerLimits(
         request=request,
-        connections=settings.max_connections,
+        connections=min(settings.max_connections, most_connections),
         buffered_bytes=max(BUFFERED_BYTES, 2 * settings.max_body_bytes),
         head_seconds=settings.head_timeout_ms / 1000,
         body_seconds=settings.body_timeout_ms / 1000,
@@ -352,7 +369,19 @@ async def serve(
     loop = asyncio.get_running_loop()
     stop = lifecycle.on_stop()
     if alive_fd is not None:
-        loop.add_reader(alive_fd, stop.set)
+
+        def orphaned() -> None:
+            loop.remove_reader(alive_fd)
+            stop.set()
+
+        loop.add_reader(alive_fd, orphaned)
+    most_connections = lifecycle.raise_file_limit() - FILES_BESIDE_CONNECTIONS
+    if most_connections < settings.max_connections:
+        log.warning(
+            "the limit on open files allows %d connections, not %d (ulimit -n)",
+            most_connections,
+            settings.max_connections,
+        )
     tls = _tls(settings)
     publisher = Publisher(
         settings.queue_name,
@@ -363,7 +392,7 @@ async def serve(
         time.time,
     )
     api = Api(settings, publisher, counters, rows or (counters.metrics.values,))
-    server = HttpServer(_limits(settings), api.handle, api.check, api.on_answer, api.on_refusal)
+    server = HttpServer(_limits(settings, most_connections), api.handle, api.check, api.on_answer, api.on_refusal)
     api.attach(server)
 
     def reload_certificate() -> None:
@@ -398,7 +427,9 @@ async def serve(
             api.tick()
 
     loop.add_signal_handler(signal.SIGHUP, reload_certificate)
-    bound = await server.listen(settings.http_host, settings.http_port if port is None else port, tls, reuse_port=port is not None)
+    bound = await server.listen(
+        settings.http_host, settings.http_port if port is None else port, tls, reuse_port=port is not None
+    )
     log.info("POST to %s://%s:%d/process, pages at /docs", "https" if tls else "http", settings.http_host, bound)
     ticker = asyncio.create_task(tick())
     link = asyncio.create_task(

@@ -29,12 +29,23 @@ BACKOFF_FIRST_SECONDS, BACKOFF_MOST_SECONDS = 0.1, 3.0
 SETTLED_SECONDS = 5.0  # a connection that lived so long begins its back-off anew
 
 # What aiormq, pamqp and the socket raise when a connection fails; AMQPError alone does not cover them.
-CONNECTION_ERRORS = (aiormq.AMQPError, PAMQPException, OSError, asyncio.TimeoutError, RuntimeError, asyncio.IncompleteReadError)
+CONNECTION_ERRORS = (
+    aiormq.AMQPError,
+    PAMQPException,
+    OSError,
+    asyncio.TimeoutError,
+    RuntimeError,
+    asyncio.IncompleteReadError,
+)
 
 # x-delivery-limit: RabbitMQ 4.x drops a message at its 20th return unless a limit is set, and 3.10 takes the -1 that
 # means "none" to 4.x for zero. The largest number that both take keeps every message through any number of reconnects.
 # x-single-active-consumer: a standby gets nothing, so that it sits on no unacked messages (RabbitMQ 3.8 and later).
-QUEUE_ARGUMENTS: Mapping[str, str | int | bool] = {"x-queue-type": "quorum", "x-delivery-limit": 2**31 - 1, "x-single-active-consumer": True}
+QUEUE_ARGUMENTS: Mapping[str, str | int | bool] = {
+    "x-queue-type": "quorum",
+    "x-delivery-limit": 2**31 - 1,
+    "x-single-active-consumer": True,
+}
 DEAD_LETTER_ARGUMENTS: Mapping[str, str | int | bool] = {"x-queue-type": "quorum", "x-delivery-limit": 2**31 - 1}
 
 
@@ -66,13 +77,18 @@ class Link:
             except Exception as error:
                 log.debug("while closing: %r", error)
         self.lane.fail("closed")
-        # Reap aiormq's tasks; the aborted transport ends them.
-        asyncio.ensure_future(_swallow(self.connection.close()))
+        reaping = asyncio.ensure_future(_reap(self.connection))
+        _reapings.add(reaping)
+        reaping.add_done_callback(_reapings.discard)
 
 
-async def _swallow(closing: Awaitable[None]) -> None:
+_reapings: set[asyncio.Future[None]] = set()  # the loop itself holds no strong reference to a task
+
+
+async def _reap(connection: AbstractConnection) -> None:
+    """End aiormq's tasks of a connection whose transport is aborted; nobody waits for it."""
     try:
-        await asyncio.wait_for(closing, CLOSE_TIMEOUT_SECONDS)
+        await asyncio.wait_for(connection.close(), CLOSE_TIMEOUT_SECONDS)
     except (Exception, asyncio.CancelledError) as error:
         log.debug("while closing: %r", error)
 
@@ -84,7 +100,7 @@ def cancelled() -> bool:
 
 
 async def open_link(url: str, name: str, high_water_bytes: int = 2**20) -> Link:
-    """Connect and open the hot channel with confirms. Raises one of CONNECTION_ERRORS, within CONNECT_TIMEOUT_SECONDS."""
+    """Connect and open the hot channel with confirms. Raises one of CONNECTION_ERRORS, and in bounded time."""
     factory = FastLaneFactory()
     join = "&" if "?" in url else "?"
     if "heartbeat=" not in url:
@@ -128,12 +144,14 @@ async def declare(channel: AbstractChannel, queue_name: str, arguments: Mapping[
     except (aiormq.exceptions.ChannelPreconditionFailed, aiormq.exceptions.ChannelLockedResource) as error:
         said = str(error.args[0] if error.args else error).removeprefix("PRECONDITION_FAILED - ")
         raise StartupError(
-            f"queue '{queue_name}' exists with other arguments: {said}. Delete or move it, or set QUEUE_NAME to another name"
+            f"queue '{queue_name}' exists with other arguments: {said}. Delete it, or set QUEUE_NAME to another name"
         ) from None
 
 
 def explain(error: BaseException, url: str) -> str:
     """What is wrong, in words, for the errors a person can mend."""
+    if isinstance(error, StartupError):
+        return str(error)
     shown = masked_url(url)
     if isinstance(error, aiormq.exceptions.ProbableAuthenticationError | aiormq.exceptions.AuthenticationError):
         return f"the broker at {shown} refused user or password; correct AMQP_URL"
@@ -166,42 +184,43 @@ async def keep_up(
 ) -> None:
     """Connect, `prepare` the link, wait until it is lost, call `on_down`, and again, until cancelled.
 
-    Raises StartupError if the first connection fails for a reason that waiting does not mend. A link is closed by the
-    time `on_down` is called for it, and on cancellation.
+    Raises StartupError if the first connection fails for a reason that waiting does not mend. `on_down` hears of every
+    link that was opened, with the reason, also when `prepare` failed; the link is closed by then.
     """
     attempt, waiting, first = 0, False, True
     loop = asyncio.get_running_loop()
     while True:
         link: Link | None = None
         began = loop.time()
+        trouble = ""
         try:
             link = await open_link(url, name, high_water_bytes)
             lost = _lost(link)
             await prepare(link)
             log.info("%s to %s", "connected" if first else "connected again", masked_url(url))
             first, waiting, began = False, False, loop.time()
-            reason = await lost
-            on_down(reason)
-            log.warning("lost the broker: %s; events under way are kept, connecting again", reason)
-        except _HOPELESS as error:
+            trouble = f"lost the broker: {await lost}; events under way are kept, connecting again"
+        except (*_HOPELESS, StartupError) as error:
+            trouble = explain(error, url)
             if first:
-                raise StartupError(explain(error, url)) from None
-            log.warning("%s; trying on", explain(error, url))
-        except StartupError as error:
-            if first:
-                raise
-            log.warning("%s; trying on", error)
+                raise StartupError(trouble) from None
         except CONNECTION_ERRORS as error:
-            if not waiting:
-                log.warning("%s; waiting for it", explain(error, url))
-            waiting = True
+            trouble = f"{explain(error, url)}; waiting for it"
         except asyncio.CancelledError:
             if cancelled():
                 raise
+            trouble = "the connection was cut; connecting again"
         finally:
             if link is not None:
                 link.lane.on_lost = lambda _: None
                 await link.close()
-        attempt = 0 if loop.time() - began >= SETTLED_SECONDS and link is not None else attempt + 1
-        # Full jitter, so that processes cut off together do not come back together.
-        await asyncio.sleep(random.uniform(0.5, 1) * min(BACKOFF_MOST_SECONDS, BACKOFF_FIRST_SECONDS * 2 ** min(attempt, 10)))
+        if link is not None:
+            on_down(trouble)
+        if not waiting:
+            log.warning("%s", trouble)
+        waiting = True
+        attempt = 0 if link is not None and loop.time() - began >= SETTLED_SECONDS else attempt + 1
+        # Jitter, so that processes cut off together do not come back together.
+        await asyncio.sleep(
+            random.uniform(0.5, 1) * min(BACKOFF_MOST_SECONDS, BACKOFF_FIRST_SECONDS * 2 ** min(attempt, 10))
+        )

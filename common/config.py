@@ -1,4 +1,4 @@
-"""Settings: frozen dataclasses, built from flags and an environment mapping. Pure: takes the mapping, reads no environment.
+"""Settings: frozen dataclasses, made of flags and an environment mapping. Pure: reads no environment itself.
 
 A field's metadata holds its help text, which names the unit. The environment variable is the field's name in capitals,
 the flag the same with dashes; a flag wins over the variable.
@@ -21,7 +21,9 @@ LOG_FORMATS = ("text", "json")
 SECRETS = frozenset({"amqp_url", "api_token"})
 
 
-def _setting(default: Any, text: str, *, low: float = -math.inf, high: float = math.inf, choices: tuple[str, ...] = ()) -> Any:
+def _setting(
+    default: Any, text: str, *, low: float = -math.inf, high: float = math.inf, choices: tuple[str, ...] = ()
+) -> Any:
     return field(default=default, metadata={"help": text, "low": low, "high": high, "choices": choices})
 
 
@@ -29,7 +31,9 @@ def _setting(default: Any, text: str, *, low: float = -math.inf, high: float = m
 class Settings:
     """What both processes take."""
 
-    amqp_url: str = _setting("", f"broker address, amqp:// or amqps:// (TLS; ?cafile=PATH) (default {DEFAULT_AMQP_URL})")
+    amqp_url: str = _setting(
+        "", f"broker address, amqp:// or amqps:// (TLS; ?cafile=PATH) (default {DEFAULT_AMQP_URL})"
+    )
     rabbitmq_host: str = _setting("", "broker host, used when AMQP_URL is not set")
     queue_name: str = _setting("predictions", "queue of events; its dead letters go to <name>.dead")
     log_level: str = _setting("info", "least severe level that is logged", choices=LOG_LEVELS)
@@ -116,7 +120,9 @@ _KINDS: dict[str, type] = {"str": str, "int": int, "float": float, "bool": bool}
 def parser_for(cls: type[Settings], prog: str, description: str) -> argparse.ArgumentParser:
     """An ArgumentParser with one flag for each setting of `cls`, whose --help prints defaults and units."""
     parser = argparse.ArgumentParser(
-        prog=prog, description=description, epilog="Each flag is also an environment variable: --http-port is HTTP_PORT."
+        prog=prog,
+        description=description,
+        epilog="Each flag is also an environment variable: --http-port is HTTP_PORT.",
     )
     for item in fields(cls):
         text = item.metadata["help"]

@@ -1,4 +1,4 @@
-"""Our exceptions. Each one that a client sees carries its status; each one that ends a process carries its exit code."""
+"""Our exceptions. One that a client sees carries its status; one that ends a process carries its exit code."""
 
 from __future__ import annotations
 

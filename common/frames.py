@@ -16,7 +16,9 @@ HEARTBEAT = b"\x08\x00\x00\x00\x00\x00\x00\xce"
 _METHOD, _HEADER, _BODY = 1, 2, 3
 _END = b"\xce"
 _FRAME = Struct(">BHI")  # type, channel, payload size (2.3.5)
-_CONTENT = Struct(">BHIHHQ")  # a content header frame up to its body size: type, channel, size, class, weight, body size
+_CONTENT = Struct(
+    ">BHIHHQ"
+)  # a content header frame up to its body size: type, channel, size, class, weight, body size
 _U64 = Struct(">Q")
 _ACK = Struct(">BHIHHQBB")
 _OVERHEAD = 8  # 7 bytes before a frame's payload, 1 after
@@ -61,11 +63,22 @@ class Notice(NamedTuple):
 class FrameDecoder:
     """Cuts the hot frames of channel `HOT_CHANNEL` out of a byte stream that may be split anywhere.
 
-    `feed` returns the cold bytes, whole frames only, in their order; hot frames are appended to `deliveries`, `confirms`
-    and `notices`, which the caller empties.
+    `feed` returns the cold bytes, whole frames only, in their order; hot frames are appended to `deliveries`,
+    `confirms` and `notices`, which the caller empties.
     """
 
-    __slots__ = ("_deliver", "_header", "_parts", "_rest", "_started", "_wanted", "confirms", "deliveries", "frame_max", "notices")
+    __slots__ = (
+        "_deliver",
+        "_header",
+        "_parts",
+        "_rest",
+        "_started",
+        "_wanted",
+        "confirms",
+        "deliveries",
+        "frame_max",
+        "notices",
+    )
 
     def __init__(self) -> None:
         self.deliveries: list[Delivery] = []
@@ -74,7 +87,7 @@ class FrameDecoder:
         self.frame_max = 0  # bytes of a whole frame; 0: not yet negotiated, or no limit
         self._rest: bytes | bytearray = b""
         self._started = False
-        # A content under way on the hot channel: its Deliver (None for a returned message), its header, its body so far.
+        # A message under way on the hot channel: its Deliver (None if returned), its header, its body so far.
         self._deliver: tuple[int, bool] | None = None
         self._header: bytes | None = None
         self._parts: list[bytes] = []
@@ -119,10 +132,14 @@ class FrameDecoder:
             return start
         kind, channel, size, _, _, body_size = _CONTENT.unpack_from(data, start)
         body_frame = start + size + _OVERHEAD
-        end = body_frame + body_size + _OVERHEAD
+        end: int = body_frame + body_size + _OVERHEAD
         if end > stop or kind != _HEADER or channel != HOT_CHANNEL or not body_size:
             return start  # frame by frame, then
-        if _FRAME.unpack_from(data, body_frame) != (_BODY, HOT_CHANNEL, body_size) or data[body_frame - 1] != 0xCE or data[end - 1] != 0xCE:
+        if (
+            _FRAME.unpack_from(data, body_frame) != (_BODY, HOT_CHANNEL, body_size)
+            or data[body_frame - 1] != 0xCE
+            or data[end - 1] != 0xCE
+        ):
             return start
         tag, redelivered = self._deliver or (0, False)
         header = data[start + 7 : body_frame - 1]
@@ -134,7 +151,7 @@ class FrameDecoder:
         """Take the frame with the payload data[start:stop] if it is hot. Tells whether it was."""
         if kind == _METHOD:
             method = data[start : start + 4]
-            if method == _CONFIRM_ACK or method == _CONFIRM_NACK:
+            if method in (_CONFIRM_ACK, _CONFIRM_NACK):
                 (tag,) = _U64.unpack_from(data, start + 4)
                 self.confirms.append(_tuple(Confirm, (tag, data[start + 12] & 1 == 1, method == _CONFIRM_ACK)))
                 return True
@@ -245,7 +262,16 @@ def acks(tags: Iterable[tuple[int, bool]]) -> bytes:
 
 # The properties before message-id, in the order of their flags from bit 15 down (4.2.6.1): each is a short string, but
 # for headers (a table with a 4-byte length), delivery-mode and priority (an octet).
-_BEFORE_MESSAGE_ID = ((0x8000, "s"), (0x4000, "s"), (0x2000, "t"), (0x1000, "o"), (0x0800, "o"), (0x0400, "s"), (0x0200, "s"), (0x0100, "s"))
+_BEFORE_MESSAGE_ID = (
+    (0x8000, "s"),
+    (0x4000, "s"),
+    (0x2000, "t"),
+    (0x1000, "o"),
+    (0x0800, "o"),
+    (0x0400, "s"),
+    (0x0200, "s"),
+    (0x0100, "s"),
+)
 _OURS = b"\x90\xc0\x10application/json\x02\x20"  # as PublishEncoder writes them, up to the length of the message-id
 
 
@@ -260,7 +286,13 @@ def message_id(header: bytes) -> bytes | None:
         at = 14
         for flag, kind in _BEFORE_MESSAGE_ID:
             if flags & flag:
-                at += 1 if kind == "o" else 1 + header[at] if kind == "s" else 4 + int.from_bytes(header[at : at + 4], "big")
+                at += (
+                    1
+                    if kind == "o"
+                    else 1 + header[at]
+                    if kind == "s"
+                    else 4 + int.from_bytes(header[at : at + 4], "big")
+                )
         return header[at + 1 : at + 1 + header[at]]
     except IndexError:
         raise FrameError("a content header that ends too early") from None

@@ -1,5 +1,6 @@
-"""HTTP connections: reading, answers in order, time-outs, limits, drain. The grammar is http1's; what a request means is
-the handler's, a plain function that answers its exchange now or later.
+"""HTTP connections: reading, answers in order, time-outs, limits, drain.
+
+The grammar is http1's; what a request means is the handler's, a plain function that answers its exchange now or later.
 
 No task, future or timer is made for a request: answers are callbacks, and one sweep a second looks after all time-outs.
 """
@@ -94,7 +95,22 @@ class Exchange:
 class Connection(asyncio.Protocol):
     """One client."""
 
-    __slots__ = ("_accounted", "_checked", "_drained", "_eof", "_lingering", "_parser", "_partial", "_pumping", "_reading", "_since", "_stuck_since", "exchanges", "server", "transport")
+    __slots__ = (
+        "_accounted",
+        "_checked",
+        "_drained",
+        "_eof",
+        "_lingering",
+        "_parser",
+        "_partial",
+        "_pumping",
+        "_reading",
+        "_since",
+        "_stuck_since",
+        "exchanges",
+        "server",
+        "transport",
+    )
 
     def __init__(self, server: HttpServer) -> None:
         self.server = server
@@ -186,7 +202,7 @@ class Connection(asyncio.Protocol):
         if not self._partial:
             self._partial, self._since = True, self.server.now()
         head = parser.head
-        # What may not come in is refused before its body is read, and 100 Continue is sent when it is this request's turn.
+        # What may not come in is refused before its body is read; 100 Continue waits until it is this request's turn.
         if head is not None and not self._checked and not self.exchanges:
             self.server.check(head)
             self._checked = True
@@ -240,8 +256,8 @@ class Connection(asyncio.Protocol):
         return self._partial and not self._checked and not exchanges
 
     def _finish(self, polite: bool) -> None:
-        """Close. When the client may still be sending, close only our side first: a reset would destroy the answer on its
-        way (RFC 9112 section 9.6)."""
+        """Close. When the client may still be sending, close only our side first: a reset would destroy the answer on
+        its way (RFC 9112 section 9.6)."""
         transport = self.transport
         assert transport is not None
         if polite or self._eof or not transport.can_write_eof():
@@ -303,8 +319,11 @@ class Connection(asyncio.Protocol):
 
 
 class HttpServer:
-    """Listens, and owns the connections. `handle(request, exchange)` must answer, now or later; it and `check(head)` may
-    raise HttpError, InvalidEvent or Unavailable instead."""
+    """Listens, and owns the connections.
+
+    `handle(request, exchange)` must answer, now or later; it and `check(head)` may raise HttpError, InvalidEvent or
+    Unavailable instead.
+    """
 
     def __init__(
         self,

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import re
+import resource
 import signal
 import sys
 import time
@@ -19,7 +20,12 @@ from common.errors import Fatal
 log = logging.getLogger("predlog")
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
-_COLOURS = {logging.DEBUG: "\x1b[2m", logging.WARNING: "\x1b[33m", logging.ERROR: "\x1b[31m", logging.CRITICAL: "\x1b[31m"}
+_COLOURS = {
+    logging.DEBUG: "\x1b[2m",
+    logging.WARNING: "\x1b[33m",
+    logging.ERROR: "\x1b[31m",
+    logging.CRITICAL: "\x1b[31m",
+}
 
 
 def escaped(text: str) -> str:
@@ -92,6 +98,13 @@ def fail(prog: str, error: Fatal) -> int:
     return error.exit_code
 
 
+def raise_file_limit() -> int:
+    """Let this process open as many files as it may; how many that is."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard if hard != resource.RLIM_INFINITY else sys.maxsize
+
+
 def on_stop() -> asyncio.Event:
     """An event that SIGTERM and SIGINT set. A second SIGINT ends the process at once."""
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
@@ -108,7 +121,7 @@ def on_stop() -> asyncio.Event:
 
 
 async def first_of(stop: asyncio.Event, *tasks: asyncio.Task[Any]) -> None:
-    """Wait for `stop`, or for the first of `tasks` to end: its exception is raised, for such a task has no end of its own."""
+    """Wait for `stop`, or for the first of `tasks` to end, and raise its exception: none has an end of its own."""
     stopping = asyncio.ensure_future(stop.wait())
     done, _ = await asyncio.wait({stopping, *tasks}, return_when=asyncio.FIRST_COMPLETED)
     stopping.cancel()

@@ -88,9 +88,17 @@ class Publisher:
         if self._lane is None:
             return Unavailable("broker_away", f"no broker: {self.down}; nothing was accepted, try again")
         if self.blocked:
-            return Unavailable("broker_blocked", f"the broker takes no messages now ({self.blocked}); nothing was accepted, try again")
-        if self._lane.congested or self.unconfirmed_bytes >= self._max_unconfirmed_bytes or self.unconfirmed >= self._max_unconfirmed:
-            return Unavailable("window_full", "too many events wait for the broker's confirm; nothing was accepted, try again")
+            return Unavailable(
+                "broker_blocked", f"the broker takes no messages now ({self.blocked}); nothing was accepted, try again"
+            )
+        if (
+            self._lane.congested
+            or self.unconfirmed_bytes >= self._max_unconfirmed_bytes
+            or self.unconfirmed >= self._max_unconfirmed
+        ):
+            return Unavailable(
+                "window_full", "too many events wait for the broker's confirm; nothing was accepted, try again"
+            )
         return None
 
     def publish(self, body: bytes, message_id: bytes, waiter: Waiter) -> None:
@@ -169,14 +177,18 @@ class Publisher:
         expired = list(takewhile(lambda tag: self._sent[tag].since <= oldest, self._sent))
         for tag in expired:
             self._expire(self._sent.pop(tag))
-        if expired and self._confirmed_at <= oldest and self._lane is not None:
+        if expired and self._confirmed_at <= oldest and self._lane is not None and not self.blocked:
             # Not one confirm in all that time: this link is of no use. A new one may reach a live broker.
             self._lane.fail(f"no confirm for {self._confirm_timeout:g} s")
 
     def _expire(self, entry: _Entry) -> None:
         self.unconfirmed_bytes -= len(entry.body)
         entry.waiter.failed(
-            HttpError(504, "no confirm from the broker in time: the event may or may not be stored; a retry with the same Idempotency-Key is safe")
+            HttpError(
+                504,
+                "no confirm from the broker in time: the event may or may not be stored; "
+                "a retry with the same Idempotency-Key is safe",
+            )
         )
 
     def fail_all(self) -> None:

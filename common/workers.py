@@ -37,7 +37,9 @@ def reserve_port(host: str, port: int) -> socket.socket:
     """
     family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
     try:
-        with socket.socket(family, socket.SOCK_STREAM) as probe:  # without SO_REUSEPORT: nobody may be here, not even another predlog
+        with socket.socket(
+            family, socket.SOCK_STREAM
+        ) as probe:  # without SO_REUSEPORT: nobody may be here, not even another predlog
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
             probe.listen(1)
@@ -47,7 +49,9 @@ def reserve_port(host: str, port: int) -> socket.socket:
         shared.bind((host, port))
         return shared
     except OSError as error:
-        raise StartupError(f"cannot listen on {host}:{port}: {error.strerror}; stop the other program, or set HTTP_PORT") from None
+        raise StartupError(
+            f"cannot listen on {host}:{port}: {error.strerror}; stop the other program, or set HTTP_PORT"
+        ) from None
 
 
 def supervise(count: int, work: Callable[[int, int], int], shutdown_seconds: float) -> int:

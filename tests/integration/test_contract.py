@@ -62,7 +62,10 @@ async def test_200_echoes_the_event_as_it_was_published(producer: Start, broker:
     connection = http.client.HTTPConnection(service.url.removeprefix("http://"))
     connection.request("POST", "/process", body)
     echoed = connection.getresponse().read()
-    expected = '{"device_id":"ü","client_id":"-3","created_at":"5","data":{"license_id":"7","preds":[{"image_frame":"f","prob":1.0,"tags":[]}]}}'
+    expected = (
+        '{"device_id":"ü","client_id":"-3","created_at":"5",'
+        '"data":{"license_id":"7","preds":[{"image_frame":"f","prob":1.0,"tags":[]}]}}'
+    )
     assert echoed == expected.encode()
     [message] = await messages(broker, queue_name, 1)
     properties = message.header.properties
@@ -90,7 +93,11 @@ async def test_the_queue_is_durable_and_quorum_and_other_arguments_are_one_clear
 
 def test_a_malformed_event_is_422_that_names_every_fault(producer: Start) -> None:
     service = producer()
-    document = {"client_id": True, "created_at": "t", "data": {"license_id": "l", "preds": [{"image_frame": 1, "prob": "x"}]}}
+    document = {
+        "client_id": True,
+        "created_at": "t",
+        "data": {"license_id": "l", "preds": [{"image_frame": 1, "prob": "x"}]},
+    }
     status, _, answer = post(service, document)
     assert status == 422
     assert sorted(((fault["loc"], fault["type"]) for fault in answer["detail"]), key=str) == sorted(
@@ -132,7 +139,12 @@ def test_a_malformed_event_is_422_that_names_every_fault(producer: Start) -> Non
     ],
 )
 def test_every_refusal_has_its_status(
-    shared_producer: Service, method: str, path: str, headers: dict[str, str], status: int, field: tuple[str, str] | None
+    shared_producer: Service,
+    method: str,
+    path: str,
+    headers: dict[str, str],
+    status: int,
+    field: tuple[str, str] | None,
 ) -> None:
     body = json.dumps(EVENT).encode() if method in ("POST", "BREW") else None
     got, fields, answer = call(shared_producer, method, path, body, **headers)
@@ -220,7 +232,9 @@ def test_tokens_keep_strangers_out_of_post_and_leave_health_open(producer: Start
     assert "old" not in service.log()
 
 
-def test_pipelined_requests_are_answered_in_order_though_their_confirms_take_their_time(shared_producer: Service) -> None:
+def test_pipelined_requests_are_answered_in_order_though_their_confirms_take_their_time(
+    shared_producer: Service,
+) -> None:
     requests = b""
     for number in range(100):
         if number % 3 == 2:
@@ -239,12 +253,16 @@ def test_pipelined_requests_are_answered_in_order_though_their_confirms_take_the
     ] + ["health"]
 
 
-def test_expect_100_continue_is_sent_for_a_welcome_body_and_refused_bodies_are_not_read(shared_producer: Service) -> None:
+def test_expect_100_continue_is_sent_for_a_welcome_body_and_refused_bodies_are_not_read(
+    shared_producer: Service,
+) -> None:
     host, _, port = shared_producer.url.removeprefix("http://").partition(":")
     body = json.dumps(EVENT).encode()
     for path, first in ((b"/process", b"HTTP/1.1 100 "), (b"/nowhere", b"HTTP/1.1 404 ")):
         with socket.create_connection((host, int(port)), 20) as client:
-            client.sendall(b"POST %b HTTP/1.1\r\nHost: h\r\nExpect: 100-continue\r\nContent-Length: %d\r\n\r\n" % (path, len(body)))
+            client.sendall(
+                b"POST %b HTTP/1.1\r\nHost: h\r\nExpect: 100-continue\r\nContent-Length: %d\r\n\r\n" % (path, len(body))
+            )
             assert client.recv(65536).startswith(first)
             if first == b"HTTP/1.1 100 ":
                 client.sendall(body)

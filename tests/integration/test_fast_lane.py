@@ -31,7 +31,7 @@ class Lane:
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         link.lane.on_confirms = self.confirms.extend
         link.lane.on_deliveries = self.deliveries.extend
-        link.lane.on_lost = lambda reason: self.lost.done() or self.lost.set_result(reason)
+        link.lane.on_lost = lambda reason: None if self.lost.done() else self.lost.set_result(reason)
 
     @classmethod
     async def open(cls, url: str, queue_name: str) -> Lane:
@@ -85,7 +85,7 @@ async def test_messages_of_any_size_arrive_the_same_through_lane_and_stock(
         channel = await connection.channel()
         if publish_by == "aiormq":
             for number, body in enumerate(sent, 1):
-                properties = aiormq.spec.Basic.Properties(message_id="%032d" % number, delivery_mode=2)
+                properties = aiormq.spec.Basic.Properties(message_id=f"{number:032d}", delivery_mode=2)
                 await channel.basic_publish(body, routing_key=queue_name, properties=properties)
         if consume_by == "aiormq":
 
@@ -100,7 +100,7 @@ async def test_messages_of_any_size_arrive_the_same_through_lane_and_stock(
             for delivery in lane.deliveries:
                 message_id = frames.message_id(delivery.header)
                 got.append((delivery.body, message_id.decode() if message_id else None))
-    assert got == [(body, "%032d" % number) for number, body in enumerate(sent, 1)]
+    assert got == [(body, f"{number:032d}") for number, body in enumerate(sent, 1)]
     await lane.link.close()
 
 
@@ -124,7 +124,7 @@ async def test_acks_settle_what_they_cover_and_the_rest_comes_again(broker: Rabb
 
 async def test_a_nack_of_the_broker_arrives_as_one(broker: RabbitMQ, queue_name: str) -> None:
     lane = await Lane.open(broker.url, queue_name)
-    arguments = {"x-max-length": 1, "x-overflow": "reject-publish"}
+    arguments: dict[str, Any] = {"x-max-length": 1, "x-overflow": "reject-publish"}
     await lane.link.channel.queue_declare(queue_name, durable=True, arguments=arguments)
     for number in range(1, 11):
         lane.publish(b"x", number)
@@ -134,7 +134,9 @@ async def test_a_nack_of_the_broker_arrives_as_one(broker: RabbitMQ, queue_name:
     await lane.link.close()
 
 
-async def test_a_message_for_a_missing_queue_ends_the_link_and_its_ack_counts_for_nothing(broker: RabbitMQ, queue_name: str) -> None:
+async def test_a_message_for_a_missing_queue_ends_the_link_and_its_ack_counts_for_nothing(
+    broker: RabbitMQ, queue_name: str
+) -> None:
     lane = await Lane.open(broker.url, queue_name)
     lane.publish(b"x", 1)
     async with asyncio.timeout(10):
@@ -143,7 +145,9 @@ async def test_a_message_for_a_missing_queue_ends_the_link_and_its_ack_counts_fo
     await lane.link.close()
 
 
-async def test_a_deleted_queue_a_closed_channel_and_a_cut_connection_are_noticed_at_once(broker: RabbitMQ, queue_name: str) -> None:
+async def test_a_deleted_queue_a_closed_channel_and_a_cut_connection_are_noticed_at_once(
+    broker: RabbitMQ, queue_name: str
+) -> None:
     async with aiormq.connect(broker.url) as connection:
         other = await connection.channel()
         for trouble, words in (("delete", "cancelled"), ("ack", "unknown delivery tag"), ("cut", "closed")):

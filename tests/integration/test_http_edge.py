@@ -116,7 +116,7 @@ def test_connections_above_the_limit_get_503_and_leave_the_others_alone(producer
     [
         b"POST /process HTTP/1.1\r\nHost: h\r\nContent-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
         b"POST /process HTTP/1.1\r\nHost: h\r\nContent-Length: 0\r\nContent-Length: 40\r\n\r\n",
-        b"POST /process HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\nTransfer-Encoding: identity\r\n\r\n0\r\n\r\n",
+        b"POST /process HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\nTransfer-Encoding: x\r\n\r\n0\r\n\r\n",
         b"POST /process HTTP/1.1\r\nHost: h\r\nTransfer-Encoding : chunked\r\n\r\n0\r\n\r\n",
         b"POST /process HTTP/1.1\r\nHost: h\r\nContent-Length: +4\r\n\r\n",
         b"GET /healthz HTTP/1.1\r\nHost: h\nX: y\r\n\r\n",
@@ -124,7 +124,9 @@ def test_connections_above_the_limit_get_503_and_leave_the_others_alone(producer
 )
 def test_nothing_behind_an_ambiguous_request_is_ever_answered(shared: Service, smuggler: bytes) -> None:
     with connected(shared) as client:
-        client.sendall(b"GET /healthz HTTP/1.1\r\nHost: h\r\n\r\n" + smuggler + b"GET /readyz HTTP/1.1\r\nHost: h\r\n\r\n")
+        client.sendall(
+            b"GET /healthz HTTP/1.1\r\nHost: h\r\n\r\n" + smuggler + b"GET /readyz HTTP/1.1\r\nHost: h\r\n\r\n"
+        )
         got = read_all(client)
     statuses = [int(part[:3]) for part in got.split(b"HTTP/1.1 ")[1:]]
     assert statuses[0] == 200
@@ -139,7 +141,13 @@ def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     from scripts.rabbitmq import free_port
 
     port, broker = free_port(), request.getfixturevalue("broker")
-    environment = {"AMQP_URL": broker.url, "QUEUE_NAME": "test-edge", "HTTP_PORT": str(port), "BODY_TIMEOUT_MS": "60000", "HEAD_TIMEOUT_MS": "60000"}
+    environment = {
+        "AMQP_URL": broker.url,
+        "QUEUE_NAME": "test-edge",
+        "HTTP_PORT": str(port),
+        "BODY_TIMEOUT_MS": "60000",
+        "HEAD_TIMEOUT_MS": "60000",
+    }
     service = Service("producer", f"http://127.0.0.1:{port}", environment, tmp_path_factory.mktemp("edge"))
     service.wait_until_ready()
     yield service
@@ -167,7 +175,12 @@ def test_a_thousand_slow_clients_do_not_stop_a_fast_one(shared: Service) -> None
 
 def test_hostile_bodies_do_not_stall_the_others(shared: Service) -> None:
     size = 8 * 2**20
-    hostile = [b"[" * size, b"{}," * (size // 3), b'{"data":{"preds":[' + b"{}," * 2_700_000 + b"{}]}}", b'"' + b"a" * (size - 2) + b'"']
+    hostile = [
+        b"[" * size,
+        b"{}," * (size // 3),
+        b'{"data":{"preds":[' + b"{}," * 2_700_000 + b"{}]}}",
+        b'"' + b"a" * (size - 2) + b'"',
+    ]
     slowest = 0.0
     done = threading.Event()
 

@@ -21,7 +21,9 @@ def issue(authority: trustme.CA, folder: Path) -> None:
     (folder / "cert.pem").write_bytes(b"".join(pem.bytes() for pem in made.cert_chain_pems))
 
 
-def ask(service: Service, authority: trustme.CA, method: str = "GET", path: str = "/readyz", body: bytes | None = None) -> tuple[int, bytes]:
+def ask(
+    service: Service, authority: trustme.CA, method: str = "GET", path: str = "/readyz", body: bytes | None = None
+) -> tuple[int, bytes]:
     """Status, and the serial number of the certificate that was shown."""
     context = ssl.create_default_context()
     authority.configure_trust(context)
@@ -36,7 +38,9 @@ def ask(service: Service, authority: trustme.CA, method: str = "GET", path: str 
         connection.close()
 
 
-def test_https_serves_and_sighup_brings_the_new_certificate_while_a_broken_one_keeps_the_old(producer: Start, tmp_path: Path) -> None:
+def test_https_serves_and_sighup_brings_the_new_certificate_while_a_broken_one_keeps_the_old(
+    producer: Start, tmp_path: Path
+) -> None:
     authority = trustme.CA()
     issue(authority, tmp_path)
     service = producer(wait=False, TLS_CERT=tmp_path / "cert.pem", TLS_KEY=tmp_path / "key.pem")

@@ -45,7 +45,7 @@ def test_taking_leaves_nothing() -> None:
 def test_acks_cover_every_stored_tag_and_no_other(fates: list[str]) -> None:
     """Tags of one batch: stored, held for the dead letters, or of a later batch (above all others)."""
     fates.sort(key=lambda fate: fate == "later")
-    tags = {tag: fate for tag, fate in enumerate(fates, 1)}
+    tags = dict(enumerate(fates, 1))
     stored = [tag for tag, fate in tags.items() if fate == "store"]
     held = {tag for tag, fate in tags.items() if fate == "hold"}
     settled: set[int] = set()

@@ -27,7 +27,12 @@ def test_the_defaults_are_the_contract_s() -> None:
     assert (made.confirm_timeout_ms, made.max_unconfirmed, made.shutdown_timeout_ms) == (10_000, 4096, 10_000)
     eater = consumer()
     assert (eater.csv_file, eater.prefetch_count, eater.batch_max_rows) == ("data/data.csv", 2000, 5000)
-    assert (eater.flush_interval_ms, eater.low_prob_threshold, eater.dedup_window, eater.health_port) == (50, 0.25, 200_000, 0)
+    assert (eater.flush_interval_ms, eater.low_prob_threshold, eater.dedup_window, eater.health_port) == (
+        50,
+        0.25,
+        200_000,
+        0,
+    )
 
 
 def test_a_flag_wins_over_the_variable() -> None:

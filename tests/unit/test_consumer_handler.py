@@ -24,7 +24,9 @@ def message(tag: int, body: bytes, message_id: bytes) -> Delivery:
     published = b"".join(encoder.encode(body, message_id, frames.packed_seconds(0)))
     deliver = b"\x01\x00\x01\x00\x00\x00\x11\x00\x3c\x00\x3c\x01t" + tag.to_bytes(8, "big") + b"\x00\x00\x01q"
     decoder = FrameDecoder()
-    decoder.feed(deliver[:6] + bytes([len(deliver) - 7]) + deliver[7:] + b"\xce" + published[published.index(b"\xce") + 1 :])
+    decoder.feed(
+        deliver[:6] + bytes([len(deliver) - 7]) + deliver[7:] + b"\xce" + published[published.index(b"\xce") + 1 :]
+    )
     return decoder.deliveries[0]
 
 
@@ -33,7 +35,11 @@ def random_event(rng: random.Random, number: int) -> dict[str, Any]:
         return rng.choice(["cat", "animal", "a,b", 'q"q', "", "ü;ö", "line\nbreak"])
 
     preds = [
-        {"image_frame": f"frame;{n}", "prob": rng.choice([0.1, 0.25, 0.9, rng.random()]), "tags": [tag() for _ in range(rng.randrange(4))]}
+        {
+            "image_frame": f"frame;{n}",
+            "prob": rng.choice([0.1, 0.25, 0.9, rng.random()]),
+            "tags": [tag() for _ in range(rng.randrange(4))],
+        }
         for n in range(rng.randint(1, 10))
     ]
     return {
@@ -47,7 +53,13 @@ def random_event(rng: random.Random, number: int) -> dict[str, Any]:
 def expected_rows(document: dict[str, Any]) -> list[list[str]]:
     ids = [document["device_id"], document["client_id"], document["created_at"], document["data"]["license_id"]]
     return [
-        [*ids, pred["image_frame"], repr(float(pred["prob"])), *pred["tags"], *(["low_prob"] if pred["prob"] < 0.25 else [])]
+        [
+            *ids,
+            pred["image_frame"],
+            repr(float(pred["prob"])),
+            *pred["tags"],
+            *(["low_prob"] if pred["prob"] < 0.25 else []),
+        ]
         for pred in document["data"]["preds"]
     ]
 
@@ -100,7 +112,11 @@ def test_messages_of_others_without_an_id_are_stored_each_time(store: Store) -> 
 @pytest.mark.parametrize("body", [b"", b"not json", b"[]", b'{"device_id":"d"}', b"\xff", b'{"device_id":null}'])
 def test_what_can_never_become_rows_is_poison_and_takes_no_good_message_with_it(store: Store, body: bytes) -> None:
     good = json.dumps(random_event(random.Random(1), 1)).encode()
-    prepared = rows_of([message(1, good, b"a" * 32), message(2, body or b"x", b"b" * 32), message(3, good, b"c" * 32)], store.seen, 0.25)
+    prepared = rows_of(
+        [message(1, good, b"a" * 32), message(2, body or b"x", b"b" * 32), message(3, good, b"c" * 32)],
+        store.seen,
+        0.25,
+    )
     assert prepared.stored == [1, 3]
     [(delivery, reason)] = prepared.poison
     assert delivery.delivery_tag == 2

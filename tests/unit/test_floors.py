@@ -17,7 +17,20 @@ FLOORS = [
     {"dead_letters"},
     {"producer", "consumer"},
 ]
-IMPURE = {"asyncio", "os", "socket", "time", "ssl", "signal", "threading", "subprocess", "random", "uvloop", "aiormq", "pathlib"}
+IMPURE = {
+    "asyncio",
+    "os",
+    "socket",
+    "time",
+    "ssl",
+    "signal",
+    "threading",
+    "subprocess",
+    "random",
+    "uvloop",
+    "aiormq",
+    "pathlib",
+}
 RUN_TIME = {"aiormq", "pamqp", "yarl", "uvloop", "orjson"}  # pamqp and yarl are aiormq's own
 
 

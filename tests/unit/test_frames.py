@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+from itertools import pairwise
+from typing import Any
 
 import pamqp.commands as commands
 import pamqp.frame
@@ -25,7 +27,9 @@ tags = st.integers(1, 2**63 - 1)
 
 @st.composite
 def properties(draw: st.DrawFn) -> commands.Basic.Properties:
-    optional = lambda of: draw(st.none() | of)  # noqa: E731
+    def optional(of: st.SearchStrategy[Any]) -> Any:
+        return draw(st.none() | of)
+
     return commands.Basic.Properties(
         content_type=optional(short),
         content_encoding=optional(short),
@@ -90,7 +94,7 @@ def wire(frame: Frame) -> bytes:
 
 def split(data: bytes, cuts: list[int]) -> list[bytes]:
     edges = [0, *sorted(cut % (len(data) + 1) for cut in cuts), len(data)]
-    return [data[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    return [data[a:b] for a, b in pairwise(edges)]
 
 
 def by_pamqp(stream: list[Frame]) -> tuple[list[Delivery], list[Confirm], list[Notice], bytes, list[str | None]]:
@@ -122,7 +126,7 @@ def by_pamqp(stream: list[Frame]) -> tuple[list[Delivery], list[Confirm], list[N
         if header is not None and len(body) == header.body_size:
             if isinstance(method, commands.Basic.Deliver):
                 raw = wire((channel, header))[7:-1]
-                deliveries.append(Delivery(method.delivery_tag, method.redelivered, raw, body))
+                deliveries.append(Delivery(method.delivery_tag or 0, method.redelivered, raw, body))
                 ids.append(header.properties.message_id)
             header = None
     return deliveries, confirms, notices, cold, ids
@@ -175,7 +179,12 @@ def test_a_published_message_is_what_pamqp_reads_with_no_frame_above_frame_max(s
         data = data[used:]
     publish, header, *bodies = read
     assert isinstance(publish, commands.Basic.Publish)
-    assert (publish.exchange, publish.routing_key, publish.mandatory, publish.immediate) == ("", "predictions", True, False)
+    assert (publish.exchange, publish.routing_key, publish.mandatory, publish.immediate) == (
+        "",
+        "predictions",
+        True,
+        False,
+    )
     assert isinstance(header, ContentHeader)
     assert header.body_size == size
     given = header.properties

@@ -116,6 +116,15 @@ def test_a_link_without_one_confirm_in_the_whole_time_is_given_up() -> None:
     assert "no confirm" in bench.lane.failed
 
 
+def test_a_blocked_broker_is_waited_for_not_given_up() -> None:
+    bench = Bench()
+    waiter = bench.publish()
+    bench.publisher.blocked = "low on memory"
+    bench.time += 10.1
+    bench.publisher.sweep()
+    assert (waiter.outcomes, bench.lane.failed) == ([504], "")
+
+
 def test_events_under_way_when_the_link_goes_down_are_published_again_first_with_the_same_message_id() -> None:
     bench = Bench()
     waiters = [bench.publish(number) for number in (1, 2, 3)]
