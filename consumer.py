@@ -53,7 +53,11 @@ def rows_of(deliveries: Sequence[Delivery], seen: Callable[[bytes], bool], low_p
     events, stored, poison, fresh = [], [], [], dict[bytes, None]()
     duplicates = rows = 0
     for delivery in deliveries:
-        message_id = frames.message_id(delivery.header)
+        try:
+            message_id = frames.message_id(delivery.header)
+        except frames.FrameError as error:
+            poison.append((delivery, str(error)))
+            continue
         if message_id is not None:
             digest = event.digest(message_id)
             if digest in fresh or seen(digest):

@@ -197,9 +197,9 @@ async def keep_up(
             link = await open_link(url, name, high_water_bytes)
             lost = _lost(link)
             await prepare(link)
-            log.info("%s to %s", "connected" if first else "connected again", masked_url(url))
+            log.info("%s: connected%s to %s", name, "" if first else " again", masked_url(url))
             first, waiting, began = False, False, loop.time()
-            trouble = f"lost the broker: {await lost}; events under way are kept, connecting again"
+            trouble = f"connection lost: {await lost}; nothing under way is forgotten, connecting again"
         except (*_HOPELESS, StartupError) as error:
             trouble = explain(error, url)
             if first:
@@ -217,7 +217,7 @@ async def keep_up(
         if link is not None:
             on_down(trouble)
         if not waiting:
-            log.warning("%s", trouble)
+            log.warning("%s: %s", name, trouble)
         waiting = True
         attempt = 0 if link is not None and loop.time() - began >= SETTLED_SECONDS else attempt + 1
         # Jitter, so that processes cut off together do not come back together.

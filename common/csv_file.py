@@ -15,7 +15,7 @@ import stat
 import time
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 BLOCK_BYTES = 1 << 20
 
@@ -57,15 +57,18 @@ class CsvFile:
 
     def write(self, data: bytes) -> None:
         """Appends `data`. After an error any part of it may be at the end of the file."""
-        rest = memoryview(data)
-        while rest:
-            rest = rest[os.write(self._fd, rest) :]
+        with naming(self.path):
+            rest = memoryview(data)
+            while rest:
+                rest = rest[os.write(self._fd, rest) :]
 
     def sync(self) -> None:
-        os.fsync(self._fd)
+        with naming(self.path):
+            os.fsync(self._fd)
 
     def cut(self, length: int) -> None:
-        os.ftruncate(self._fd, length)
+        with naming(self.path):
+            os.ftruncate(self._fd, length)
 
     def read(self, start: int, end: int | None = None) -> Iterator[bytes]:
         """The bytes from `start` up to `end`, or up to the end of the file, in blocks."""
@@ -90,7 +93,7 @@ class CsvFile:
         aside = free_name(f"{self.path}.uncommitted-")
         fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         try:
-            with open(fd, "wb") as file:
+            with naming(aside), open(fd, "wb") as file:
                 for block in self.read(start):
                     file.write(block)
                 file.flush()
@@ -102,6 +105,16 @@ class CsvFile:
             raise
         self.cut(start)
         return aside
+
+
+@contextmanager
+def naming(path: str) -> Iterator[None]:
+    """An OSError about a file descriptor does not say which file it was; `path` says it to a person."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or path
+        raise
 
 
 def rows_end(blocks: Iterable[bytes]) -> int:
@@ -155,7 +168,8 @@ def sync_directory(path: str) -> None:
     """Makes the names in the folder of `path` durable: files made, renamed, removed."""
     fd = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(fd)
+        with naming(path):
+            os.fsync(fd)
     finally:
         os.close(fd)
 

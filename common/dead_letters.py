@@ -14,8 +14,8 @@ import random
 import sys
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from datetime import UTC, datetime
 from decimal import Decimal
 from itertools import takewhile
@@ -44,7 +44,7 @@ REFUSALS_BEFORE_BARE = 3
 REASON_CHARS = 250
 
 # A page of letters is what lies in memory, and on its way, at one time.
-LOOK_LETTERS, REPLAY_LETTERS, PAGE_BYTES = 50, 256, 16 * 1024 * 1024
+PAGE_LETTERS, PAGE_BYTES = 256, 16 * 1024 * 1024
 
 # --- Properties, as they are on the wire ---
 
@@ -160,7 +160,8 @@ class Copy(NamedTuple):
 
 def dead_copy(delivery: frames.Delivery, queue_name: str, reason: str, now: datetime) -> Copy:
     """The copy of a message of `queue_name` for its dead letters. One without message_id gets one, for safe replays."""
-    properties, headers = _repeatable(delivery.header)
+    theirs = _tolerant(delivery.header)
+    properties, headers = _repeatable(*theirs)
     if properties.get("message_id", b"\0") == b"\0":
         properties["message_id"] = b"\x20" + uuid.uuid4().hex.encode()
     ours = {
@@ -168,9 +169,8 @@ def dead_copy(delivery: frames.Delivery, queue_name: str, reason: str, now: date
         _TIME: _text(now.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z").encode()),
         _QUEUE: _text(queue_name.encode()),
     }
-    with suppress(frames.FrameError):
-        if user := split_properties(delivery.header)[0].get("user_id"):
-            ours[_USER] = _text(user[1:])
+    if user := theirs[0].get("user_id"):
+        ours[_USER] = _text(user[1:])
     least = {name: value for name, value in properties.items() if name in _LEAST}
     size = len(delivery.body)
     return Copy(content_header(properties, headers | ours, size), content_header(least, ours, size), delivery.body)
@@ -178,16 +178,20 @@ def dead_copy(delivery: frames.Delivery, queue_name: str, reason: str, now: date
 
 def live_copy(letter: frames.Delivery) -> Copy:
     """The message that a dead letter was."""
-    properties, headers = _repeatable(letter.header)
+    properties, headers = _repeatable(*_tolerant(letter.header))
     header = content_header(properties, headers, len(letter.body))
     return Copy(header, header, letter.body)
 
 
-def _repeatable(header: bytes) -> tuple[Properties, Headers]:
+def _tolerant(header: bytes) -> tuple[Properties, Headers]:
+    """`split_properties`, but nothing for what it refuses: there must be no message that cannot be buried."""
     try:
-        properties, headers = split_properties(header)
-    except frames.FrameError:  # a broker that lets such a header pass must not make a message that cannot be buried
-        properties, headers = {}, {}
+        return split_properties(header)
+    except frames.FrameError:
+        return {}, {}
+
+
+def _repeatable(properties: Properties, headers: Headers) -> tuple[Properties, Headers]:
     kept = {name: value for name, value in properties.items() if name not in _DROPPED_PROPERTIES}
     theirs = {k: v for k, v in headers.items() if k not in _DROPPED_HEADERS and not k.startswith(_OURS)}
     return kept | {"delivery_mode": _PERSISTENT}, theirs
@@ -258,7 +262,10 @@ class Outbox:
 
     def _block(self, reason: str) -> None:
         self.blocked = reason
-        if not reason:
+        if reason:
+            log.warning("the broker takes no messages: %s; waiting", reason)
+        else:
+            log.info("the broker takes messages again")
             self._unblocked_at = self._loop.time()
 
 
@@ -335,6 +342,8 @@ class DeadLetters:
                 if str(error) != said:
                     said = str(error)
                     log.warning("dead letters: %s; trying until it works", error)
+            except Exception:
+                log.exception("dead letters: unexpected; connecting again")
             await asyncio.sleep(random.uniform(0.5, 1) * BACKOFF_SECONDS)
 
     async def _up(self, link: amqp.Link) -> None:
@@ -351,6 +360,8 @@ class DeadLetters:
 
 # --- Commands ---
 
+Pages = AsyncGenerator[list[frames.Delivery], None]
+
 
 async def show(settings: ConsumerSettings) -> int:
     """List the dead letters on stdout, oldest first, and leave them as they are. The exit code; raises StartupError."""
@@ -358,7 +369,7 @@ async def show(settings: ConsumerSettings) -> int:
     async with _connection(settings.amqp_url) as source:
         if count := await _ready(source, dead):
             head = _row("ID", "REASON", "WHEN", "SIZE", "FIRST BYTES")
-            await _pour(_pages(source, dead, count, LOOK_LETTERS), _line_of_table, sys.stdout.buffer, "stdout", head)
+            await _pour(_look(source, dead, count), _line_of_table, sys.stdout.buffer, "stdout", head)
         else:
             print(f"no dead letters in '{dead}'")
     return 0
@@ -367,12 +378,12 @@ async def show(settings: ConsumerSettings) -> int:
 async def export(settings: ConsumerSettings, path: str) -> int:
     """Write the dead letters as JSON lines to the file `path` ("-": stdout), whole or not at all.
 
-    They stay where they are. A line is {id, reason, time, size (bytes), headers, body}, or body_base64 for a body that is not UTF-8; id, reason
-    and time are null when nobody set them. The exit code; raises StartupError.
+    They stay where they are. A line is {id, reason, time, size (bytes), headers, body}, or body_base64 for a body that
+    is not UTF-8; id, reason and time are null when nobody set them. The exit code; raises StartupError.
     """
     dead = amqp.dead_letter_queue(settings.queue_name)
     async with _connection(settings.amqp_url) as source:
-        pages = _pages(source, dead, await _ready(source, dead) or 0, LOOK_LETTERS)
+        pages = _look(source, dead, await _ready(source, dead) or 0)
         if path == "-":
             await _pour(pages, json_line, sys.stdout.buffer, "stdout")
             return 0
@@ -400,7 +411,7 @@ async def replay(settings: ConsumerSettings) -> int:
                     await amqp.declare(target.channel, queue_name, amqp.QUEUE_ARGUMENTS)
                     outbox = Outbox(target)
                     target.lane.on_lost = outbox.fail
-                    async for page in _pages(source, dead, count, REPLAY_LETTERS):
+                    async for page in _pages(source, dead, count):
                         moved, error = await _republish(page, outbox, queue_name)
                         source.lane.send([frames.acks((tag, False) for tag in moved)])
                         progress.advance(len(moved))
@@ -442,7 +453,9 @@ async def _connection(url: str) -> AsyncIterator[amqp.Link]:
         yield link
     except aiormq.exceptions.ChannelAccessRefused as error:
         raise StartupError(amqp.explain(error, url)) from None
-    except (*amqp.CONNECTION_ERRORS, Nacked) as error:
+    except Nacked:
+        raise StartupError(f"the broker at {masked_url(url)} takes no more messages for the queue (nack)") from None
+    except amqp.CONNECTION_ERRORS as error:
         raise StartupError(f"lost the broker at {masked_url(url)}: {link.lane.lost or error or 'no answer'}") from None
     except asyncio.CancelledError:
         if amqp.cancelled():
@@ -461,11 +474,27 @@ async def _ready(link: amqp.Link, queue_name: str) -> int | None:
         return None
 
 
-async def _pages(
-    link: amqp.Link, queue_name: str, count: int, page_letters: int
-) -> AsyncIterator[list[frames.Delivery]]:
-    """The first `count` messages, unacked, a page at a time: never more on the way than fits in PAGE_BYTES, if the
-    largest so far tells what comes. Ends early when other readers have the rest.
+async def _look(link: amqp.Link, queue_name: str, count: int) -> Pages:
+    """`_pages` for those who take nothing: at the end all is put back in its order.
+
+    A closed channel would put the pages back in any order, and RabbitMQ 3.10 does so with the messages of one nack when
+    they are more than 32.
+    """
+    seen: list[int] = []
+    try:
+        async for page in _pages(link, queue_name, count):
+            tags = [letter.delivery_tag for letter in page]
+            seen += [*tags[31::32], tags[-1]]
+            yield page
+    finally:
+        for tag in dict.fromkeys(seen) if link.lane.lost is None else ():
+            async with asyncio.timeout(ANSWER_TIMEOUT_SECONDS):
+                await link.channel.basic_nack(tag, multiple=True, requeue=True)
+
+
+async def _pages(link: amqp.Link, queue_name: str, count: int) -> Pages:
+    """The first `count` messages, unacked, a page at a time: no more than fits in PAGE_BYTES, if the largest of one
+    page tells what the next may hold. Ends early when other readers have the rest.
 
     Each page has a consumer of its own, that is cancelled before the page is given out: what it was sent stays unacked
     on the channel, nothing piles up while the caller takes its time, and the next page begins behind it.
@@ -479,9 +508,9 @@ async def _pages(
 
     link.lane.on_deliveries = take
     link.lane.on_lost = lambda _: wake.set()
-    largest, more = PAGE_BYTES // 8, True
+    largest, more = PAGE_BYTES // 8, True  # nothing is known before the first page
     while count > 0 and more:
-        size = min(count, page_letters, max(1, PAGE_BYTES // largest))
+        size = min(count, PAGE_LETTERS, max(1, PAGE_BYTES // largest))
         async with asyncio.timeout(ANSWER_TIMEOUT_SECONDS):
             await link.channel.basic_qos(prefetch_count=size)
             consumer = await link.channel.basic_consume(queue_name, _never_called)
@@ -499,19 +528,16 @@ async def _pages(
         page = arrived.copy()
         arrived.clear()
         count -= len(page)
-        largest = max([largest if largest < PAGE_BYTES // 8 else 1, *(len(letter.body) for letter in page)])
-        yield page
+        if page:
+            largest = max(1, *(len(letter.body) for letter in page))
+            yield page
 
 
 async def _never_called(_: DeliveredMessage) -> None: ...
 
 
 async def _pour(
-    pages: AsyncIterator[list[frames.Delivery]],
-    line: Callable[[frames.Delivery], bytes],
-    out: BinaryIO,
-    name: str,
-    head: bytes = b"",
+    pages: Pages, line: Callable[[frames.Delivery], bytes], out: BinaryIO, name: str, head: bytes = b""
 ) -> int:
     """Write a line for each letter; how many. In a thread: a pager may stop reading, and heartbeats must go on."""
 
@@ -523,16 +549,17 @@ async def _pour(
             raise StartupError(f"cannot write {name}: {error.strerror}") from error
 
     written = 0
-    async for page in pages:
-        try:
-            await asyncio.to_thread(write, head + b"".join(map(line, page)))
-        except StartupError as error:
-            if out is sys.stdout.buffer and isinstance(error.__cause__, BrokenPipeError):  # `| head` has seen enough
-                os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
-                break
-            raise
-        written += len(page)
-        head = b""
+    async with aclosing(pages):
+        async for page in pages:
+            try:
+                await asyncio.to_thread(write, head + b"".join(map(line, page)))
+            except StartupError as error:
+                if out is sys.stdout.buffer and isinstance(error.__cause__, BrokenPipeError):  # `| head` has enough
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
+                    break
+                raise
+            written += len(page)
+            head = b""
     return written
 
 
@@ -605,10 +632,7 @@ def json_line(letter: frames.Delivery) -> bytes:
 
 def _account(letter: frames.Delivery) -> tuple[str | None, str | None, str | None, dict[str, Any]]:
     """A dead letter's id, reason, time and headers, as its publishers wrote them."""
-    try:
-        properties, headers = split_properties(letter.header)
-    except frames.FrameError:
-        return None, None, None, {}
+    properties, headers = _tolerant(letter.header)
     message_id = properties.get("message_id", b"")[1:].decode("utf-8", "replace")
     shown = {name.decode("utf-8", "replace"): _for_json(value) for name, value in headers.items()}
     return message_id or None, _string(headers, _REASON), _string(headers, _TIME), shown

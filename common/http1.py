@@ -64,7 +64,8 @@ _NOT_IN_HEAD = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f](?:(?<![\r\n])|(?<=\n)(?<!\
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]++"
 _QUOTED_STRING = rb'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*+"'
 _PCHAR = rb"[A-Za-z0-9\-._~!$&'()*+,;=:@]|%[0-9A-Fa-f]{2}"
-_HOST = rb"(?:\[[0-9A-Fa-f:.]++\]|(?:[A-Za-z0-9\-._~!$&'()*+,;=]|%[0-9A-Fa-f]{2})++)"
+# Without the comma that RFC 3986 allows in a host: it would be two hosts joined by an intermediary.
+_HOST = rb"(?:\[[0-9A-Fa-f:.]++\]|(?:[A-Za-z0-9\-._~!$&'()*+;=]|%[0-9A-Fa-f]{2})++)"
 
 _REQUEST_LINE = re.compile(rb"(%b) ([!-~]++) HTTP/([0-9])\.([0-9])" % _TOKEN)
 # RFC 3986 has no []{}|\^` in a query, but browsers send them unencoded (URL Standard) and they mislead nobody.
@@ -279,8 +280,12 @@ class _ChunkedContent:
         self._chunk_bytes = int(match[1], 16)
         if len(self.data) + self._chunk_bytes > self._limits.body_bytes:
             raise HttpError(413, f"content longer than {self._limits.body_bytes} bytes")
-        self._framing_bytes += self._chunk_bytes
-        self._expects = "data" if self._chunk_bytes else "trailer line"
+        if self._chunk_bytes:
+            self._framing_bytes += self._chunk_bytes
+            self._expects = "data"
+        else:
+            self._framing_bytes = min(self._framing_bytes, self._limits.chunk_overhead_bytes)
+            self._expects = "trailer line"
 
     def _read_trailer_line(self, line: bytes) -> None:
         if line == b"\r\n":
@@ -339,18 +344,16 @@ class RequestParser:
         return not self._buffer and self.head is None and not self._dropped
 
     def receive_data(self, data: bytes) -> None:
-        buffer = self._buffer
-        if not buffer:
+        if not self._buffer:
             if self._ended:
                 self._dropped = True
             else:
                 self._buffer = data
             return
-        if isinstance(buffer, bytearray):
-            del buffer[: self._start]
-        else:
-            self._buffer = buffer = bytearray(memoryview(buffer)[self._start :])
-        self._start = 0
+        self._release()
+        buffer = self._buffer
+        if isinstance(buffer, bytes):
+            self._buffer = buffer = bytearray(buffer)
         buffer += data
 
     def next_request(self) -> Request | None:
@@ -365,6 +368,7 @@ class RequestParser:
         try:
             head = self.head or self._next_head()
             if head is None:
+                self._release()
                 return None
             body = self._chunked_body() if head.chunked else self._take(head.content_length)
         except HttpError as error:
@@ -373,6 +377,7 @@ class RequestParser:
             raise
         if body is None:
             self.head = head
+            self._release()
             return None
         self.head = None
         if not head.keep_alive:
@@ -431,7 +436,6 @@ class RequestParser:
         buffer, start = self._buffer, self._start
         end = start + size
         if end > len(buffer):
-            self._advance(start)
             return None
         # One copy, also out of a bytearray.
         data = buffer[start:end] if isinstance(buffer, bytes) else bytes(memoryview(buffer)[start:end])
@@ -452,6 +456,15 @@ class RequestParser:
             self._buffer = b""
             start = 0
         self._start = start
+
+    def _release(self) -> None:
+        """Free what is dealt with, so that a small rest does not hold a large piece."""
+        if self._start:
+            if isinstance(self._buffer, bytearray):
+                del self._buffer[: self._start]
+            else:
+                self._buffer = self._buffer[self._start :]
+            self._start = 0
 
     def _end(self) -> None:
         self._ended = True

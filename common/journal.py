@@ -147,8 +147,9 @@ class Journal:
         try:
             _write(self._fd, line)
             os.fsync(self._fd)
-        except OSError:
+        except OSError as error:
             self.close()
+            error.filename = error.filename or self.path
             raise
         self._bytes += len(line)
 
@@ -161,10 +162,11 @@ class Journal:
             os.fsync(fd)
             os.rename(beside, self.path)
             _sync_directory(self.path)
-        except OSError:
+        except OSError as error:
             os.close(fd)
             with suppress(OSError):
                 os.unlink(beside)
+            error.filename = error.filename or self.path
             raise
         self._fd = fd
         self._bytes = len(line)

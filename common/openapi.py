@@ -4,6 +4,7 @@ The document is the contract for machines. It says neither more nor less than th
 statement of it on a live one.
 """
 
+import json
 import re
 from base64 import b64encode
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ Json = dict[str, object]
 
 # Whatever matches is accepted. The producer takes a few more, such as three-digit exponents, where no pattern could
 # tell a finite number from an infinite one.
-NUMERIC_STRING = r"^\s*[+-]?([0-9]{1,100}(\.[0-9]{0,100})?|\.[0-9]{1,100})([eE][+-]?[0-9]{1,2})?\s*$"
+NUMERIC_STRING = r"^[ \t\r\n]*[+-]?([0-9]{1,100}(\.[0-9]{0,100})?|\.[0-9]{1,100})([eE][+-]?[0-9]{1,2})?[ \t\r\n]*$"
 LARGEST_DOUBLE = 1.7976931348623157e308
 
 EVENT: Json = {
@@ -53,6 +54,9 @@ EVENT_EXAMPLES: Json = {
 BATCH_EXAMPLES: Json = {
     "batch": {"summary": "Two events", "value": [EVENT, LAX_EVENT]},
     "mixed": {"summary": "One event, and one with faults", "value": [EVENT, FAULTY_EVENT]},
+}
+LINES_EXAMPLES: Json = {
+    "lines": {"summary": "Two events, one a line", "value": f"{json.dumps(EVENT)}\n{json.dumps(LAX_EVENT)}\n"},
 }
 # OpenAPI has no place for examples that are refused: its own must be valid.
 REFUSED_EXAMPLES: Json = {
@@ -339,7 +343,7 @@ def _process_batch(max_preds: int, secured: bool) -> Json:
             "required": True,
             "content": {
                 "application/json": {"schema": events, "examples": BATCH_EXAMPLES},
-                "application/x-ndjson": {"schema": events, "examples": {"lines": BATCH_EXAMPLES["batch"]}},
+                "application/x-ndjson": {"schema": {"description": "One event a line."}, "examples": LINES_EXAMPLES},
             },
         },
     )

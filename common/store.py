@@ -145,35 +145,29 @@ class Store:
         if sum(map(len, ids)) != ID_BYTES * len(ids):
             raise ValueError(f"an id is not {ID_BYTES} bytes")
         began = written = synced = time.perf_counter()
-        try:
-            if self._synced is None and data:
-                self._check_file(data)
-                began = time.perf_counter()
+        if self._synced is None and data:
+            self._check_file(data)
+            began = time.perf_counter()
+            try:
                 self._file.write(data)
                 written = time.perf_counter()
                 self._file.sync()
                 synced = time.perf_counter()
                 if self._file.size() != self.committed_bytes + len(data):
-                    raise OSError(errno.EBUSY, "another program wrote to it at the same moment")
-        except OSError as error:
-            with suppress(OSError):
-                self._cut_own(data)
-            error.filename = error.filename or self.path
-            raise
-        end = self._state.committed_bytes + len(data)
+                    raise OSError(errno.EBUSY, "another program wrote to it at the same moment", self.path)
+            except OSError:
+                with suppress(OSError):
+                    self._cut_own(data)
+                raise
         state = self._state
         if data:
-            checksum = zlib.crc32(memoryview(data)[-CHUNK_BYTES:])
-            offset = max(self.committed_bytes, end - CHUNK_BYTES)
-            state = replace(state, committed_bytes=end, chunk_offset=offset, chunk_crc32=checksum)
+            end = state.committed_bytes + len(data)
+            chunk = memoryview(data)[-CHUNK_BYTES:]
+            state = replace(state, committed_bytes=end, chunk_offset=end - len(chunk), chunk_crc32=zlib.crc32(chunk))
         if self._synced not in (None, state):
             raise ValueError("the batch before is not committed yet")
         self._synced = state  # from here on the rows stay: the commit may be on disk even when it fails
-        try:
-            self._journal.commit(state, ids)
-        except OSError as error:
-            error.filename = error.filename or self._journal.path
-            raise
+        self._journal.commit(state, ids)
         self._state, self._synced = state, None
         return Timing(written - began, synced - written, time.perf_counter() - synced)
 
@@ -216,7 +210,7 @@ class Store:
         committed = self.committed_bytes
         size = self._cut_own(data)
         if not self._file.in_place():
-            self._start_file(logging.WARNING, "was renamed, removed or replaced by another program")
+            self._start_file(logging.WARNING, "was renamed, removed or replaced")
         elif size > committed and _is_intact(self._file, size, self._state):
             aside = self._file.set_aside(committed)
             self._log.warning("%s: %d bytes of another program were moved to %s", self.path, size - committed, aside)
@@ -287,7 +281,7 @@ def _recover(file: CsvFile, existed: bool, left: tuple[FileState, bool] | None, 
     """Brings `file` to its committed length when it is the one that the journal speaks of, and adopts it otherwise."""
     size = file.size()
     if left is None:
-        if size > len(HEADER):
+        if size or notes:  # something was here before, so the journal is lost, and not only yet to come
             notes.append(
                 "without a journal the last rows, if their messages come again, are doubled once, "
                 "and retries of older events are not recognised"

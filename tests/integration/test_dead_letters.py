@@ -1,0 +1,450 @@
+"""Dead letters on a real RabbitMQ."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import aiormq
+import pytest
+from aiormq.abc import AbstractChannel, DeliveredMessage
+from pamqp.commands import Basic
+from pamqp.header import ContentHeader
+
+from common import amqp, dead_letters
+from common.config import ConsumerSettings
+from common.dead_letters import DeadLetters, Outbox, dead_copy
+from common.errors import StartupError
+from common.frames import Delivery
+from tests.conftest import ROOT
+from tests.rabbitmq import RabbitMQ
+
+
+def message(body: bytes, **properties: object) -> Delivery:
+    header = ContentHeader(body_size=len(body), properties=Basic.Properties(**properties))  # type: ignore[arg-type]
+    return Delivery(1, False, header.marshal(), body)
+
+
+@asynccontextmanager
+async def channel(url: str) -> AsyncIterator[AbstractChannel]:
+    connection = await aiormq.connect(url)
+    try:
+        yield await connection.channel()
+    finally:
+        await connection.close()
+
+
+async def waiting(url: str, queue: str) -> int:
+    async with channel(url) as opened:
+        return (await opened.queue_declare(queue, passive=True)).message_count or 0
+
+
+async def until(queue_holds: Callable[[], Awaitable[int]], count: int) -> None:
+    deadline = time.monotonic() + 10
+    while (found := await queue_holds()) != count:
+        assert time.monotonic() < deadline, f"{found} messages, not {count}"
+        await asyncio.sleep(0.02)
+
+
+async def take_all(url: str, queue: str) -> list[DeliveredMessage]:
+    """Everything in the queue, acked, in order."""
+    taken: list[DeliveredMessage] = []
+
+    async def take(found: DeliveredMessage) -> None:
+        taken.append(found)
+
+    async with channel(url) as opened:
+        there = (await opened.queue_declare(queue, passive=True)).message_count or 0
+        await opened.basic_consume(queue, take, no_ack=True)
+        deadline = time.monotonic() + 10
+        while len(taken) < there:
+            assert time.monotonic() < deadline, f"{len(taken)} messages, not {there}"
+            await asyncio.sleep(0.01)
+    return taken
+
+
+def ids(messages: list[DeliveredMessage]) -> list[str]:
+    return [found.header.properties.message_id or "" for found in messages]
+
+
+async def bury_many(url: str, queue_name: str, count: int, body: bytes = b"not JSON") -> None:
+    """Like `bury`, thousands at a time."""
+    link = await amqp.open_link(url, "test")
+    await amqp.declare(link.channel, dead := amqp.dead_letter_queue(queue_name), amqp.DEAD_LETTER_ARGUMENTS)
+    outbox, now = Outbox(link), datetime.now(UTC)
+    copies = [dead_copy(message(body, message_id=f"{n:032x}"), queue_name, "not JSON", now) for n in range(count)]
+    futures = [outbox.publish(dead, copy) for copy in copies]
+    await outbox.wait(futures)
+    assert not any(future.exception() for future in futures)
+    await link.close()
+
+
+@pytest.fixture
+def settings(broker: RabbitMQ, queue_name: str) -> ConsumerSettings:
+    return ConsumerSettings(amqp_url=broker.url, queue_name=queue_name)
+
+
+@pytest.fixture
+def dead(queue_name: str) -> str:
+    return amqp.dead_letter_queue(queue_name)
+
+
+@pytest.fixture
+async def letters(broker: RabbitMQ, queue_name: str) -> AsyncIterator[DeadLetters]:
+    opened = DeadLetters(broker.url, queue_name)
+    yield opened
+    await opened.close()
+
+
+# Burying
+
+
+async def test_a_buried_message_is_whole_and_says_why_and_when(
+    broker: RabbitMQ, letters: DeadLetters, queue_name: str, dead: str
+) -> None:
+    body = os.urandom(300_000)  # of several frames
+    original = message(body, content_type="text/x", message_id="an id", headers={"camera": "7"}, delivery_mode=1)
+    await letters.bury(original, "not JSON")
+    (found,) = await take_all(broker.url, dead)
+    properties = found.header.properties
+    assert found.body == body
+    assert (properties.content_type, properties.message_id, properties.delivery_mode) == ("text/x", "an id", 2)
+    assert properties.headers is not None
+    when = datetime.fromisoformat(str(properties.headers.pop("x-predlog-time")))
+    assert timedelta(0) <= datetime.now(UTC) - when < timedelta(seconds=30)
+    assert properties.headers == {
+        "camera": "7",
+        "x-predlog-reason": "not JSON",
+        "x-predlog-queue": queue_name,
+    }
+
+
+async def test_messages_buried_at_the_same_time_while_connections_break_all_arrive(
+    broker: RabbitMQ, letters: DeadLetters, dead: str
+) -> None:
+    burials = [asyncio.ensure_future(letters.bury(message(b"x", message_id=str(n)), "why")) for n in range(300)]
+    for _ in range(3):
+        while letters._outbox is None:
+            await asyncio.sleep(0)
+        letters._outbox._link.lane.fail("cut by the test")
+        await asyncio.sleep(0.01)
+    await asyncio.wait_for(asyncio.gather(*burials), 10)
+    assert set(ids(await take_all(broker.url, dead))) == {str(n) for n in range(300)}
+
+
+async def test_a_queue_of_dead_letters_that_was_deleted_is_declared_again(
+    broker: RabbitMQ, letters: DeadLetters, dead: str
+) -> None:
+    await letters.bury(message(b"x", message_id="before"), "why")
+    async with channel(broker.url) as opened:
+        await opened.queue_delete(dead)
+    await asyncio.wait_for(letters.bury(message(b"x", message_id="after"), "why"), 10)
+    assert ids(await take_all(broker.url, dead)) == ["after"]
+
+
+async def test_burying_waits_for_a_broker_that_is_not_there_yet(
+    broker: RabbitMQ, letters: DeadLetters, dead: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(letters, "_url", "amqp://guest:guest@127.0.0.1:1/")
+    burial = asyncio.ensure_future(letters.bury(message(b"x"), "why"))
+    await asyncio.sleep(0.3)
+    assert not burial.done()
+    burial.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await burial
+    await letters.close()
+
+
+async def test_burying_waits_while_the_queue_has_other_arguments_and_says_so_once(
+    broker: RabbitMQ,
+    letters: DeadLetters,
+    dead: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(dead_letters, "BACKOFF_SECONDS", 0.01)
+    async with channel(broker.url) as opened:
+        await opened.queue_declare(dead, durable=True)
+        burial = asyncio.ensure_future(letters.bury(message(b"x", message_id="m"), "why"))
+        while not any(dead in said for said in caplog.messages):
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
+        await opened.queue_delete(dead)
+        await asyncio.wait_for(burial, 10)
+    assert sum("exists with other arguments" in said for said in caplog.messages) == 1
+    assert ids(await take_all(broker.url, dead)) == ["m"]
+
+
+async def test_a_copy_that_the_broker_refuses_for_its_properties_is_buried_without_them(
+    broker: RabbitMQ, letters: DeadLetters, dead: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dead_letters, "_DROPPED_PROPERTIES", frozenset())
+    monkeypatch.setattr(dead_letters, "BACKOFF_SECONDS", 0.01)
+    monkeypatch.setattr(amqp, "BACKOFF_FIRST_SECONDS", 0.01)
+    await asyncio.wait_for(letters.bury(message(b"x", message_id="m", user_id="nobody"), "why"), 10)
+    (found,) = await take_all(broker.url, dead)
+    assert found.header.properties.message_id == "m"
+    assert found.header.properties.headers is not None
+    assert found.header.properties.headers["x-predlog-reason"] == "why"
+
+
+async def test_a_nack_is_tried_again_until_there_is_room(
+    broker: RabbitMQ, queue_name: str, dead: str, letters: DeadLetters, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = {"x-max-length": 1, "x-overflow": "reject-publish"}
+    monkeypatch.setattr(amqp, "DEAD_LETTER_ARGUMENTS", full)
+    monkeypatch.setattr(dead_letters, "BACKOFF_SECONDS", 0.05)
+    await letters.bury(message(b"first"), "why")
+    second = asyncio.ensure_future(letters.bury(message(b"second"), "why"))
+    third = asyncio.ensure_future(letters.bury(message(b"third"), "why"))
+    taken: list[bytes] = []
+    deadline = time.monotonic() + 10
+    while len(taken) < 3:
+        assert time.monotonic() < deadline
+        taken += [bytes(found.body) for found in await take_all(broker.url, dead)]
+        await asyncio.sleep(0.02)
+    await asyncio.wait_for(asyncio.gather(second, third), 10)
+    assert sorted(taken) == [b"first", b"second", b"third"]
+
+
+async def test_a_blocked_broker_gets_one_copy_once_it_is_unblocked(
+    broker: RabbitMQ, letters: DeadLetters, dead: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dead_letters, "CONFIRM_TIMEOUT_SECONDS", 0.5)
+    monkeypatch.setattr(dead_letters, "POLL_SECONDS", 0.05)
+    await letters.bury(message(b"before"), "why")
+    await asyncio.to_thread(broker.ctl, "set_vm_memory_high_watermark", "0.00001")
+    try:
+        burial = asyncio.ensure_future(letters.bury(message(b"after"), "why"))
+        await asyncio.sleep(1)
+        assert not burial.done()
+    finally:
+        await asyncio.to_thread(broker.ctl, "set_vm_memory_high_watermark", "0.4")
+    await asyncio.wait_for(burial, 10)
+    assert [found.body for found in await take_all(broker.url, dead)] == [b"before", b"after"]
+
+
+# Commands
+
+
+async def test_looking_changes_nothing(
+    broker: RabbitMQ, settings: ConsumerSettings, dead: str, capsysbinary: pytest.CaptureFixture[bytes], tmp_path: Path
+) -> None:
+    await bury_many(broker.url, settings.queue_name, 600)
+    expected = [f"{n:032x}" for n in range(600)]
+    for _ in range(2):
+        assert await dead_letters.show(settings) == 0
+        lines = capsysbinary.readouterr().out.decode().splitlines()
+        assert lines[0].split()[:4] == ["ID", "REASON", "WHEN", "SIZE"]
+        assert [line.split()[0] for line in lines[1:]] == expected
+        assert await dead_letters.export(settings, str(tmp_path / "out")) == 0
+        exported = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
+        assert [entry["id"] for entry in exported] == expected
+        assert {entry["body"] for entry in exported} == {"not JSON"}
+        await until(lambda: waiting(broker.url, dead), 600)
+        capsysbinary.readouterr()
+    assert ids(await take_all(broker.url, dead)) == expected
+
+
+async def test_an_export_to_stdout_is_json_lines_only(
+    broker: RabbitMQ, settings: ConsumerSettings, capsysbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    await bury_many(broker.url, settings.queue_name, 3, b"\xff")
+    assert await dead_letters.export(settings, "-") == 0
+    exported = [json.loads(line) for line in capsysbinary.readouterr().out.splitlines()]
+    assert [entry["body_base64"] for entry in exported] == ["/w=="] * 3
+
+
+async def test_a_replay_moves_everything_back_as_it_was(
+    broker: RabbitMQ, settings: ConsumerSettings, dead: str, letters: DeadLetters, capsys: pytest.CaptureFixture[str]
+) -> None:
+    originals = [message(b"%d" % n, message_id=f"{n:032x}", headers={"n": n}, delivery_mode=2) for n in range(20)]
+    originals.append(message(b"without an id"))
+    for original in originals:
+        await letters.bury(original, "why")
+    assert await dead_letters.replay(settings) == 0
+    assert "moved 21 of 21" in capsys.readouterr().out
+    await until(lambda: waiting(broker.url, dead), 0)
+    back = await take_all(broker.url, settings.queue_name)
+    assert [found.body for found in back] == [original.body for original in originals]
+    assert [found.header.properties.marshal() for found in back[:20]] == [o.header[12:] for o in originals[:20]]
+    assert len(ids(back)[20]) == 32
+
+
+async def test_thousands_of_dead_letters_are_listed_exported_and_replayed_within_seconds(
+    broker: RabbitMQ, settings: ConsumerSettings, dead: str, capsysbinary: pytest.CaptureFixture[bytes], tmp_path: Path
+) -> None:
+    count = 3000
+    await bury_many(broker.url, settings.queue_name, count)
+    await dead_letters.show(settings)
+    assert capsysbinary.readouterr().out.count(b"\n") == count + 1
+    await until(lambda: waiting(broker.url, dead), count)
+    await dead_letters.export(settings, str(tmp_path / "out"))
+    assert (tmp_path / "out").read_bytes().count(b"\n") == count
+    await until(lambda: waiting(broker.url, dead), count)
+    await dead_letters.replay(settings)
+    assert await waiting(broker.url, settings.queue_name) == count
+
+
+KILL_SWITCH = """
+import asyncio, os, signal, sys
+from common import dead_letters, frames
+from common.config import ConsumerSettings
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+point, url, queue = sys.argv[1:]
+outbox = dead_letters.Outbox
+publish, wait, acks, looked = outbox.publish, outbox.wait, frames.acks, dead_letters._pages
+published = pages = 0
+
+async def dying_wait(self, futures):
+    global pages
+    pages += 1
+    if point == "sent" and pages == 2:
+        await asyncio.sleep(0)  # the frames are written with the next turn of the loop
+        die()
+    await wait(self, futures)
+    if point == "confirmed" and pages == 2:
+        die()
+
+def dying_publish(self, *arguments):
+    global published
+    published += 1
+    if point == "publishing" and published == 150:
+        die()
+    return publish(self, *arguments)
+
+async def dying_pages(*arguments):
+    served = 0
+    async for page in looked(*arguments):
+        served += 1
+        if point == "read" or (point == "acked" and served == 3):
+            die()
+        yield page
+
+outbox.wait, outbox.publish, dead_letters._pages = dying_wait, dying_publish, dying_pages
+asyncio.run(dead_letters.replay(ConsumerSettings(amqp_url=url, queue_name=queue)))
+"""
+
+
+@pytest.mark.parametrize("point", ["read", "publishing", "sent", "confirmed", "acked"])
+async def test_a_replay_that_is_killed_half_way_loses_none_and_a_doubled_one_keeps_its_id(
+    broker: RabbitMQ, settings: ConsumerSettings, dead: str, point: str
+) -> None:
+    count = 600
+    await bury_many(broker.url, settings.queue_name, count)
+    command = [sys.executable, "-c", KILL_SWITCH, point, broker.url, settings.queue_name]
+    process = await asyncio.create_subprocess_exec(*command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    assert await asyncio.wait_for(process.wait(), 20) == -signal.SIGKILL
+    first = await take_all(broker.url, settings.queue_name)
+    deadline = time.monotonic() + 10
+    while len(first) + await waiting(broker.url, dead) < count:  # the broker notices the death, and puts back
+        assert time.monotonic() < deadline, "some are lost"
+        await asyncio.sleep(0.02)
+    assert await dead_letters.replay(settings) == 0
+    second = await take_all(broker.url, settings.queue_name)
+    await until(lambda: waiting(broker.url, dead), 0)
+    assert set(ids(first + second)) == {f"{n:032x}" for n in range(count)}
+    assert len(first) < count
+    if point in ("publishing", "sent", "confirmed"):
+        assert len(first + second) <= count + dead_letters.PAGE_LETTERS
+    else:
+        assert len(first + second) == count
+
+
+async def test_a_replay_ends_although_each_message_is_dead_lettered_again(
+    broker: RabbitMQ, settings: ConsumerSettings, dead: str, letters: DeadLetters
+) -> None:
+    await bury_many(broker.url, settings.queue_name, 700)
+    again = 0
+
+    async with channel(broker.url) as opened:
+        await amqp.declare(opened, settings.queue_name, amqp.QUEUE_ARGUMENTS)
+        await opened.basic_qos(prefetch_count=100)
+
+        async def bury_again(found: DeliveredMessage) -> None:
+            nonlocal again
+            await letters.bury(message(found.body, message_id=found.header.properties.message_id), "still bad")
+            await opened.basic_ack(found.delivery_tag or 0)
+            again += 1
+
+        await opened.basic_consume(settings.queue_name, bury_again)
+        assert await asyncio.wait_for(dead_letters.replay(settings), 20) == 0
+        deadline = time.monotonic() + 10
+        while again < 700:
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.02)
+    assert len(set(ids(await take_all(broker.url, dead)))) == 700
+
+
+async def test_a_replay_into_a_queue_that_refuses_stops_and_keeps_the_rest(
+    broker: RabbitMQ, settings: ConsumerSettings, dead: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = {"x-max-length": 10, "x-overflow": "reject-publish"}
+    monkeypatch.setattr(amqp, "QUEUE_ARGUMENTS", full)
+    await bury_many(broker.url, settings.queue_name, 300)
+    with pytest.raises(StartupError, match=r"nack.*; moved \d+ of 300, the others are still in"):
+        await dead_letters.replay(settings)
+    moved = await waiting(broker.url, settings.queue_name)
+    assert 10 <= moved < 300
+    await until(lambda: waiting(broker.url, dead), 300 - moved)
+
+
+COMMANDS: list[Callable[[ConsumerSettings], Awaitable[int]]] = [
+    dead_letters.show,
+    dead_letters.replay,
+    lambda settings: dead_letters.export(settings, os.devnull),
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=["show", "replay", "export"])
+async def test_what_is_wrong_is_said_in_one_line_and_no_queue_is_no_dead_letters(
+    broker: RabbitMQ, queue_name: str, command: Callable[[ConsumerSettings], Awaitable[int]]
+) -> None:
+    def at(url: str) -> ConsumerSettings:
+        return ConsumerSettings(amqp_url=url, queue_name=queue_name)
+
+    with pytest.raises(StartupError, match=r"^no broker at amqp://guest:.*:1/ "):
+        await command(at("amqp://guest:guest@127.0.0.1:1/"))
+    with pytest.raises(StartupError, match="refused user or password"):
+        await command(at(broker.url.replace("guest:guest", "guest:wrong")))
+    assert await command(at(broker.url)) == 0
+
+
+def run(broker: RabbitMQ, queue_name: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    environment = {"PATH": os.environ["PATH"], "AMQP_URL": broker.url, "QUEUE_NAME": queue_name}
+    command = [sys.executable, str(ROOT / "consumer.py"), *flags]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=20, check=False)
+
+
+async def test_the_consumers_flags_run_the_commands(
+    broker: RabbitMQ, queue_name: str, dead: str, tmp_path: Path
+) -> None:
+    await bury_many(broker.url, queue_name, 3)
+    listed = await asyncio.to_thread(run, broker, queue_name, "--dead-letters")
+    assert (listed.returncode, len(listed.stdout.splitlines()), listed.stderr) == (0, 4, "")
+    await until(lambda: waiting(broker.url, dead), 3)
+    assert (
+        await asyncio.to_thread(run, broker, queue_name, "--export-dead-letters", str(tmp_path / "x"))
+    ).returncode == 0
+    await until(lambda: waiting(broker.url, dead), 3)
+    replayed = await asyncio.to_thread(run, broker, queue_name, "--replay-dead-letters")
+    assert (replayed.returncode, replayed.stdout) == (0, f"moved 3 of 3 from '{dead}' to '{queue_name}'\n")
+
+
+async def test_a_reader_that_has_seen_enough_ends_the_list_without_a_word(broker: RabbitMQ, queue_name: str) -> None:
+    await bury_many(broker.url, queue_name, 500)
+    command = f"{sys.executable} {ROOT}/consumer.py --dead-letters | head -n 1"
+    environment = {"PATH": os.environ["PATH"], "AMQP_URL": broker.url, "QUEUE_NAME": queue_name}
+    process = await asyncio.create_subprocess_shell(command, env=environment, stdout=-1, stderr=-1)
+    out, complaint = await asyncio.wait_for(process.communicate(), 20)
+    assert (out[:2], complaint) == (b"ID", b"")
