@@ -1,0 +1,54 @@
+"""What a run measured, and medians of it. Pure."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+PREDLOG, BASELINE, LIMIT = "predlog", "FastAPI + aio-pika", "RabbitMQ alone"
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One measurement. Units are in the names of `values`: rate (per second), cpu_us, p50_ms, memory_mb …"""
+
+    section: str
+    case: str
+    subject: str
+    values: dict[str, float]
+
+
+@dataclass(slots=True)
+class Results:
+    records: list[Record] = field(default_factory=list)
+
+    def cases(self, section: str) -> list[str]:
+        """The cases of a section, in the order they were first measured."""
+        return list(dict.fromkeys(r.case for r in self.records if r.section == section))
+
+    def subjects(self, section: str, case: str) -> list[str]:
+        return list(dict.fromkeys(r.subject for r in self.records if (r.section, r.case) == (section, case)))
+
+    def all(self, section: str, case: str, subject: str, value: str) -> list[float]:
+        return list(self._values(section, case, subject, value))
+
+    def median(self, section: str, case: str, subject: str, value: str) -> float | None:
+        """The median over the rounds; None if it was not measured."""
+        found = self.all(section, case, subject, value)
+        return statistics.median(found) if found else None
+
+    def highest(self, section: str, subject: str, value: str) -> float:
+        """The highest median of any case."""
+        return max(m for case in self.cases(section) if (m := self.median(section, case, subject, value)) is not None)
+
+    def ratio(self, section: str, case: str, value: str) -> float | None:
+        """predlog ÷ baseline of the medians."""
+        ours = self.median(section, case, PREDLOG, value)
+        theirs = self.median(section, case, BASELINE, value)
+        return ours / theirs if ours is not None and theirs else None
+
+    def _values(self, section: str, case: str, subject: str, value: str) -> Iterator[float]:
+        for record in self.records:
+            if (record.section, record.case, record.subject) == (section, case, subject) and value in record.values:
+                yield record.values[value]

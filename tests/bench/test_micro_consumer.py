@@ -1,0 +1,84 @@
+"""What the consumer does for one batch of small events, step by step: 500 messages, about 2,700 rows.
+
+`pytest tests/bench` times it; `make test` only runs it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+
+import pytest
+from pamqp import body, commands, frame, header
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from common.event import decode, digest, encode_rows
+from common.frames import HOT_CHANNEL, Delivery, FrameDecoder, message_id
+from common.store import Store
+from tests.bench import events
+
+MESSAGES = 500
+SMALL = events.small(count=MESSAGES)
+ROWS = b"".join(SMALL.rows)
+
+
+def _delivery_frames(tag: int, text: bytes) -> bytes:
+    properties = commands.Basic.Properties(content_type="application/json", delivery_mode=2, message_id=f"{tag:032x}")
+    frames = (
+        commands.Basic.Deliver("consumer-1", tag, False, "", "predictions"),
+        header.ContentHeader(0, len(text), properties),
+        body.ContentBody(text),
+    )
+    return b"".join(frame.marshal(value, HOT_CHANNEL) for value in frames)
+
+
+STREAM = b"".join(_delivery_frames(tag, text) for tag, text in enumerate(SMALL.bodies, 1))
+
+
+def _deliveries() -> list[Delivery]:
+    decoder = FrameDecoder()
+    assert decoder.feed(STREAM) == b""
+    return decoder.deliveries
+
+
+def test_decode_deliveries(benchmark: BenchmarkFixture) -> None:
+    assert [delivery.body for delivery in benchmark(_deliveries)] == SMALL.bodies
+
+
+def test_read_message_ids(benchmark: BenchmarkFixture) -> None:
+    headers = [delivery.header for delivery in _deliveries()]
+    ids = benchmark(lambda: [digest(message_id(h) or b"") for h in headers])
+    assert len(set(ids)) == MESSAGES
+
+
+def test_decode_events(benchmark: BenchmarkFixture) -> None:
+    assert len(benchmark(lambda: [decode(text) for text in SMALL.bodies])) == MESSAGES
+
+
+def test_encode_rows(benchmark: BenchmarkFixture) -> None:
+    def fresh() -> tuple[tuple[list[dict[str, object]], float], dict[str, object]]:
+        return ([decode(text) for text in SMALL.bodies], 0.25), {}
+
+    assert benchmark.pedantic(encode_rows, setup=fresh, rounds=20) == ROWS  # type: ignore[no-untyped-call]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    opened = Store.open(str(tmp_path / "data.csv"), 200_000, 2000, logging.getLogger("bench"))
+    yield opened
+    opened.close()
+
+
+def test_store_a_batch(benchmark: BenchmarkFixture, store: Store) -> None:
+    """write + fsync + journal"""
+    numbers = count()
+
+    def batch() -> tuple[tuple[bytes, list[bytes]], dict[str, object]]:
+        return (ROWS, [hashlib.md5(next(numbers).to_bytes(8, "big")).digest() for _ in range(MESSAGES)]), {}
+
+    benchmark.pedantic(store.append, setup=batch, rounds=20)  # type: ignore[no-untyped-call]
+    assert (store.committed_bytes - len(events.HEADER)) % len(ROWS) == 0
+    assert store.has_rows

@@ -1,0 +1,124 @@
+"""What the producer does for one small event, step by step. `pytest tests/bench` times it; `make test` only runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import count
+
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from common.errors import HttpError, Unavailable
+from common.event import loads, normalise
+from common.frames import Confirm, PublishEncoder, packed_seconds
+from common.http1 import Limits, RequestParser, response
+from common.publisher import Publisher
+from tests.bench import events
+
+FRAME_MAX = 131_072
+WINDOW = 1000  # unconfirmed events
+
+SMALL = events.small(count=100)
+BODY = SMALL.bodies[1]
+MESSAGE_ID, STAMP = b"0123456789abcdef" * 2, packed_seconds(1_700_000_000)
+
+
+def test_parse_a_request(benchmark: BenchmarkFixture) -> None:
+    parser = RequestParser(Limits())
+    data = events.post_request(BODY)
+
+    def parse() -> bytes:
+        parser.receive_data(data)
+        request = parser.next_request()
+        assert request is not None
+        return request.body
+
+    assert benchmark(parse) == BODY
+
+
+def test_parse_a_request_that_comes_in_pieces(benchmark: BenchmarkFixture) -> None:
+    parser = RequestParser(Limits())
+    data = events.post_request(BODY)
+    pieces = [data[:20], data[20:150], data[150:]]
+
+    def parse() -> bytes:
+        for piece in pieces:
+            parser.receive_data(piece)
+            request = parser.next_request()
+        assert request is not None
+        return request.body
+
+    assert benchmark(parse) == BODY
+
+
+def test_validate_and_normalise_an_event(benchmark: BenchmarkFixture) -> None:
+    assert loads(benchmark(normalise, BODY, 10_000)) == loads(BODY)
+
+
+def test_validate_and_normalise_an_event_with_images(benchmark: BenchmarkFixture) -> None:
+    body = events.with_frames(count=1).bodies[0]
+    assert loads(benchmark(normalise, body, 10_000)) == loads(body)
+
+
+def test_encode_an_answer(benchmark: BenchmarkFixture) -> None:
+    assert benchmark(response, 200, BODY).endswith(b"\r\n\r\n" + BODY)
+
+
+def test_encode_a_publish(benchmark: BenchmarkFixture) -> None:
+    encoder = PublishEncoder("predictions", FRAME_MAX)
+    assert BODY in benchmark(encoder.encode, BODY, MESSAGE_ID, STAMP)
+
+
+class _Lane:
+    """Takes frames and sends them nowhere."""
+
+    congested = False
+
+    def send(self, parts: Iterable[bytes]) -> None:
+        pass
+
+    def fail(self, reason: str) -> None:
+        raise AssertionError(reason)
+
+
+class _Waiter:
+    def __init__(self) -> None:
+        self.heard = 0
+
+    def confirmed(self, seconds: float) -> None:
+        self.heard += 1
+
+    def failed(self, error: HttpError | Unavailable) -> None:
+        raise AssertionError(error)
+
+
+def _connected_publisher() -> Publisher:
+    publisher = Publisher("predictions", WINDOW, 2**30, 10.0, now=lambda: 1.0, wall=lambda: 1.0)
+    publisher.link_up(_Lane(), FRAME_MAX)
+    return publisher
+
+
+def test_publish_and_match_one_confirm(benchmark: BenchmarkFixture) -> None:
+    publisher, waiter, tags = _connected_publisher(), _Waiter(), count(1)
+
+    def publish() -> None:
+        publisher.publish(BODY, MESSAGE_ID, waiter)
+        publisher.confirms([Confirm(next(tags), False, True)])
+
+    benchmark(publish)
+    assert waiter.heard
+    assert publisher.unconfirmed == 0
+
+
+def test_match_the_confirms_of_a_full_window(benchmark: BenchmarkFixture) -> None:
+    """1,000 events: half confirmed one by one from the top, the rest by one confirm with `multiple`."""
+    waiter = _Waiter()
+    confirms = [Confirm(tag, False, True) for tag in range(WINDOW, WINDOW // 2, -1)] + [Confirm(WINDOW, True, True)]
+
+    def filled() -> tuple[tuple[Publisher], dict[str, object]]:
+        publisher = _connected_publisher()
+        for _ in range(WINDOW):
+            publisher.publish(BODY, MESSAGE_ID, waiter)
+        return (publisher,), {}
+
+    benchmark.pedantic(lambda publisher: publisher.confirms(confirms), setup=filled, rounds=50)  # type: ignore[no-untyped-call]
+    assert waiter.heard % WINDOW == 0
