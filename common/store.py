@@ -67,7 +67,7 @@ class Lock:
         return True
 
     def release(self) -> None:
-        """Gives the lock up. The file stays: removing it could lock out nobody, or two."""
+        """Gives the lock up. The file stays: were it removed, two processes could each hold a lock of that name."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -81,7 +81,7 @@ class Store:
         self._synced: FileState | None = None  # what it must say next: rows are on disk, their commit failed
         self._journal = journal
         self._log = log
-        self._to_compress: SimpleQueue[str] | None = None
+        self._to_compress: SimpleQueue[str | None] | None = None  # None ends the thread
 
     @classmethod
     def open(
@@ -140,7 +140,7 @@ class Store:
         """Makes whole rows `data` and the new, distinct `ids` (16 bytes each) of their messages durable, as one.
 
         Raises OSError when a step fails. The caller then acks nothing and calls again, with the same arguments, until
-        it works: that goes on from the step that failed. Two fsyncs.
+        it works: that goes on from the step that failed. Two fsyncs; a third when the grown journal is written anew.
         """
         if sum(map(len, ids)) != ID_BYTES * len(ids):
             raise ValueError(f"an id is not {ID_BYTES} bytes")
@@ -202,6 +202,8 @@ class Store:
                 self._journal.commit(self._state, clean=True)
         except OSError as error:
             self._log.warning("%s", _explain(error, self._journal.path))
+        if self._to_compress:
+            self._to_compress.put(None)
         self._file.close()
         self._journal.close()
 
@@ -246,7 +248,7 @@ class Store:
 
     def _start_compressing(self) -> None:
         """Compresses rotated files beside the consumer's work, first those that an earlier run left plain."""
-        queue = self._to_compress = SimpleQueue[str]()
+        queue = self._to_compress = SimpleQueue[str | None]()
         folder, name = os.path.split(self.path)
         stem, suffix = os.path.splitext(name)
         rotated = re.compile(re.escape(stem) + r"-\d{8}T\d{6}Z(-\d+)?" + re.escape(suffix))
@@ -255,8 +257,7 @@ class Store:
                 queue.put(os.path.join(folder, entry))
 
         def run() -> None:
-            while True:
-                path = queue.get()
+            while path := queue.get():
                 try:
                     compress(path)
                 except OSError as error:

@@ -1,0 +1,147 @@
+"""The CSV file: where its rows end, how bytes are set aside, how an old file is packed."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import gzip
+import io
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common.csv_file import CsvFile, compress, free_name, make_directory, rows_end
+
+cells = st.text(st.sampled_from('a;,"\r\n é'), max_size=5)
+
+
+def encode(rows: list[list[str]]) -> bytes:
+    text = io.StringIO()
+    csv.writer(text, delimiter=";").writerows(rows)
+    return text.getvalue().encode()
+
+
+@given(st.lists(st.lists(cells, min_size=2, max_size=3), max_size=6), st.data())
+def test_a_file_torn_at_any_byte_ends_behind_its_last_whole_row_however_it_is_read(
+    rows: list[list[str]], data: st.DataObject
+) -> None:
+    ends = [len(encode(rows[:count])) for count in range(len(rows) + 1)]
+    whole = encode(rows)
+    torn = whole[: data.draw(st.integers(0, len(whole)), "length")]
+    blocks, at = [], 0
+    while at < len(torn):
+        size = data.draw(st.integers(1, 8), "block")
+        blocks.append(torn[at : at + size])
+        at += size
+    assert rows_end(blocks) == max(end for end in ends if end <= len(torn))
+
+
+def test_the_end_of_rows_is_found_in_linear_time_even_when_a_quote_is_never_closed() -> None:
+    lines = b"a;b\r\n" * 200_000
+    assert rows_end([lines + b'"' + lines]) == len(lines)
+
+
+def test_short_writes_are_continued_until_all_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = CsvFile(str(tmp_path / "data.csv"))
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda fd, data: write(fd, data[:3]))
+    file.write(b"0123456789")
+    file.close()
+    assert (tmp_path / "data.csv").read_bytes() == b"0123456789"
+
+
+def test_bytes_set_aside_are_in_the_new_file_and_no_longer_in_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "data.csv"
+    path.write_bytes(b"keep" + b"x" * 3_000_000)
+    file = CsvFile(str(path))
+    aside = [file.set_aside(2_000_000), file.set_aside(4)]
+    file.close()
+    assert path.read_bytes() == b"keep"
+    assert [os.path.getsize(name) for name in aside] == [1_000_004, 1_999_996]
+
+
+def test_nothing_is_cut_when_setting_aside_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "data.csv"
+    path.write_bytes(b"keep this")
+    file = CsvFile(str(path))
+
+    def full(fd: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        file.set_aside(4)
+    file.close()
+    assert path.read_bytes() == b"keep this"
+    assert os.listdir(tmp_path) == ["data.csv"]
+
+
+def test_a_second_consumer_cannot_open_the_file_even_without_a_lock_file(tmp_path: Path) -> None:
+    path = str(tmp_path / "data.csv")
+    file = CsvFile(path)
+    with pytest.raises(OSError, match="is in use by another consumer"):
+        CsvFile(path)
+    file.close()
+    CsvFile(path).close()
+
+
+@pytest.mark.parametrize("special", ["/dev/null", "/dev/full"])
+def test_a_device_is_refused(special: str) -> None:
+    with pytest.raises(OSError, match="is not a regular file"):
+        CsvFile(special)
+
+
+def test_a_file_is_in_place_until_its_path_names_no_file_or_another_one(tmp_path: Path) -> None:
+    path = tmp_path / "data.csv"
+    file = CsvFile(str(path))
+    assert file.in_place()
+    path.rename(tmp_path / "old")
+    assert not file.in_place()
+    path.touch()
+    assert not file.in_place()
+    file.close()
+
+
+def test_free_names_never_collide_also_not_with_a_packed_file(tmp_path: Path) -> None:
+    taken = set()
+    for number in range(6):
+        name = free_name(f"{tmp_path}/data-", ".csv")
+        assert name not in taken
+        assert f"{name}.gz" not in taken
+        taken.add(f"{name}.gz" if number % 2 else name)
+        Path(f"{name}.gz" if number % 2 else name).touch()
+
+
+def test_a_packed_file_holds_the_same_bytes_and_the_plain_one_is_gone(tmp_path: Path) -> None:
+    path = tmp_path / "data-1.csv"
+    path.write_bytes(content := b"a;b\r\n" * 500_000)
+    compress(str(path))
+    assert os.listdir(tmp_path) == ["data-1.csv.gz"]
+    assert gzip.decompress((tmp_path / "data-1.csv.gz").read_bytes()) == content
+
+
+@pytest.mark.parametrize("step", ["fsync", "rename", "unlink"])
+def test_packing_that_dies_at_any_step_leaves_a_whole_file_and_can_be_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    path = tmp_path / "data-1.csv"
+    packed = tmp_path / "data-1.csv.gz"
+    path.write_bytes(content := b"a;b\r\n" * 1000)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, step, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            compress(str(path))
+    assert path.read_bytes() == content
+    assert not packed.exists() or gzip.decompress(packed.read_bytes()) == content
+    compress(str(path))
+    assert os.listdir(tmp_path) == ["data-1.csv.gz"]
+    assert gzip.decompress(packed.read_bytes()) == content
+
+
+def test_folders_are_made_up_to_the_root_and_an_existing_one_is_fine(tmp_path: Path) -> None:
+    make_directory(str(tmp_path / "a" / "b" / "c"))
+    make_directory(str(tmp_path / "a" / "b" / "c"))
+    assert (tmp_path / "a" / "b" / "c").is_dir()

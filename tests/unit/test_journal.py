@@ -1,0 +1,250 @@
+"""The journal: a commit is there whole or not at all, and damage is never mistaken for a state."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import tempfile
+import time
+import zlib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+
+from common.journal import FileState, Journal, JournalCorrupt
+
+STATE = FileState(device=1, inode=2, committed_bytes=65, chunk_offset=0, chunk_crc32=7, started_at=1.5)
+log = logging.getLogger(__name__)
+
+
+def ids(*numbers: int) -> list[bytes]:
+    return [number.to_bytes(16, "big") for number in numbers]
+
+
+def open_journal(path: object, dedup_window: int = 100, prefetch_count: int = 10) -> Journal:
+    return Journal(str(path), dedup_window, prefetch_count, log)
+
+
+@pytest.fixture
+def path() -> Iterator[Path]:
+    """In memory: what a step does matters here, not the speed of a disk."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
+        yield Path(folder, "data.csv.journal")
+
+
+def test_no_journal_is_not_a_state(path: Path) -> None:
+    assert open_journal(path).load() is None
+
+
+def test_the_last_commit_and_all_ids_come_back(path: Path) -> None:
+    journal = open_journal(path)
+    journal.commit(STATE, ids(1, 2))
+    journal.commit(replace(STATE, committed_bytes=99), ids(3))
+    journal.close()
+    again = open_journal(path)
+    assert again.load() == (replace(STATE, committed_bytes=99), False)
+    assert [id for id in ids(0, 1, 2, 3, 4) if again.seen(id)] == ids(1, 2, 3)
+
+
+def test_only_a_run_that_ended_cleanly_is_clean(path: Path) -> None:
+    journal = open_journal(path)
+    journal.commit(STATE, clean=True)
+    journal.close()
+    journal = open_journal(path)
+    assert journal.load() == (STATE, True)
+    journal.commit(STATE)
+    journal.close()
+    assert open_journal(path).load() == (STATE, False)
+
+
+def test_a_commit_cut_short_at_any_byte_never_was(path: Path) -> None:
+    journal = open_journal(path)
+    journal.commit(STATE, ids(1))
+    before = path.stat().st_size
+    journal.commit(replace(STATE, committed_bytes=99), ids(2))
+    journal.close()
+    whole = path.read_bytes()
+    for length in range(before, len(whole)):
+        for rest in (b"", b"\0" * (len(whole) - length), b"\n" * (len(whole) - length)):
+            if (torn := whole[:length] + rest) == whole:
+                continue
+            path.write_bytes(torn)
+            again = open_journal(path)
+            assert again.load() == (STATE, False)
+            assert again.seen(*ids(1))
+            assert not again.seen(*ids(2))
+
+
+def test_damage_before_the_last_commit_is_corruption_at_any_byte(path: Path) -> None:
+    journal = open_journal(path)
+    journal.commit(STATE, ids(1))
+    before = path.stat().st_size
+    journal.commit(STATE, ids(2))
+    journal.close()
+    whole = path.read_bytes()
+    for at in range(before):
+        damaged = bytearray(whole)
+        damaged[at] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(JournalCorrupt):
+            open_journal(path).load()
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"\0" * 4096, b"SQLite format 3\0", os.urandom(1000), b"{}\n"])
+def test_a_file_that_is_no_journal_is_corruption(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+    with pytest.raises(JournalCorrupt):
+        open_journal(path).load()
+
+
+@pytest.mark.parametrize("text", [b"[]", b"{}", b"null", b"nonsense", b'{"ids": "00", "clean": true, "file": {}}'])
+def test_a_whole_line_that_says_something_else_is_corruption(path: Path, text: bytes) -> None:
+    path.write_bytes(b"%08x %b\n" % (zlib.crc32(text), text))
+    with pytest.raises(JournalCorrupt):
+        open_journal(path).load()
+
+
+def test_exactly_the_window_is_remembered_in_memory_and_after_a_restart(path: Path) -> None:
+    journal = open_journal(path, dedup_window=30)
+    for number in range(0, 1000, 7):
+        journal.commit(STATE, ids(*range(number, number + 7)))
+        last = number + 6
+        assert [n for n in range(1100) if journal.seen(*ids(n))] == list(range(max(0, last - 29), last + 1))
+    journal.close()
+    again = open_journal(path, dedup_window=30)
+    again.load()
+    assert [n for n in range(1100) if again.seen(*ids(n))] == list(range(last - 29, last + 1))
+
+
+def test_the_window_never_falls_below_what_the_broker_can_redeliver(path: Path) -> None:
+    journal = open_journal(path, dedup_window=0, prefetch_count=50)
+    assert journal.window == 100
+    journal.commit(STATE, ids(*range(100)))
+    journal.close()
+    for _ in range(2):  # what was unacked under the large prefetch_count may come back in any later run
+        journal = open_journal(path, dedup_window=0, prefetch_count=1)
+        journal.load()
+        assert journal.window == 100
+        assert journal.seen(*ids(0))
+        journal.commit(STATE)
+        journal.close()
+
+
+def test_the_file_stays_bounded_and_forgets_nothing_within_the_window(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Journal, "_limit_bytes", lambda self: 20_000)
+    journal = open_journal(path, dedup_window=100)
+    largest = 0
+    for number in range(300):
+        journal.commit(STATE, ids(number))
+        largest = max(largest, path.stat().st_size)
+    journal.close()
+    assert largest < 21_000
+    again = open_journal(path, dedup_window=100)
+    again.load()
+    assert all(again.seen(id) for id in ids(*range(200, 300)))
+
+
+@pytest.mark.parametrize(
+    ("when", "step"),
+    [
+        ("appending", "write"),
+        ("appending", "fsync"),
+        ("replacing", "write"),
+        ("replacing", "fsync"),
+        ("replacing", "rename"),
+    ],
+)
+def test_after_a_failed_step_the_same_commit_again_settles_it(
+    path: Path, monkeypatch: pytest.MonkeyPatch, when: str, step: str
+) -> None:
+    journal = open_journal(path)
+    journal.commit(STATE, ids(1))
+    if when == "replacing":
+        journal.close()
+
+    def fail(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    new = replace(STATE, committed_bytes=99)
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, step, fail)
+            with pytest.raises(OSError, match="Input/output error"):
+                journal.commit(new, ids(2))
+        assert not journal.seen(*ids(2))
+        assert open_journal(path).load() in [(STATE, False), (new, False)]
+    journal.commit(new, ids(2))
+    journal.close()
+    again = open_journal(path)
+    assert again.load() == (new, False)
+    assert [n for n in range(4) if again.seen(*ids(n))] == [1, 2]
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_a_file_that_failed_is_not_written_to_again(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = open_journal(path)
+    journal.commit(STATE)
+    inode = path.stat().st_ino
+    kept = os.open(path, os.O_RDONLY)  # keeps the inode number from being used again
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(errno.EIO, "EIO")))
+        with pytest.raises(OSError, match="EIO"):
+            journal.commit(STATE)
+    journal.commit(STATE)
+    assert path.stat().st_ino != inode
+    os.close(kept)
+
+
+@pytest.mark.parametrize("harm", ["removed", "replaced", "truncated", "appended to"])
+def test_a_journal_touched_by_another_program_is_written_anew_from_memory(
+    path: Path, caplog: pytest.LogCaptureFixture, harm: str
+) -> None:
+    journal = open_journal(path)
+    journal.commit(STATE, ids(1))
+    if harm == "removed":
+        path.unlink()
+    elif harm == "replaced":
+        path.rename(path.with_name("elsewhere"))
+        path.write_bytes(b"garbage")
+    elif harm == "truncated":
+        os.truncate(path, 10)
+    else:
+        with path.open("ab") as file:
+            file.write(b"garbage\n")
+    journal.commit(STATE, ids(2))
+    journal.commit(STATE, ids(3))
+    journal.close()
+    again = open_journal(path)
+    assert again.load() == (STATE, False)
+    assert [n for n in range(5) if again.seen(*ids(n))] == [1, 2, 3]
+    assert [record.message for record in caplog.records] == [
+        f"{path}: another program changed or removed it; it is written anew, complete"
+    ]
+
+
+def test_a_commit_is_one_write_and_one_fsync(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = open_journal(path)
+    journal.commit(STATE)
+    write, fsync = Mock(side_effect=os.write), Mock(side_effect=os.fsync)
+    monkeypatch.setattr(os, "write", write)
+    monkeypatch.setattr(os, "fsync", fsync)
+    journal.commit(STATE, ids(*range(1000)))
+    assert (write.call_count, fsync.call_count) == (1, 1)
+
+
+def test_200_000_ids_load_in_well_under_a_second(path: Path) -> None:
+    journal = open_journal(path, dedup_window=200_000)
+    for number in range(0, 200_000, 1000):
+        journal.commit(STATE, ids(*range(number, number + 1000)))
+    journal.close()
+    again = open_journal(path, dedup_window=200_000)
+    began = time.process_time()
+    again.load()
+    assert time.process_time() - began < 0.5
+    assert len(again) == 200_000

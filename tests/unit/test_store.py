@@ -1,0 +1,817 @@
+"""The store: each state that a crash, a person or another program can leave is recognised, explained and survived."""
+
+from __future__ import annotations
+
+import errno
+import gzip
+import logging
+import os
+import re
+import shutil
+import signal
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from common.csv_file import CsvFile
+from common.errors import StartupError
+from common.event import HEADER
+from common.journal import Journal
+from common.store import Lock, Store
+
+MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None
+log = logging.getLogger(__name__)
+log.setLevel(logging.INFO)
+
+
+def row(number: int) -> bytes:
+    return b'device %d;"two\r\nlines";2024;license;frame.jpg;0.5;"a,""b"""\r\n' % number
+
+
+ROW = re.compile(row(0).replace(b"0;", rb"\d+;", 1))
+
+
+def rows(*numbers: int) -> bytes:
+    return b"".join(map(row, numbers))
+
+
+def ids(*numbers: int) -> list[bytes]:
+    return [number.to_bytes(16, "big") for number in numbers]
+
+
+def append(store: Store, *numbers: int) -> None:
+    store.append(rows(*numbers), ids(*numbers))
+
+
+def crash(store: Store) -> None:
+    """What is left of a store when its process dies."""
+    store._file.close()
+    store._journal.close()
+
+
+def asides(folder: Path) -> list[bytes]:
+    return [path.read_bytes() for path in sorted(folder.glob("*.uncommitted-*"))]
+
+
+class Case:
+    """A folder with a CSV of two committed rows, and what the next start makes of it."""
+
+    def __init__(self, path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        self.path = path
+        self.folder = path.parent
+        self.journal = path.with_name("data.csv.journal")
+        self.caplog = caplog
+        self.store = self.open()
+        append(self.store, 1, 2)
+
+    def open(self, **options: Any) -> Store:
+        self.caplog.clear()
+        return Store.open(str(self.path), 100, 10, log, **options)
+
+    def restart(self) -> str:
+        """Opens the store again, checks that it works, and returns its one log line."""
+        self.store = self.open()
+        assert len(self.lines) == 1
+        line = self.lines[0]
+        before = self.content
+        append(self.store, 9)
+        assert self.content == before + row(9)
+        assert self.store.seen(*ids(9))
+        return line
+
+    @property
+    def lines(self) -> list[str]:
+        return [record.message for record in self.caplog.records]
+
+    @property
+    def content(self) -> bytes:
+        return self.path.read_bytes()
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """A folder in memory: what a step does matters here, not the speed of a disk."""
+    with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def case(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Case:
+    caplog.set_level(logging.INFO)
+    return Case(tmp_path / "data.csv", caplog)
+
+
+# Recovery
+
+
+def test_a_first_start_makes_a_file_with_the_header(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    store = Store.open(str(tmp_path / "data.csv"), 100, 10, log)
+    assert (tmp_path / "data.csv").read_bytes() == HEADER
+    assert store.committed_bytes == len(HEADER)
+    assert not store.has_rows
+    assert [record.levelno for record in caplog.records] == [logging.INFO]
+
+
+def test_after_a_clean_stop_it_goes_on_where_it_was(case: Case) -> None:
+    case.store.close()
+    line = case.restart()
+    assert "goes on after" in line
+    assert case.content == HEADER + rows(1, 2, 9)
+    assert case.store.seen(*ids(1))
+
+
+@pytest.mark.parametrize("tail", [row(3), rows(3, 4), row(3)[:20], b"\0" * 100, b"x"])
+def test_bytes_past_the_committed_length_are_moved_aside_after_a_crash(case: Case, tail: bytes) -> None:
+    crash(case.store)
+    case.path.write_bytes(case.content + tail)
+    line = case.restart()
+    assert f"{len(tail)} bytes that the last run had not committed were moved to {case.path}.uncommitted-" in line
+    assert case.content == HEADER + rows(1, 2, 9)
+    assert asides(case.folder) == [tail]
+
+
+def test_bytes_that_appeared_after_a_clean_stop_are_anothers_and_are_moved_aside(case: Case) -> None:
+    case.store.close()
+    case.path.write_bytes(case.content + row(3))
+    line = case.restart()
+    assert f"{len(row(3))} bytes that another program appended after a clean stop were moved to" in line
+    assert case.content == HEADER + rows(1, 2, 9)
+    assert asides(case.folder) == [row(3)]
+
+
+@pytest.mark.parametrize("clean", [True, False])
+def test_a_missing_csv_is_started_anew_and_the_ids_are_kept(case: Case, clean: bool) -> None:
+    case.store.close() if clean else crash(case.store)
+    case.path.unlink()
+    assert "was missing and is started anew" in case.restart()
+    assert case.content == HEADER + row(9)
+    assert case.store.seen(*ids(1))
+
+
+@pytest.mark.parametrize("new", [None, b"", HEADER])
+def test_after_a_crash_the_uncommitted_end_is_also_cut_from_a_renamed_file(case: Case, new: bytes | None) -> None:
+    crash(case.store)
+    case.path.write_bytes(case.content + row(3)[:30])
+    renamed = case.path.rename(case.folder / "data.csv.1")
+    if new is not None:
+        case.path.write_bytes(new)
+    line = case.restart()
+    assert f"the file of the last run is now {renamed}; 30 bytes that were not committed there moved to" in line
+    assert renamed.read_bytes() == HEADER + rows(1, 2)
+    assert case.content == HEADER + row(9)
+    assert asides(case.folder) == [row(3)[:30]]
+
+
+def test_after_a_clean_stop_a_renamed_file_is_nobodys_business(case: Case) -> None:
+    case.store.close()
+    renamed = case.path.rename(case.folder / "archive.csv")
+    with renamed.open("ab") as file:
+        file.write(row(3))
+    case.restart()
+    assert renamed.read_bytes() == HEADER + rows(1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    "length", [0, 10, len(HEADER), len(HEADER) + 5, len(HEADER + row(1)), len(HEADER + row(1)) + 16]
+)
+@pytest.mark.parametrize("clean", [True, False])
+def test_a_truncated_csv_is_taken_as_it_is_but_for_a_torn_row(case: Case, length: int, clean: bool) -> None:
+    case.store.close() if clean else crash(case.store)
+    before = case.content
+    os.truncate(case.path, length)
+    assert f"was truncated or replaced: it has {length} bytes, and {len(before)} were committed" in case.restart()
+    kept = HEADER + row(1) if length >= len(HEADER + row(1)) else HEADER
+    assert case.content == kept + row(9)
+    torn = before[len(kept) : length]
+    assert asides(case.folder) == ([torn] if torn else [])
+
+
+@pytest.mark.parametrize("clean", [True, False])
+def test_a_replaced_csv_keeps_all_its_rows(case: Case, clean: bool) -> None:
+    case.store.close() if clean else crash(case.store)
+    case.path.unlink()
+    case.path.write_bytes(HEADER + rows(*range(20, 40)))
+    assert "was replaced or changed by another program" in case.restart()
+    assert case.content == HEADER + rows(*range(20, 40), 9)
+
+
+def test_a_csv_edited_in_place_keeps_all_its_rows(case: Case) -> None:
+    case.store.close()
+    case.path.write_bytes(edited := case.content.replace(b"device 1", b"a longer name") + row(3))
+    assert "was replaced or changed by another program" in case.restart()
+    assert case.content == edited + row(9)
+
+
+def test_a_restored_copy_with_another_inode_is_still_our_file(case: Case) -> None:
+    crash(case.store)
+    shutil.copy(case.path, case.folder / "copy")
+    os.replace(case.folder / "copy", case.path)
+    with case.path.open("ab") as file:
+        file.write(b"torn")
+    assert "4 bytes that the last run had not committed were moved" in case.restart()
+    assert case.content == HEADER + rows(1, 2, 9)
+
+
+@pytest.mark.parametrize("how", ["over the file", "as a new file"])
+def test_a_csv_of_the_original_put_in_after_an_empty_run_keeps_its_rows(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, how: str
+) -> None:
+    path = tmp_path / "data.csv"
+    Store.open(str(path), 100, 10, log).close()
+    if how == "as a new file":
+        path.unlink()
+    path.write_bytes(HEADER + rows(1, 2))
+    Store.open(str(path), 100, 10, log).close()
+    assert path.read_bytes() == HEADER + rows(1, 2)
+    assert asides(tmp_path) == []
+
+
+@pytest.mark.parametrize("torn", [b"", b"device;", row(3)[:12], row(3)[:-1]])
+def test_a_csv_without_a_journal_is_taken_over_and_the_weaker_promise_is_said(case: Case, torn: bytes) -> None:
+    case.store.close()
+    case.journal.unlink()
+    with case.path.open("ab") as file:
+        file.write(torn)
+    line = case.restart()
+    assert "without a journal the last rows, if their messages come again, are doubled once" in line
+    assert case.content == HEADER + rows(1, 2, 9)
+    assert asides(case.folder) == ([torn] if torn else [])
+
+
+@pytest.mark.parametrize("damage", [b"", b"\0" * 5000, b"SQLite format 3\0" * 9, os.urandom(3000)])
+def test_a_corrupt_journal_is_moved_aside_and_the_rows_stay(case: Case, damage: bytes) -> None:
+    case.store.close()
+    case.journal.write_bytes(damage)
+    line = case.restart()
+    assert "the journal is corrupt" in line
+    assert "without a journal the last rows" in line
+    (aside,) = case.folder.glob("*.journal.corrupt-*")
+    assert aside.read_bytes() == damage
+    assert case.content == HEADER + rows(1, 2, 9)
+
+
+@pytest.mark.parametrize("content", [b"a;b;c\r\n1;2;3\r\n", HEADER[:-2] + b"\n", b"\xef\xbb\xbf" + HEADER, b"\0" * 100])
+def test_a_file_that_is_not_ours_is_refused_and_not_touched(case: Case, content: bytes) -> None:
+    case.store.close()
+    case.path.write_bytes(content)
+    for _ in range(2):
+        with pytest.raises(StartupError, match=r"data.csv: does not begin with the line 'device_id;.*move it away"):
+            case.open()
+    assert case.content == content
+    assert asides(case.folder) == []
+
+
+def test_a_folder_in_place_of_the_csv_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "data.csv").mkdir()
+    with pytest.raises(StartupError, match=r"data.csv: Is a directory; set CSV_FILE to a file$"):
+        Store.open(str(tmp_path / "data.csv"), 100, 10, log)
+
+
+def test_a_file_in_place_of_the_folder_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "data").touch()
+    with pytest.raises(StartupError, match=r"csv.lock: Not a directory; set CSV_FILE to a file in a folder$"):
+        Lock(str(tmp_path / "data" / "data.csv")).acquire()
+
+
+@pytest.mark.parametrize(
+    ("call", "code", "advice"),
+    [
+        ("open", errno.EACCES, "Permission denied; let uid"),
+        ("open", errno.EROFS, "Read-only file system; mount it writable"),
+        ("fsync", errno.ENOSPC, "No space left on device; free some space"),
+        ("rename", errno.EIO, "Input/output error"),
+    ],
+)
+def test_trouble_at_the_start_is_one_clear_line_and_the_next_start_works(
+    case: Case, monkeypatch: pytest.MonkeyPatch, call: str, code: int, advice: str
+) -> None:
+    crash(case.store)
+
+    def fail(*_: object) -> int:
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, fail)
+        with pytest.raises(StartupError, match=f"data.csv.*: {advice}") as caught:
+            case.open()
+    assert "\n" not in str(caught.value)
+    case.restart()
+    assert case.content == HEADER + rows(1, 2, 9)
+
+
+def test_a_second_store_on_the_same_file_is_refused(case: Case) -> None:
+    with pytest.raises(StartupError, match="is in use by another consumer"):
+        case.open()
+    append(case.store, 3)
+    assert case.content == HEADER + rows(1, 2, 3)
+
+
+# Running
+
+
+def fail_at(patch: pytest.MonkeyPatch, step: int) -> Callable[[], int]:
+    """Three calls that change the disk fail, from the `step`-th on; a write after half of it. Returns a counter."""
+    calls = 0
+
+    def wrap(name: str) -> None:
+        original: Callable[..., Any] = getattr(os, name)
+
+        def call(*args: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if step <= calls < step + 3:
+                if name == "write":
+                    original(args[0], bytes(args[1])[: len(args[1]) // 2])
+                raise OSError(errno.EIO, os.strerror(errno.EIO), *(arg for arg in args[:1] if isinstance(arg, str)))
+            return original(*args)
+
+        patch.setattr(os, name, call)
+
+    for name in ("open", "write", "fsync", "ftruncate", "rename"):
+        wrap(name)
+    return lambda: calls
+
+
+def until_it_works(action: Callable[[], object]) -> None:
+    for _ in range(10):
+        try:
+            action()
+        except OSError as error:
+            if not error.filename:
+                raise AssertionError("a person could not tell which file it was") from error
+        else:
+            return
+    raise AssertionError("never worked")
+
+
+@pytest.mark.parametrize("trouble", ["nothing", "a renamed file", "foreign bytes", "a truncated file", "no journal"])
+def test_an_append_that_failed_at_any_step_goes_on_from_there(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, trouble: str
+) -> None:
+    for step in count(1):
+        (tmp_path / str(step)).mkdir()
+        case = Case(tmp_path / str(step) / "data.csv", caplog)
+        if trouble == "a renamed file":
+            case.path.rename(case.folder / "data.csv.1")
+        elif trouble == "foreign bytes":
+            case.path.write_bytes(case.content + row(7))
+        elif trouble == "a truncated file":
+            os.truncate(case.path, 0)
+        elif trouble == "no journal":
+            case.journal.unlink()
+        with pytest.MonkeyPatch().context() as patch:
+            calls = fail_at(patch, step)
+            until_it_works(lambda case=case: append(case.store, 3, 4))  # type: ignore[misc]
+        kept = b"" if trouble in ("a renamed file", "a truncated file") else rows(1, 2)
+        assert case.content == HEADER + kept + rows(3, 4)
+        assert set(asides(case.folder)) == ({row(7)} if trouble == "foreign bytes" else set())
+        crash(case.store)
+        case.restart()
+        assert case.content == HEADER + kept + rows(3, 4, 9)
+        assert all(case.store.seen(id) for id in ids(1, 2, 3, 4))
+        crash(case.store)
+        if calls() < step:
+            break
+    assert step > 4
+
+
+def test_a_rotation_that_failed_at_any_step_loses_and_doubles_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step in count(1):
+        (tmp_path / str(step)).mkdir()
+        case = Case(tmp_path / str(step) / "data.csv", caplog)
+        with pytest.MonkeyPatch().context() as patch:
+            calls = fail_at(patch, step)
+            until_it_works(case.store.rotate)
+            until_it_works(lambda case=case: append(case.store, 3))  # type: ignore[misc]
+        (rotated,) = case.folder.glob("data-*.csv")
+        assert rotated.read_bytes() == HEADER + rows(1, 2)
+        assert case.content == HEADER + row(3)
+        crash(case.store)
+        if calls() < step:
+            break
+    assert step > 6
+
+
+def test_after_a_failed_fsync_everything_is_written_again(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = []
+    write = CsvFile.write
+
+    def spy(file: CsvFile, data: bytes) -> None:
+        written.append(data)
+        write(file, data)
+
+    def fail(file: CsvFile) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(CsvFile, "write", spy)
+    with monkeypatch.context() as patch:
+        patch.setattr(CsvFile, "sync", fail)
+        with pytest.raises(OSError, match="Input/output error"):
+            append(case.store, 3)
+    assert case.content == HEADER + rows(1, 2)
+    append(case.store, 3)
+    assert written == [row(3), row(3)]
+
+
+def test_after_a_failed_commit_the_rows_stay_and_only_the_commit_is_tried_again(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "commit", fail)
+        with pytest.raises(OSError, match="No space left on device"):
+            append(case.store, 3)
+    assert case.content == HEADER + rows(1, 2, 3)
+    assert not case.store.seen(*ids(3))
+    assert case.store.rotate() is None
+    with pytest.raises(ValueError, match="the batch before is not committed"):
+        append(case.store, 4)
+    with monkeypatch.context() as patch:
+        patch.setattr(CsvFile, "write", fail)
+        append(case.store, 3)
+    assert case.content == HEADER + rows(1, 2, 3)
+
+
+def test_a_store_closed_before_a_batch_is_settled_is_not_marked_clean(case: Case, monkeypatch: Any) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "_append", fail)
+        with pytest.raises(OSError, match="No space"):
+            append(case.store, 3)
+    case.store.close()
+    assert "that the last run had not committed" in case.restart()
+    assert case.content == HEADER + rows(1, 2, 9)
+
+
+def test_an_append_makes_two_fsyncs_and_says_how_long_each_step_took(case: Case, monkeypatch: Any) -> None:
+    fsyncs = []
+    fsync = os.fsync
+
+    def slow(fd: int) -> None:
+        time.sleep(0.01)
+        fsyncs.append(fd)
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    timing = case.store.append(row(3), ids(3))
+    assert len(fsyncs) == 2
+    assert 0 < timing.write_seconds < 0.01 <= min(timing.fsync_seconds, timing.commit_seconds)
+
+
+def test_messages_without_rows_are_remembered_and_rows_without_ids_are_written(case: Case) -> None:
+    case.store.append(b"", ids(3))
+    case.store.append(row(4), [])
+    case.store.append(b"", [])
+    crash(case.store)
+    case.restart()
+    assert case.store.seen(*ids(3))
+    assert case.content == HEADER + rows(1, 2, 4, 9)
+
+
+def test_an_id_of_another_length_is_refused_before_anything_is_written(case: Case) -> None:
+    with pytest.raises(ValueError, match="16 bytes"):
+        case.store.append(row(3), [b"short"])
+    assert case.content == HEADER + rows(1, 2)
+
+
+def test_bytes_appended_by_another_program_while_running_are_moved_aside(case: Case) -> None:
+    with case.path.open("ab") as file:
+        file.write(b"foreign")
+    append(case.store, 3)
+    assert case.content == HEADER + rows(1, 2, 3)
+    assert asides(case.folder) == [b"foreign"]
+    assert f"7 bytes of another program were moved to {case.path}.uncommitted-" in case.lines[-1]
+
+
+def test_bytes_appended_between_check_and_write_are_moved_aside_too(case: Case, monkeypatch: Any) -> None:
+    write = CsvFile.write
+
+    def race(file: CsvFile, data: bytes) -> None:
+        os.write(file._fd, b"foreign")
+        write(file, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CsvFile, "write", race)
+        with pytest.raises(OSError, match="another program wrote to it at the same moment"):
+            append(case.store, 3)
+    append(case.store, 3)
+    assert case.content == HEADER + rows(1, 2, 3)
+    assert asides(case.folder) == [b"foreign" + row(3)]
+
+
+@pytest.mark.parametrize("how", ["renamed", "removed", "replaced by an empty file", "replaced by a CSV"])
+def test_when_the_csv_goes_away_while_running_the_next_rows_are_in_the_file_at_its_path(case: Case, how: str) -> None:
+    if how == "removed":
+        case.path.unlink()
+    else:
+        case.path.rename(case.folder / "data.csv.1")
+    if how == "replaced by an empty file":
+        case.path.touch()
+    elif how == "replaced by a CSV":
+        case.path.write_bytes(HEADER + row(7))
+    append(case.store, 3)
+    begin = HEADER + row(7) if how == "replaced by a CSV" else HEADER
+    assert case.content == begin + row(3)
+    if how != "removed":
+        assert (case.folder / "data.csv.1").read_bytes() == HEADER + rows(1, 2)
+    assert "was renamed, removed or replaced" in case.lines[-1]
+    crash(case.store)
+    case.restart()
+    assert case.content == begin + rows(3, 9)
+    assert case.store.seen(*ids(1))
+
+
+def test_reopen_starts_a_new_file_at_once(case: Case) -> None:
+    case.store.reopen()
+    assert case.content == HEADER + rows(1, 2)
+    case.path.rename(case.folder / "data.csv.1")
+    case.store.reopen()
+    assert case.content == HEADER
+
+
+def test_logrotates_copytruncate_while_running_keeps_the_file_whole(case: Case) -> None:
+    shutil.copy(case.path, case.folder / "data.csv.1")
+    os.truncate(case.path, 0)
+    append(case.store, 3)
+    assert case.content == HEADER + row(3)
+    assert "was truncated or changed by another program" in case.lines[-1]
+
+
+def test_a_file_that_is_not_ours_put_there_while_running_is_left_alone_until_it_is_gone(case: Case) -> None:
+    case.path.unlink()
+    case.path.write_bytes(b"mine, mine, mine")
+    for _ in range(2):
+        with pytest.raises(OSError, match="does not begin with the line"):
+            append(case.store, 3)
+    assert case.content == b"mine, mine, mine"
+    case.path.unlink()
+    append(case.store, 3)
+    assert case.content == HEADER + row(3)
+
+
+# Rotation
+
+
+def test_a_rotated_file_has_a_name_of_its_own_and_the_new_one_its_header(case: Case) -> None:
+    rotated = []
+    for number in range(3, 6):
+        rotated.append(case.store.rotate())
+        assert case.content == HEADER
+        append(case.store, number)
+    assert len(set(rotated)) == 3
+    assert [Path(name or "").read_bytes() for name in rotated] == [
+        HEADER + rows(1, 2),
+        HEADER + row(3),
+        HEADER + row(4),
+    ]
+    assert all(Path(name or "").name.startswith("data-20") for name in rotated)
+    assert case.store.seen(*ids(1))
+    crash(case.store)
+    case.restart()
+    assert case.content == HEADER + rows(5, 9)
+
+
+def test_a_file_without_rows_is_not_rotated(case: Case) -> None:
+    case.store.rotate()
+    assert case.store.rotate() is None
+    assert len(list(case.folder.glob("data-*"))) == 1
+
+
+def test_the_start_of_a_file_is_known_across_restarts_and_new_after_a_rotation(case: Case) -> None:
+    started = case.store.started_at
+    assert abs(time.time() - started) < 60
+    time.sleep(0.01)
+    case.store.close()
+    case.restart()
+    assert case.store.started_at == started
+    case.store.rotate()
+    assert case.store.started_at > started
+
+
+def test_rotated_files_are_packed_also_those_that_an_earlier_run_left_plain(case: Case) -> None:
+    left = case.store.rotate()
+    append(case.store, 3)
+    (case.folder / "data-of-mine.csv").write_bytes(HEADER)
+    case.store.close()
+    case.store = case.open(rotate_gzip=True)
+    rotated = case.store.rotate()
+    append(case.store, 4)
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and list(case.folder.glob("data-20*.csv")):
+        time.sleep(0.005)
+    assert gzip.decompress(Path(f"{left}.gz").read_bytes()) == HEADER + rows(1, 2)
+    assert gzip.decompress(Path(f"{rotated}.gz").read_bytes()) == HEADER + row(3)
+    assert case.content == HEADER + row(4)
+    assert (case.folder / "data-of-mine.csv").exists()
+    case.store.close()
+
+
+# The lock
+
+
+def test_only_one_process_has_the_lock_and_its_pid_is_in_it(tmp_path: Path) -> None:
+    path = str(tmp_path / "made" / "for me" / "data.csv")
+    first, second = Lock(path), Lock(path)
+    assert first.acquire()
+    assert not second.acquire()
+    assert Path(first.path).read_text() == f"{os.getpid()}\n"
+    first.release()
+    assert second.acquire()
+    second.release()
+
+
+def test_the_lock_ends_with_its_process_even_by_sigkill(tmp_path: Path) -> None:
+    path = str(tmp_path / "data.csv")
+    ready, report = os.pipe()
+    if (pid := os.fork()) == 0:
+        try:
+            Lock(path).acquire()
+            os.write(report, b"x")
+            signal.pause()
+        finally:
+            os._exit(1)
+    os.read(ready, 1)
+    assert not Lock(path).acquire()
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    assert Lock(path).acquire()
+
+
+def test_a_link_to_the_csv_leads_to_the_same_lock_and_file(case: Case) -> None:
+    (case.folder / "link.csv").symlink_to(case.path)
+    assert Lock(str(case.folder / "link.csv")).path == Lock(str(case.path)).path
+    case.store.close()
+    store = Store.open(str(case.folder / "link.csv"), 100, 10, log)
+    append(store, 3)
+    store.rotate()
+    assert (case.folder / "link.csv").read_bytes() == HEADER
+
+
+# Anything in any order
+
+
+class Life(RuleBasedStateMachine):
+    """Batches, crashes at any step, rotations, people and other programs, against a list of what must be there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = Path(tempfile.mkdtemp(dir=MEMORY))
+        self.path = self.folder / "data.csv"
+        self.next = 0
+        self.expected: Counter[bytes] = Counter()
+        self.foreign: list[bytes] = []  # what another program wrote, which must be kept
+        self.dirty = False  # and is still in the CSV
+        self.store = self.open()
+
+    def open(self) -> Store:
+        return Store.open(str(self.path), 1000, 10, log)
+
+    def teardown(self) -> None:
+        if hasattr(self, "store"):
+            self.append(1)
+            self.all_is_there_once()
+            kept = asides(self.folder)
+            assert all(any(foreign in aside for aside in kept) for foreign in self.foreign)
+            self.store.close()
+        shutil.rmtree(self.folder)
+
+    def batch(self, size: int) -> list[int]:
+        numbers = list(range(self.next, self.next + size))
+        self.next += size
+        self.expected.update(map(row, numbers))
+        return numbers
+
+    def deliver(self, numbers: list[int]) -> None:
+        fresh = [number for number in numbers if not self.store.seen(*ids(number))]
+        append(self.store, *fresh)
+        self.dirty = self.dirty and not fresh
+
+    @rule(size=st.integers(0, 3))
+    def append(self, size: int) -> None:
+        self.deliver(self.batch(size) or [self.next - 1] * bool(self.next))
+
+    @rule(again=st.integers(1, 8))
+    def redeliver(self, again: int) -> None:
+        self.deliver(list(range(max(0, self.next - again), self.next)))
+
+    @rule(
+        step=st.integers(1, 12),
+        torn=st.booleans(),
+        size=st.integers(1, 3),
+        action=st.sampled_from(["append", "rotate", "open"]),
+    )
+    def crash(self, step: int, torn: bool, size: int, action: str) -> None:
+        numbers = self.batch(size)
+        if action == "open":
+            crash(self.store)
+        if (pid := os.fork()) == 0:
+            try:
+                self.die_before(step, torn)
+                if action == "open":
+                    self.store = self.open()
+                elif action == "rotate":
+                    self.store.rotate()
+                append(self.store, *numbers)
+            finally:
+                os.kill(os.getpid(), signal.SIGKILL)
+        os.waitpid(pid, 0)
+        if action != "open":
+            crash(self.store)
+        self.store = self.open()
+        self.deliver(numbers)
+
+    @staticmethod
+    def die_before(step: int, torn: bool) -> None:
+        def wrap(name: str) -> None:
+            original: Callable[..., Any] = getattr(os, name)
+
+            def call(*args: Any) -> Any:
+                nonlocal step
+                step -= 1
+                if step == 0:
+                    if torn and name == "write":
+                        original(args[0], bytes(args[1])[: len(args[1]) // 2])
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return original(*args)
+
+            setattr(os, name, call)
+
+        for name in ("open", "write", "fsync", "ftruncate", "rename"):
+            wrap(name)
+
+    @rule()
+    def restart(self) -> None:
+        self.store.close()
+        self.store = self.open()
+        self.dirty = False
+
+    @rule()
+    def rotate(self) -> None:
+        self.store.rotate()
+        self.dirty = False
+
+    @precondition(lambda self: not self.dirty)
+    @rule(reopen=st.booleans())
+    def logrotate(self, reopen: bool) -> None:
+        if self.path.exists():
+            self.path.rename(self.folder / f"renamed-{len(os.listdir(self.folder))}")
+        if reopen:
+            self.store.reopen()
+
+    @precondition(lambda self: not self.dirty and self.store.has_rows and self.path.exists())
+    @rule(data=st.sampled_from([b"x", row(10**6), row(10**6) + b"x"]))
+    def another_program_appends(self, data: bytes) -> None:
+        data = data.replace(b"x", b"x%d" % len(self.foreign))
+        with self.path.open("ab") as file:
+            file.write(data)
+        self.foreign.append(data)
+        self.dirty = True
+
+    @precondition(lambda self: not self.dirty and self.path.exists())
+    @rule(part=st.floats(0, 1))
+    def somebody_truncates(self, part: float) -> None:
+        self.expected.subtract(ROW.findall(self.path.read_bytes()))
+        os.truncate(self.path, int(self.path.stat().st_size * part))
+        self.expected.update(ROW.findall(self.path.read_bytes()))
+        self.append(1)
+
+    @precondition(lambda self: self.path.exists())
+    @rule()
+    def somebody_removes_the_journal(self) -> None:
+        Path(f"{self.path}.journal").unlink(missing_ok=True)
+        self.append(1)
+
+    @invariant()
+    def all_is_there_once(self) -> None:
+        if self.dirty or not hasattr(self, "store"):
+            return
+        found: Counter[bytes] = Counter()
+        for path in self.folder.iterdir():
+            if ".uncommitted-" in path.name or ".journal" in path.name:
+                continue
+            whole = ROW.findall(path.read_bytes())
+            assert path.read_bytes() == HEADER + b"".join(whole)
+            found.update(whole)
+        assert found == +self.expected
+
+
+TestLife = Life.TestCase
+TestLife.settings = settings(
+    max_examples=25, stateful_step_count=15, deadline=None, suppress_health_check=list(HealthCheck)
+)
