@@ -106,6 +106,7 @@ class Counters:
         self.store_ok = m.gauge("predlog_store_ok", "1 while batches can be stored.", min)
         self.active = m.gauge("predlog_active", "1 while this consumer owns the CSV, 0 on standby.")
         self.connected = m.gauge("predlog_amqp_connected", "1 while connected to the broker.", min)
+        self.start_time = m.gauge("process_start_time_seconds", "Start of the process, Unix time.", max)
         self.reconnects = m.counter("predlog_amqp_reconnects_total", "Connections to the broker lost.")
         m.values[m.gauge("predlog_info", "Version and process.", max, version=__version__, process="consumer")] = 1.0
 
@@ -381,6 +382,7 @@ async def serve(settings: ConsumerSettings) -> None:
     loop, stop = asyncio.get_running_loop(), lifecycle.on_stop()
     loop.add_signal_handler(signal.SIGHUP, lambda: None)  # a standby has no file to open again
     counters = Counters()
+    counters.metrics.values[counters.start_time] = time.time()
     health = Health(counters)
     server = HttpServer(_HEALTH_LIMITS, health.handle, health.check)
     if settings.health_port:

@@ -43,7 +43,9 @@ _METHODS = {
     b"/openapi.json": (b"GET", b"HEAD"),
     b"/docs": (b"GET", b"HEAD"),
 }
-_KNOWN_METHODS = frozenset({b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS", b"TRACE", b"CONNECT"})
+_KNOWN_METHODS = frozenset(
+    {b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS", b"TRACE", b"CONNECT", b"QUERY"}
+)
 _PAGES = frozenset({b"/metrics", b"/openapi.json", b"/docs"})
 _STATUSES = (200, 207, 400, 401, 404, 405, 408, 413, 414, 415, 417, 422, 431, 500, 501, 503, 504, 505)
 _REFUSALS = ("draining", "broker_away", "broker_blocked", "window_full", "nacked")
@@ -83,6 +85,7 @@ class Counters:
         self.blocked = m.gauge("predlog_amqp_blocked", "1 while the broker takes no messages.", max)
         self.reconnects = m.counter("predlog_amqp_reconnects_total", "Connections to the broker lost.")
         self.connections = m.gauge("predlog_http_connections", "Open client connections.")
+        self.start_time = m.gauge("process_start_time_seconds", "Start of the process, Unix time.", max)
         m.values[m.gauge("predlog_info", "Version and process.", max, version=__version__, process="producer")] = 1.0
 
 
@@ -366,6 +369,7 @@ async def serve(
     alive_fd: int | None = None,
 ) -> None:
     """Run one producer until a signal, then drain. `port` is one reserved for several workers to share."""
+    counters.metrics.values[counters.start_time] = time.time()
     loop = asyncio.get_running_loop()
     stop = lifecycle.on_stop()
     if alive_fd is not None:

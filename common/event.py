@@ -390,7 +390,8 @@ def encode_rows(events: Iterable[Event], low_prob_threshold: float) -> bytes:
         data = event["data"]
         ids = event["device_id"], event["client_id"], event["created_at"], data["license_id"]
         prefix = ";".join([_quote(text, ";") for text in ids])
-        for pred in data["preds"]:
+        preds = data["preds"]
+        for pred, number in zip(preds, _numbers([pred["prob"] for pred in preds]), strict=True):
             frame, prob, tags = pred["image_frame"], pred["prob"], pred["tags"]
             if prob < low_prob_threshold:
                 tags = [*tags, LOW_PROB_TAG]
@@ -399,8 +400,15 @@ def encode_rows(events: Iterable[Event], low_prob_threshold: float) -> bytes:
             cell = ",".join(tags)
             if not cell or cell.count(",") >= len(tags) or ";" in cell or '"' in cell or "\n" in cell or "\r" in cell:
                 cell = _quote(_join_tags(tags), ";")
-            rows.append(f"{prefix};{frame};{prob!r};{cell}\r\n")
+            rows.append(f"{prefix};{frame};{number};{cell}\r\n")
     return "".join(rows).encode()
+
+
+def _numbers(values: list[float]) -> list[str]:
+    """Each float as its repr. orjson finds the same digits (the shortest that read back) at a fraction of the cost."""
+    texts = orjson.dumps(values).decode()[1:-1].split(",")
+    # From 1e-4 up to 1e16 both write them out without an exponent.
+    return [text if 1e-4 <= value < 1e16 else repr(value) for value, text in zip(values, texts, strict=False)]
 
 
 def _quote(text: str, delimiter: str) -> str:
