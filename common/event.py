@@ -34,7 +34,7 @@ SPARE_VALUES = 10_000
 EXACT_READING_BYTES = 1 << 18
 MAX_NUMBER_CHARS = 1000
 # The answer to a document with more faults names this many, and says so.
-MAX_FAULTS = 10_000
+MAX_FAULTS = 2_000
 
 _BOM = b"\xef\xbb\xbf"
 

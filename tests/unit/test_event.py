@@ -1,0 +1,564 @@
+"""What an event is: validation against FastAPI itself, normal form, identity, rows."""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import io
+import json
+import math
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import pytest
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import BaseModel, BeforeValidator, Field
+
+from common import event
+from common.errors import InvalidEvent
+
+MAX_PREDS = 100
+
+
+def an_event(**members: Any) -> dict[str, Any]:
+    return {"device_id": "d", "client_id": "c", "created_at": "t", "data": {"license_id": "l", "preds": []}, **members}
+
+
+def with_preds(*preds: Any) -> dict[str, Any]:
+    return an_event(data={"license_id": "l", "preds": list(preds)})
+
+
+def a_pred(**members: Any) -> dict[str, Any]:
+    return {"image_frame": "f", "prob": 0.5, "tags": ["a"], **members}
+
+
+def faults_of(body: bytes | dict[str, Any]) -> list[tuple[str, str]]:
+    """The faults of a body as (loc joined with dots, type); none when it is an event."""
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    try:
+        event.normalise(raw, MAX_PREDS)
+    except InvalidEvent as error:
+        return [(".".join(map(str, fault["loc"])), str(fault["type"])) for fault in error.faults]  # type: ignore[call-overload]
+    return []
+
+
+# --- the reference: the original's models, on FastAPI and pydantic 2 ---
+
+Identifier = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
+Number = Annotated[
+    float, BeforeValidator(lambda value: None if type(value) is bool else value), Field(allow_inf_nan=False)
+]
+
+
+class Prediction(BaseModel):
+    image_frame: str
+    prob: Number
+    tags: list[str]
+
+
+class Data(BaseModel):
+    license_id: Identifier
+    preds: Annotated[list[Prediction], Field(max_length=MAX_PREDS)]
+
+
+class Event(BaseModel):
+    device_id: Identifier
+    client_id: Identifier
+    created_at: Identifier
+    data: Data
+
+
+class Reference:
+    """FastAPI's answer to a body: the event, or its faults as loc, msg and type."""
+
+    def __init__(self) -> None:
+        self.app = FastAPI()
+        self.loop = asyncio.new_event_loop()
+
+        @self.app.post("/process")
+        async def process(event: Event) -> Event:
+            return event
+
+        @self.app.exception_handler(RequestValidationError)
+        async def refuse(request: Request, error: RequestValidationError) -> JSONResponse:
+            faults = [{name: fault[name] for name in ("loc", "msg", "type")} for fault in error.errors()]
+            return JSONResponse({"detail": faults}, 422)
+
+    def answer(self, body: bytes) -> tuple[int, Any]:
+        sent: list[Any] = []
+
+        async def receive() -> dict[str, Any]:
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0"},
+            "http_version": "1.1",
+            "method": "POST",
+            "scheme": "http",
+            "path": "/process",
+            "raw_path": b"/process",
+            "root_path": "",
+            "query_string": b"",
+            "headers": [(b"content-type", b"application/json")],
+            "client": ("127.0.0.1", 1),
+            "server": ("127.0.0.1", 2),
+        }
+        self.loop.run_until_complete(self.app(scope, receive, send))
+        answer = json.loads(b"".join(message["body"] for message in sent[1:]))
+        return sent[0]["status"], answer if sent[0]["status"] == 200 else answer["detail"]
+
+
+@pytest.fixture(scope="module")
+def reference() -> Iterator[Reference]:
+    reference = Reference()
+    yield reference
+    reference.loop.close()
+
+
+def answer(body: bytes) -> tuple[int, Any]:
+    try:
+        return 200, json.loads(event.normalise(body, MAX_PREDS))
+    except InvalidEvent as error:
+        return 422, error.faults
+
+
+def one_value(template: dict[str, Any], literal: str) -> bytes:
+    return json.dumps(template).replace('"?"', literal).encode()
+
+
+LITERALS = [
+    *("null", "true", "false", "0", "-0", "-0.0", "1", "-1", "1.0", "1e5", "0.1", "1E-400", "1e999", "-1e999"),
+    *("NaN", "Infinity", "-Infinity", "18446744073709551615", "18446744073709551616", "-9223372036854775809"),
+    *("123456789012345678901234567890", "9" * 308, "9" * 310, "[]", "{}", '""', '"x"', '[""]', '["a",1,null]', "[[]]"),
+]
+NUMBER_STRINGS = [
+    *(
+        "1",
+        " 1 ",
+        "+1",
+        "++1",
+        "-.5",
+        "5.",
+        ".",
+        "",
+        " ",
+        "1e5",
+        "e5",
+        "1e",
+        "1E+5",
+        "1e999",
+        "0x1",
+        "1,5",
+        "1 5",
+        "1d",
+    ),
+    *("1_0", "1__0", "_1", "1_", "1_.5", "1._5", "1e_5", " _1", "_", "nan", "-NaN", "inf", "-Infinity", "infinit"),
+    *("\t1\n", "\x0b1\x0c", "\x1c1", "1\x1f", "\x851", "\xa01", "\u20091", "\u20281", "\u30001", "\u200b1", "\ufeff1"),
+    *("\u0661", "1\0", "\0", "-", "-0", "1e-400", "0" * 400, "0." + "1" * 900, "true", "\U0001d7d9"),
+]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        an_event(device_id="?"),
+        an_event(client_id="?"),
+        an_event(created_at="?"),
+        an_event(data="?"),
+        an_event(data={"license_id": "?", "preds": []}),
+        an_event(data={"license_id": "l", "preds": "?"}),
+        with_preds("?"),
+        with_preds(a_pred(), a_pred(image_frame="?")),
+        with_preds(a_pred(prob="?")),
+        with_preds(a_pred(tags="?")),
+        with_preds(a_pred(tags=["a", "?"])),
+    ],
+    ids=lambda template: json.dumps(template)[:60],
+)
+def test_every_kind_of_value_in_every_place_is_answered_as_fastapi_answers_it(
+    reference: Reference, template: dict[str, Any]
+) -> None:
+    for literal in LITERALS:
+        body = one_value(template, literal)
+        if literal == "9" * 310 and reference.answer(body)[0] == 200:
+            continue  # a number beyond a double is not JSON to us: see test_what_json_leaves_open
+        assert answer(body) == reference.answer(body), literal
+
+
+@pytest.mark.parametrize("text", NUMBER_STRINGS, ids=ascii)
+def test_a_number_in_a_string_is_read_as_pydantic_reads_it(reference: Reference, text: str) -> None:
+    body = json.dumps(with_preds(a_pred(prob=text))).encode()
+    assert answer(body) == reference.answer(body)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        *(b"", b" ", b"null", b"true", b"1", b'"x"', b"[]", b"{}", b"[{}]", b'{"data":{}}', b'{"data":{"preds":[{}]}}'),
+        *(b"{", b"[1,]", b'{"a":}', b'{"a" 1}', b"{'a':1}", b'{"a":1} x', b'{"a":01}', b'{"a":"\x01"}', b'{"a":"\\x"}'),
+        *(b"nul", b"\x00", b'\xef\xbb\xbf{"device_id":1}', "é".encode() * 3, b'{"\xc3\xa9":}', b"-", b"{}{}", b"//"),
+    ],
+    ids=ascii,
+)
+def test_a_body_that_is_no_object_or_no_json_is_answered_as_fastapi_answers_it(
+    reference: Reference, body: bytes
+) -> None:
+    assert answer(body) == reference.answer(body)
+
+
+JUNK = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.integers(-(10**40), 10**40)
+    | st.floats()
+    | st.text(max_size=5)
+    | st.floats().map(str)
+    | st.text(" +-_.eE0123456789infaNty\t\x1c", max_size=6),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=4,
+)
+STRING = st.text(max_size=6)
+STRICT_JSON = st.none() | st.booleans() | st.text(max_size=5) | st.lists(st.integers(), max_size=3)
+
+
+def mostly(strategy: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return st.integers(0, 5).flatmap(lambda n: JUNK if n == 0 else strategy)
+
+
+def objects(members: dict[str, st.SearchStrategy[Any]]) -> st.SearchStrategy[Any]:
+    """Objects with junk in some members, some missing, and some unknown."""
+    whole = st.fixed_dictionaries({name: mostly(member) for name, member in members.items()})
+    holed = st.fixed_dictionaries(
+        {}, optional={**{name: mostly(member) for name, member in members.items()}, "other": STRICT_JSON}
+    )
+    return mostly(st.integers(0, 3).flatmap(lambda n: holed if n == 0 else whole))
+
+
+ALMOST_EVENTS = objects(
+    {
+        "device_id": STRING | st.integers(),
+        "client_id": STRING,
+        "created_at": STRING,
+        "data": objects(
+            {
+                "license_id": STRING | st.integers(-(10**40), 10**40),
+                "preds": st.lists(
+                    objects(
+                        {
+                            "image_frame": STRING,
+                            "prob": st.floats(allow_nan=False, allow_infinity=False) | st.integers(),
+                            "tags": st.lists(mostly(STRING), max_size=3),
+                        }
+                    ),
+                    max_size=3,
+                ),
+            }
+        ),
+    }
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(document=ALMOST_EVENTS, ascii_only=st.booleans())
+def test_any_document_is_answered_as_fastapi_answers_it(reference: Reference, document: Any, ascii_only: bool) -> None:
+    body = json.dumps(document, ensure_ascii=ascii_only).encode()
+    assert answer(body) == reference.answer(body)
+
+
+@settings(max_examples=100, deadline=None)
+@given(document=ALMOST_EVENTS)
+def test_the_quick_and_the_careful_reading_agree(document: Any) -> None:
+    quick = event._validate_quickly(document, MAX_PREDS)
+    if quick is not None:
+        assert repr(quick) == repr(event._validate_carefully(document, MAX_PREDS, ("body",)))
+
+
+# --- what is an event ---
+
+
+def test_every_fault_is_named_at_once() -> None:
+    document = {
+        "device_id": True,
+        "created_at": None,
+        "data": {"preds": [{"image_frame": 1, "prob": "x", "tags": ["a", 1, None]}, a_pred(), 7, {"tags": "abc"}]},
+    }
+    assert faults_of(document) == [
+        ("body.device_id", "string_type"),
+        ("body.client_id", "missing"),
+        ("body.created_at", "string_type"),
+        ("body.data.license_id", "missing"),
+        ("body.data.preds.0.image_frame", "string_type"),
+        ("body.data.preds.0.prob", "float_parsing"),
+        ("body.data.preds.0.tags.1", "string_type"),
+        ("body.data.preds.0.tags.2", "string_type"),
+        ("body.data.preds.2", "model_attributes_type"),
+        ("body.data.preds.3.image_frame", "missing"),
+        ("body.data.preds.3.prob", "missing"),
+        ("body.data.preds.3.tags", "list_type"),
+    ]
+
+
+def test_normal_form_is_compact_json_of_the_known_members_in_the_contracts_order() -> None:
+    body = b"""{"x": 1, "data": {"preds": [{"tags": [], "y": {}, "prob": 1, "image_frame": "\\u00e9"}],
+        "license_id": 7}, "created_at": 1675781809386042, "client_id": -0,
+        "device_id": 123456789012345678901234567890}"""
+    normal = event.normalise(body, MAX_PREDS)
+    assert (
+        normal.decode()
+        == '{"device_id":"123456789012345678901234567890","client_id":"0","created_at":"1675781809386042",'
+        '"data":{"license_id":"7","preds":[{"image_frame":"é","prob":1.0,"tags":[]}]}}'
+    )
+    assert event.normalise(normal, MAX_PREDS) == normal
+
+
+@pytest.mark.parametrize(
+    ("literal", "prob"),
+    [("1", 1.0), ("-0.0", -0.0), ("-0", 0.0), ('"-0"', -0.0), ('" 2.5 "', 2.5), ("1e-400", 0.0), ("5e-324", 5e-324)],
+)
+def test_prob_always_leaves_as_a_float(literal: str, prob: float) -> None:
+    decoded = event.decode(one_value(with_preds(a_pred(prob="?")), literal))["data"]["preds"][0]["prob"]
+    assert type(decoded) is float
+    assert (decoded, math.copysign(1, decoded)) == (prob, math.copysign(1, prob))
+
+
+@pytest.mark.parametrize("literal", ["NaN", "Infinity", "-Infinity", "1e999", '"nan"', '"inf"', '"1e999"'])
+def test_a_prob_that_is_not_finite_is_named(literal: str) -> None:
+    assert faults_of(one_value(with_preds(a_pred(), a_pred(prob="?")), literal)) == [
+        ("body.data.preds.1.prob", "finite_number")
+    ]
+
+
+@pytest.mark.parametrize("prob", [math.nan, math.inf, -math.inf, 10**400, True])
+def test_validate_refuses_such_a_prob_in_a_document_of_any_origin(prob: float) -> None:
+    with pytest.raises(InvalidEvent):
+        event.validate(with_preds(a_pred(prob=prob)))
+
+
+@pytest.mark.parametrize("member", ["image_frame", "tags"])
+def test_only_ids_and_created_at_take_an_integer(member: str) -> None:
+    value: Any = 1 if member == "image_frame" else [1]
+    assert [kind for _, kind in faults_of(with_preds(a_pred(**{member: value})))] == ["string_type"]
+
+
+def test_the_number_of_predictions_is_bounded() -> None:
+    assert faults_of(with_preds(*[a_pred()] * MAX_PREDS)) == []
+    assert faults_of(with_preds(*[{}] * (MAX_PREDS + 1))) == [("body.data.preds", "too_long")]
+
+
+def test_validate_names_the_faults_below_the_place_it_is_given() -> None:
+    with pytest.raises(InvalidEvent) as caught:
+        event.validate({}, loc=("line", 3))
+    assert caught.value.faults[0] == {"loc": ["line", 3, "device_id"], "msg": "Field required", "type": "missing"}
+
+
+# --- JSON ---
+
+
+WHOLE = json.dumps(an_event()).encode()
+
+
+def other(literal: str) -> bytes:
+    """An event with a member that nobody asked for."""
+    return one_value(an_event(other="?"), literal)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param(b'{"device_id":null,' + WHOLE[1:], id="the last of equal keys wins"),
+        pytest.param(b"\xef\xbb\xbf" + WHOLE, id="a byte order mark is passed over"),
+        pytest.param(one_value(an_event(device_id="?"), r'"\ud83d\ude00"'), id="a pair of surrogates"),
+        pytest.param(one_value(an_event(device_id="?"), r'"\u0000\u001f\u007f"'), id="NUL and control characters"),
+        pytest.param(other("[" * 900 + "]" * 900), id="900 deep"),
+        pytest.param(other("9" * 308), id="308 digits"),
+        pytest.param(b" \t\r\n" + WHOLE + b" \t\r\n", id="white space around"),
+    ],
+)
+def test_what_json_leaves_open_and_we_accept(body: bytes) -> None:
+    assert faults_of(body) == []
+
+
+@pytest.mark.parametrize(
+    ("body", "position"),
+    [
+        pytest.param(b"\xef\xbb\xbf" * 2 + WHOLE, 0, id="a second byte order mark"),
+        pytest.param(WHOLE.decode().encode("utf-16"), 0, id="UTF-16"),
+        pytest.param(b'{"a":"\xff"}', 6, id="no UTF-8"),
+        pytest.param(b'{"a":"\xed\xa0\x80"}', 6, id="a surrogate in UTF-8"),
+        pytest.param(b'{"a":"\xc0\x80"}', 6, id="overlong UTF-8"),
+        pytest.param(b'{"a":"\0"}', 6, id="a bare NUL"),
+        pytest.param(b'{"a":"\n"}', 6, id="a bare line feed"),
+        pytest.param(other(r'"\udc00"'), None, id="a lone surrogate that nobody asked for"),
+        pytest.param(other("NaN"), None, id="NaN that nobody asked for"),
+        pytest.param(other("1e999"), None, id="an infinite number that nobody asked for"),
+        pytest.param(one_value(an_event(device_id="?"), "9" * 310), None, id="310 digits"),
+        pytest.param(one_value(an_event(device_id="?"), "9" * 5000), None, id="5000 digits"),
+        pytest.param(other("[" * 1100 + "]" * 1100), None, id="1100 deep"),
+        pytest.param(b"[" * 10_000, None, id="10000 deep, not closed"),
+    ],
+)
+def test_what_json_leaves_open_and_we_refuse(body: bytes, position: int | None) -> None:
+    [(loc, kind)] = faults_of(body)
+    assert kind == "json_invalid"
+    at = int(loc.removeprefix("body."))
+    assert at == position if position is not None else 0 <= at < len(body)
+
+
+def test_a_lone_surrogate_in_a_member_is_named() -> None:
+    assert faults_of(one_value(an_event(device_id="?"), r'"\ud800"')) == [("body.device_id", "string_unicode")]
+
+
+def test_the_reason_is_one_short_line_without_the_documents_text() -> None:
+    with pytest.raises(InvalidEvent) as caught:
+        event.decode(b'{"device_id":"secret\\n","client_id":[]}')
+    assert event.reason(caught.value.faults) == "body.client_id: Input should be a valid string (and 2 more)"
+    assert event.reason(caught.value.faults[:1]) == "body.client_id: Input should be a valid string"
+
+
+# --- identity ---
+
+
+def test_a_message_id_is_32_lower_hex_digits_that_depend_on_key_and_event() -> None:
+    ids = [event.message_id(key, normal) for key, normal in [(b"k", b"e"), (b"k", b"f"), (b"ke", b""), (b"", b"ke")]]
+    assert len(set(ids)) == 4
+    assert all(len(one) == 32 and set(one) <= set(b"0123456789abcdef") for one in ids)
+    assert event.message_id(b"k", b"e") == ids[0]
+
+
+def test_a_message_id_stays_the_same_from_version_to_version() -> None:
+    """Else a client's retry across an upgrade of the producer would make a second row."""
+    assert event.message_id(b"key", b"{}") == b"09003706efcb6a18985ed2fe4b728eb9"
+
+
+@pytest.mark.parametrize(
+    ("message_id", "own"),
+    [
+        ("00112233445566778899aabbccddeeff", True),
+        (b"00112233445566778899AABBCCDDEEFF", True),
+        ("00112233-4455-6677-8899-aabbccddeeff", False),
+        ("00112233445566778899aabbccddee  ", False),
+        ("00112233445566778899aabbccddeefg", False),
+        ("0" * 31, False),
+        ("\u0660" * 32, False),
+        ("", False),
+        (b"\xff", False),
+        ("\udcff", False),
+    ],
+)
+def test_a_digest_is_the_ids_own_16_bytes_or_a_hash_of_it(message_id: str | bytes, own: bool) -> None:
+    digest = event.digest(message_id)
+    assert len(digest) == 16
+    assert (digest == bytes.fromhex("00112233445566778899aabbccddeeff")) == own
+    assert digest == event.digest(
+        message_id if isinstance(message_id, bytes) else message_id.encode(errors="surrogateescape")
+    )
+
+
+# --- rows ---
+
+
+@pytest.mark.parametrize(
+    ("pred", "row"),
+    [
+        (a_pred(), b"d;c;t;l;f;0.5;a\r\n"),
+        (a_pred(prob=0.25), b"d;c;t;l;f;0.25;a\r\n"),
+        (a_pred(prob=0.2, tags=["a", "b"]), b"d;c;t;l;f;0.2;a,b,low_prob\r\n"),
+        (a_pred(prob=-0.0, tags=[]), b"d;c;t;l;f;-0.0;low_prob\r\n"),
+        (a_pred(prob=1e22, tags=[]), b"d;c;t;l;f;1e+22;\r\n"),
+        (a_pred(tags=[""]), b'd;c;t;l;f;0.5;""""""\r\n'),
+        (a_pred(tags=["", ""]), b"d;c;t;l;f;0.5;,\r\n"),
+        (a_pred(prob=0.1, tags=[""]), b"d;c;t;l;f;0.1;,low_prob\r\n"),
+        (a_pred(tags=["a,b", "c"]), b'd;c;t;l;f;0.5;"""a,b"",c"\r\n'),
+        (a_pred(tags=['"']), b'd;c;t;l;f;0.5;""""""""""\r\n'),
+        (a_pred(tags=["a;b", "c"]), b'd;c;t;l;f;0.5;"a;b,c"\r\n'),
+        (a_pred(tags=["a\nb"]), b'd;c;t;l;f;0.5;"""a\nb"""\r\n'),
+        (a_pred(tags=["a\r"]), b'd;c;t;l;f;0.5;"""a\r"""\r\n'),
+        (a_pred(image_frame="a;b"), b'd;c;t;l;"a;b";0.5;a\r\n'),
+        (a_pred(image_frame='"'), b'd;c;t;l;"""";0.5;a\r\n'),
+        (a_pred(image_frame="a\nb\rc"), b'd;c;t;l;"a\nb\rc";0.5;a\r\n'),
+        (a_pred(image_frame=" a\tb,'\0\x1f\u2028é "), "d;c;t;l; a\tb,'\0\x1f\u2028é ;0.5;a\r\n".encode()),
+    ],
+    ids=ascii,
+)
+def test_a_row_has_the_original_dialect_and_low_prob(pred: dict[str, Any], row: bytes) -> None:
+    assert event.encode_rows([with_preds(pred)], 0.25) == row
+
+
+def test_rows_of_a_batch_follow_the_order_of_events_and_predictions() -> None:
+    events = [with_preds(*[a_pred(image_frame=f"{n}.{i}") for i in range(n)]) for n in (2, 0, 1, 3)]
+    frames = [line.split(b";")[4] for line in event.encode_rows(events, 0.25).splitlines()]
+    assert frames == [b"2.0", b"2.1", b"1.0", b"3.0", b"3.1", b"3.2"]
+    assert event.encode_rows([], 0.25) == b""
+
+
+def test_encoding_leaves_the_event_as_it_was() -> None:
+    document = with_preds(a_pred(prob=0.1), a_pred(prob=0.1, tags=["a,b"]))
+    event.encode_rows([document], 0.25)
+    assert document == with_preds(a_pred(prob=0.1), a_pred(prob=0.1, tags=["a,b"]))
+
+
+def test_rows_are_counted_without_parsing_whatever_the_strings_hold() -> None:
+    tricky = a_pred(image_frame='"prob":', tags=['{"prob":1}', '\\"prob":', "prob"])
+    for preds in [], [tricky], [tricky] * 3:
+        assert event.row_count(event.dumps(event.validate(with_preds(*preds)))) == len(preds)
+
+
+def test_the_header_is_what_csv_writer_writes() -> None:
+    file = io.StringIO(newline="")
+    names = ["device_id", "client_id", "created_at", "license_id", "image_frame", "prob", "tags"]
+    csv.writer(file, delimiter=";").writerow(names)
+    assert file.getvalue().encode() == event.HEADER
+
+
+# --- batches ---
+
+
+@pytest.mark.parametrize("lines", [False, True])
+def test_a_batch_gives_each_event_its_own_outcome(lines: bool) -> None:
+    documents = [
+        json.dumps(document) for document in (an_event(), {**an_event(), "device_id": None}, with_preds(a_pred()))
+    ]
+    body = "\r\n\n".join(documents) if lines else f"[{','.join(documents)}]"
+    good, bad, other = event.normalise_batch(body.encode(), lines, MAX_PREDS)
+    assert good == event.dumps(an_event())
+    assert other == event.dumps(with_preds(a_pred()))
+    assert isinstance(bad, InvalidEvent)
+    assert bad.faults == [
+        {"loc": ["body", 1, "device_id"], "msg": "Input should be a valid string", "type": "string_type"}
+    ]
+
+
+@pytest.mark.parametrize(
+    ("body", "kind"),
+    [
+        pytest.param(b"{}", "list_type", id="no list"),
+        pytest.param(b"[", "json_invalid", id="no JSON"),
+        pytest.param(b"", "missing", id="nothing"),
+        pytest.param(json.dumps([an_event()] * 101).encode(), "too_long", id="too many events"),
+        pytest.param(
+            json.dumps([with_preds(a_pred())] * 50 + [with_preds(*[a_pred()] * 51)]).encode(),
+            "too_long",
+            id="too many predictions",
+        ),
+    ],
+)
+def test_a_batch_that_cannot_be_taken_is_refused_whole(body: bytes, kind: str) -> None:
+    with pytest.raises(InvalidEvent) as caught:
+        event.normalise_batch(body, False, MAX_PREDS)
+    assert [(fault["loc"][0], fault["type"]) for fault in caught.value.faults] == [("body", kind)]  # type: ignore[index]
+
+
+def test_a_batch_with_too_many_faults_is_refused_whole() -> None:
+    body = b"\n".join([b"{}"] * 2501)
+    with pytest.raises(InvalidEvent) as caught:
+        event.normalise_batch(body, True, 10_000)
+    assert [fault["type"] for fault in caught.value.faults] == ["too_many_faults"]
