@@ -55,7 +55,7 @@ class ProducerSettings(Settings):
     max_preds: int = _setting(10_000, "most predictions in one event, and events in one batch (422)", low=1)
     max_head_bytes: int = _setting(16 * 1024, "largest request line and header section, bytes (431)", low=256)
     max_target_bytes: int = _setting(8 * 1024, "largest request target, bytes (414)", low=16)
-    max_connections: int = _setting(20_000, "open client connections before 503 and close", low=1)
+    max_connections: int = _setting(16_000, "open client connections before 503 and close", low=1)
     head_timeout_ms: int = _setting(10_000, "for a client to send its header section, ms (408)", low=1)
     body_timeout_ms: int = _setting(20_000, "for a body to arrive, on top of 1 ms for each 16 bytes, ms (408)", low=1)
     idle_timeout_ms: int = _setting(75_000, "before an idle connection is closed, ms", low=1)
