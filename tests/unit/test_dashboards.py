@@ -12,7 +12,7 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 
 import consumer
-import producer
+from common import api
 
 DOCS = Path(__file__).parents[2] / "docs"
 DASHBOARD: dict[str, Any] = json.loads((DOCS / "grafana-dashboard.json").read_text())
@@ -23,7 +23,7 @@ ALERTS: dict[str, dict[str, Any]] = {
     for group in yaml.safe_load((DOCS / "alerts.yaml").read_text())["groups"]
     for rule in group["rules"]
 }
-NAMES = {*producer.build_metrics().names, *consumer.build_metrics().names}
+NAMES = {*api.build_metrics().names, *consumer.build_metrics().names}
 PROMTOOL = shutil.which("promtool")
 
 

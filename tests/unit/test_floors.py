@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 FLOORS = [
     {"errors", "event", "config", "http1", "content", "frames", "batch", "metrics", "openapi"},  # pure
     {"http_server", "fast_lane", "publisher", "csv_file", "journal", "lifecycle", "workers"},  # I/O
-    {"amqp", "store"},
+    {"amqp", "store", "api"},
     {"dead_letters"},
     {"producer", "consumer"},
 ]

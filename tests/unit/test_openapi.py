@@ -13,8 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import producer
-from common import content, event, openapi
+from common import api, content, event, openapi
 from common.errors import HttpError, InvalidEvent
 
 MAX_PREDS = 5
@@ -23,7 +22,7 @@ OPEN = cast(dict[str, Any], openapi.document("1.2.3"))
 OPERATIONS = {
     (path, method): operation for path, methods in DOCUMENT["paths"].items() for method, operation in methods.items()
 }
-PAGE = producer.PAGE.read_bytes()
+PAGE = api.PAGE.read_bytes()
 
 
 def validator(name: str) -> Any:
@@ -66,14 +65,14 @@ def test_every_schema_is_a_schema() -> None:
 def test_it_names_the_paths_methods_and_statuses_that_the_producer_has() -> None:
     methods = {
         (path.decode(), method.decode().lower())
-        for path, methods in producer._METHODS.items()
+        for path, methods in api.METHODS.items()
         for method in methods
         if method != b"HEAD"
     }
     assert set(OPERATIONS) == methods
     statuses = {int(status) for operation in OPERATIONS.values() for status in operation["responses"]}
     unnamed = {HTTPStatus.NOT_FOUND, HTTPStatus.INTERNAL_SERVER_ERROR}  # belongs to no path; is a bug
-    assert statuses == set(producer._STATUSES) - unnamed
+    assert statuses == set(api.STATUSES) - unnamed
 
 
 def test_operation_ids_are_unique_and_every_answer_is_described() -> None:
@@ -219,4 +218,4 @@ def test_the_page_takes_nothing_from_elsewhere_and_parses_no_data_as_html() -> N
 def test_the_page_reads_metrics_that_the_producer_has() -> None:
     read = set(re.findall(rb"predlog_[a-z_]+", PAGE))
     assert len(read) >= 6
-    assert read <= {name.encode() for name in producer.build_metrics().names}
+    assert read <= {name.encode() for name in api.build_metrics().names}

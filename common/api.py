@@ -1,0 +1,319 @@
+"""What each request to the producer means, its answer, and what is counted. Knows no socket and no broker.
+
+`Api.handle` is the server's handler. An accepted event goes to the publisher, whose confirm answers the exchange.
+"""
+
+from __future__ import annotations
+
+import hmac
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from common import __version__, content, event, openapi
+from common.config import ProducerSettings
+from common.errors import HttpError, InvalidEvent, Unavailable
+from common.http1 import Head, Request
+from common.http_server import Exchange, HttpServer
+from common.metrics import CONTENT_TYPE as METRICS_TYPE
+from common.metrics import LATENCY_SECONDS, Metrics
+from common.publisher import Publisher
+
+HTML = b"text/html; charset=utf-8"
+PAGE = Path(__file__).parent / "page.html"
+
+METHODS = {
+    b"/process": (b"POST",),
+    b"/process/batch": (b"POST",),
+    b"/healthz": (b"GET", b"HEAD"),
+    b"/readyz": (b"GET", b"HEAD"),
+    b"/metrics": (b"GET", b"HEAD"),
+    b"/openapi.json": (b"GET", b"HEAD"),
+    b"/docs": (b"GET", b"HEAD"),
+}
+_KNOWN_METHODS = frozenset(
+    {b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS", b"TRACE", b"CONNECT", b"QUERY"}
+)
+_PAGES = frozenset({b"/metrics", b"/openapi.json", b"/docs"})
+STATUSES = (200, 207, 400, 401, 404, 405, 408, 413, 414, 415, 417, 422, 431, 500, 501, 503, 504, 505)
+_REFUSALS = ("draining", "broker_away", "broker_blocked", "window_full", "nacked")
+
+
+class Counters:
+    """The producer's metrics. The layout is fixed, so that workers can share memory."""
+
+    def __init__(self) -> None:
+        self.metrics = m = Metrics()
+        routes = [path.decode() for path in METHODS] + ["other"]
+        self.requests = {
+            (route, status): m.counter(
+                "predlog_http_requests_total", "Requests answered.", route=route, status=str(status)
+            )
+            for route in routes
+            for status in STATUSES
+        }
+        self.refusals = {
+            reason: m.counter("predlog_refusals_total", "Events refused for now (503), by reason.", reason=reason)
+            for reason in _REFUSALS
+        }
+        self.request_seconds = m.histogram(
+            "predlog_http_request_seconds", "From the last byte of a POST to its answer.", LATENCY_SECONDS
+        )
+        self.confirm_seconds = m.histogram(
+            "predlog_confirm_seconds", "From publish to the broker's confirm.", LATENCY_SECONDS
+        )
+        self.events = m.counter("predlog_events_total", "Events confirmed by the broker.")
+        self.predictions = m.counter("predlog_predictions_total", "Predictions in the events confirmed by the broker.")
+        self.event_bytes = m.counter("predlog_event_bytes_total", "Bytes of the events confirmed by the broker.")
+        self.unconfirmed = m.gauge("predlog_unconfirmed", "Events sent to the broker and not yet confirmed.")
+        self.unconfirmed_bytes = m.gauge("predlog_unconfirmed_bytes", "Bytes of the events not yet confirmed.")
+        self.connected = m.gauge(
+            "predlog_amqp_connected", "1 while connected to the broker (of several workers: the least).", min
+        )
+        self.blocked = m.gauge("predlog_amqp_blocked", "1 while the broker takes no messages.", max)
+        self.reconnects = m.counter("predlog_amqp_reconnects_total", "Connections to the broker lost.")
+        self.connections = m.gauge("predlog_http_connections", "Open client connections.")
+        self.start_time = m.gauge("process_start_time_seconds", "Start of the process, Unix time.", max)
+        m.values[m.gauge("predlog_info", "Version and process.", max, version=__version__, process="producer")] = 1.0
+
+
+def build_metrics() -> Metrics:
+    """All metrics of the producer, at zero."""
+    return Counters().metrics
+
+
+class _Post:
+    """Who waits for the confirm of a POST /process."""
+
+    __slots__ = ("_api", "_body", "_exchange")
+
+    def __init__(self, api: Api, exchange: Exchange, body: bytes) -> None:
+        self._api = api
+        self._exchange = exchange
+        self._body = body
+
+    def confirmed(self, seconds: float) -> None:
+        self._api.count_event(self._body, seconds)
+        self._exchange.answer(200, self._body)
+
+    def failed(self, error: HttpError | Unavailable) -> None:
+        self._exchange.fail(error)
+
+
+class _Batch:
+    """A POST /process/batch: publishes its events as the window lets it, answers when the last has its outcome."""
+
+    def __init__(self, api: Api, exchange: Exchange, key: bytes | None, events: Sequence[bytes | InvalidEvent]) -> None:
+        self._api = api
+        self._exchange = exchange
+        self._key = key
+        self._events = events
+        self._results: list[dict[str, object]] = [{}] * len(events)
+        self._next = 0
+        self._under_way = 0
+
+    def go_on(self) -> None:
+        """Publish what the window takes. When it is full of others' events, the rest is refused."""
+        while self._next < len(self._events):
+            position = self._next
+            item = self._events[position]
+            if isinstance(item, InvalidEvent):
+                self._results[position] = {"status": item.status, "detail": item.faults}
+            else:
+                # No key has a NUL: this one is no other request's.
+                key = None if self._key is None else b"%b\x00%d" % (self._key, position)
+                try:
+                    self._api.publish(item, key, _BatchItem(self, position, item))
+                except Unavailable as error:
+                    if self._under_way and error.reason == "window_full":
+                        return
+                    self._results[position] = {"status": error.status, "detail": str(error)}
+                else:
+                    self._under_way += 1
+            self._next += 1
+        if not self._under_way:
+            accepted = sum(result["status"] == 200 for result in self._results)
+            status = 200 if accepted == len(self._events) else 207
+            self._exchange.answer(status, event.dumps({"accepted": accepted, "results": self._results}))
+
+    def settle(self, position: int, result: dict[str, object]) -> None:
+        self._results[position] = result
+        self._under_way -= 1
+        self.go_on()
+
+
+class _BatchItem:
+    """Who waits for the confirm of one event of a batch."""
+
+    __slots__ = ("_batch", "_body", "_position")
+
+    def __init__(self, batch: _Batch, position: int, body: bytes) -> None:
+        self._batch = batch
+        self._position = position
+        self._body = body
+
+    def confirmed(self, seconds: float) -> None:
+        self._batch._api.count_event(self._body, seconds)
+        self._batch.settle(self._position, {"status": 200})
+
+    def failed(self, error: HttpError | Unavailable) -> None:
+        self._batch.settle(self._position, {"status": error.status, "detail": str(error)})
+
+
+def random_uuids() -> Iterator[bytes]:
+    """Version 4 UUIDs as 32 hex digits (RFC 9562 section 5.4); the randomness is fetched for many at once."""
+    while True:
+        digits = os.urandom(16 * 256).hex()
+        for at in range(0, len(digits), 32):
+            variant = "89ab"[int(digits[at + 16], 16) & 3]
+            yield f"{digits[at : at + 12]}4{digits[at + 13 : at + 16]}{variant}{digits[at + 17 : at + 32]}".encode()
+
+
+class Api:
+    """What each request means."""
+
+    def __init__(
+        self, settings: ProducerSettings, publisher: Publisher, counters: Counters, rows: Sequence[Sequence[float]]
+    ) -> None:
+        self._settings = settings
+        self._publisher = publisher
+        self._counters = counters
+        self._rows = rows  # the metrics of every worker
+        self._tokens = [b"Bearer " + token.encode() for token in settings.api_token.split(",") if token]
+        self._openapi = event.dumps(
+            openapi.document(
+                __version__, settings.max_preds, settings.max_body_bytes, bool(self._tokens), settings.protect_pages
+            )
+        )
+        self._page = PAGE.read_bytes()
+        self._page_headers = openapi.page_headers(self._page)
+        self._uuids = random_uuids()
+
+    # Requests
+
+    def check(self, head: Head) -> None:
+        """Refuse what its head alone condemns; raises HttpError."""
+        methods = METHODS.get(head.path)
+        if methods is None:
+            if head.path == b"*" and head.method == b"OPTIONS":
+                return
+            raise HttpError(404, "no such page; see /docs")
+        if head.method not in methods:
+            if head.method not in _KNOWN_METHODS:
+                raise HttpError(501, "no such method")
+            allow = ", ".join(method.decode() for method in methods)
+            raise HttpError(405, f"this page takes {allow}", (("Allow", allow),))
+        if self._tokens and (head.method == b"POST" or (self._settings.protect_pages and head.path in _PAGES)):
+            self._authorize(head.authorization)
+        if head.method == b"POST":
+            batch = head.path == b"/process/batch"
+            if head.content_type is not None and head.content_type != b"application/json":
+                kind = content.media_type(head.content_type)
+                if kind is None or (kind == content.NDJSON and not batch):
+                    raise HttpError(
+                        415, "send application/json" + (" or application/x-ndjson" if batch else "") + " in UTF-8"
+                    )
+            if head.content_encoding is not None and head.content_encoding.lower() not in (
+                b"gzip",
+                b"x-gzip",
+                b"identity",
+            ):
+                raise HttpError(415, "this Content-Encoding is not known; gzip is", (("Accept-Encoding", "gzip"),))
+
+    def _authorize(self, given: bytes | None) -> None:
+        if given is not None and given[:7].lower() == b"bearer ":
+            given = b"Bearer " + given[7:].strip()
+            # Every token is compared, each in constant time.
+            if sum([hmac.compare_digest(given, token) for token in self._tokens]):
+                return
+        detail = "a bearer token is needed" if given is None else "this token is not known"
+        challenge = 'Bearer realm="predlog"' + ("" if given is None else ', error="invalid_token"')
+        raise HttpError(401, detail, (("WWW-Authenticate", challenge),))
+
+    def handle(self, request: Request, exchange: Exchange) -> None:
+        """Answer a request, now or when its events have their outcome."""
+        head = request.head
+        path = head.path
+        exchange.route = path.decode("latin-1") if path in METHODS else "other"
+        self.check(head)
+        if path == b"/process":
+            self._process(request, exchange)
+        elif path == b"/process/batch":
+            self._process_batch(request, exchange)
+        elif path == b"/healthz":
+            exchange.answer(200, b'{"status":"alive"}')
+        elif path == b"/readyz":
+            trouble = self._publisher.trouble()
+            if trouble is not None:
+                raise HttpError(503, str(trouble), (("Retry-After", "1"),))
+            exchange.answer(200, b'{"status":"ready"}')
+        elif path == b"/metrics":
+            self._set_gauges()
+            exchange.answer(200, self._counters.metrics.render(self._rows), METRICS_TYPE)
+        elif path == b"/openapi.json":
+            exchange.answer(200, self._openapi)
+        elif path == b"/docs":
+            exchange.answer(200, self._page, HTML, self._page_headers)
+        else:
+            exchange.answer(200, b"", extra=b"Allow: GET, HEAD, POST, OPTIONS\r\n")
+
+    def _body(self, request: Request) -> bytes:
+        coding = request.head.content_encoding
+        if coding is None or coding.lower() == b"identity":
+            return request.body
+        return content.inflate(request.body, self._settings.max_body_bytes)
+
+    def _process(self, request: Request, exchange: Exchange) -> None:
+        key = content.idempotency_key(request.head.idempotency_key)
+        body = event.normalise(self._body(request), self._settings.max_preds)
+        self.publish(body, key, _Post(self, exchange, body))
+
+    def _process_batch(self, request: Request, exchange: Exchange) -> None:
+        key = content.idempotency_key(request.head.idempotency_key)
+        trouble = self._publisher.trouble()
+        if trouble is not None:
+            raise trouble
+        lines = content.media_type(request.head.content_type) == content.NDJSON
+        events = event.normalise_batch(self._body(request), lines, self._settings.max_preds)
+        _Batch(self, exchange, key, events).go_on()
+
+    def publish(self, body: bytes, key: bytes | None, waiter: _Post | _BatchItem) -> None:
+        """Publish a normalised event; with a key, its message id is the same at every retry. Raises Unavailable."""
+        self._publisher.publish(body, next(self._uuids) if key is None else event.message_id(key, body), waiter)
+
+    # Metrics
+
+    def count_event(self, body: bytes, seconds: float) -> None:
+        counters = self._counters
+        values = counters.metrics.values
+        values[counters.events] += 1.0
+        values[counters.predictions] += event.row_count(body)
+        values[counters.event_bytes] += len(body)
+        counters.confirm_seconds.observe(seconds)
+
+    def on_answer(self, exchange: Exchange, status: int) -> None:
+        counters = self._counters
+        counters.metrics.values[counters.requests[exchange.route or "other", status]] += 1.0
+        if exchange.route == "/process":
+            counters.request_seconds.observe(self._now() - exchange.began)
+
+    def on_refusal(self, reason: str) -> None:
+        self._counters.metrics.values[self._counters.refusals[reason]] += 1.0
+
+    def attach(self, server: HttpServer) -> None:
+        self._server = server
+        self._now = server.now
+
+    def _set_gauges(self) -> None:
+        counters, publisher = self._counters, self._publisher
+        values = counters.metrics.values
+        values[counters.unconfirmed] = publisher.unconfirmed
+        values[counters.unconfirmed_bytes] = publisher.unconfirmed_bytes
+        values[counters.connected] = publisher.down is None
+        values[counters.blocked] = bool(publisher.blocked)
+        values[counters.connections] = len(self._server.connections)
+
+    def tick(self) -> None:
+        """A few times a second: time-outs, and the gauges that another worker may be asked for."""
+        self._publisher.sweep()
+        self._set_gauges()
