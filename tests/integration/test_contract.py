@@ -314,11 +314,18 @@ def test_several_workers_share_the_port_add_their_metrics_up_and_are_replaced_wh
     def children(pid: int) -> list[int]:
         return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
-    def events(service: Service) -> float:
+    def metric(service: Service, name: str) -> float:
         text = call(service, "GET", "/metrics")[2].decode()
-        return float(next(line for line in text.splitlines() if line.startswith("predlog_events_total")).split()[1])
+        return float(next(line for line in text.splitlines() if line.startswith(f"{name} ")).split()[1])
+
+    def events(service: Service) -> float:
+        return metric(service, "predlog_events_total")
 
     service = producer(WORKERS=2)
+    deadline = time.monotonic() + 15
+    while metric(service, "predlog_amqp_connected") < 1:  # the least of all workers
+        assert time.monotonic() < deadline, service.log()
+        time.sleep(0.05)
     for _ in range(40):
         assert post(service, EVENT)[0] == 200
     assert {events(service) for _ in range(8)} == {40.0}
