@@ -206,19 +206,10 @@ class Api:
         if self._tokens and (head.method == b"POST" or (self._settings.protect_pages and head.path in _PAGES)):
             self._authorize(head.authorization)
         if head.method == b"POST":
-            batch = head.path == b"/process/batch"
-            if head.content_type is not None and head.content_type != b"application/json":
-                kind = content.media_type(head.content_type)
-                if kind is None or (kind == content.NDJSON and not batch):
-                    raise HttpError(
-                        415, "send application/json" + (" or application/x-ndjson" if batch else "") + " in UTF-8"
-                    )
-            if head.content_encoding is not None and head.content_encoding.lower() not in (
-                b"gzip",
-                b"x-gzip",
-                b"identity",
-            ):
-                raise HttpError(415, "this Content-Encoding is not known; gzip is", (("Accept-Encoding", "gzip"),))
+            if head.content_type != b"application/json":
+                content.require_json(head.content_type, lines=head.path == b"/process/batch")
+            if head.content_encoding is not None:
+                content.require_known_coding(head.content_encoding)
 
     def _authorize(self, given: bytes | None) -> None:
         if given is not None and given[:7].lower() == b"bearer ":
@@ -258,10 +249,9 @@ class Api:
             exchange.answer(200, b"", extra=b"Allow: GET, HEAD, POST, OPTIONS\r\n")
 
     def _body(self, request: Request) -> bytes:
-        coding = request.head.content_encoding
-        if coding is None or coding.lower() == b"identity":
+        if request.head.content_encoding is None:
             return request.body
-        return content.inflate(request.body, self._settings.max_body_bytes)
+        return content.decoded(request.head.content_encoding, request.body, self._settings.max_body_bytes)
 
     def _process(self, request: Request, exchange: Exchange) -> None:
         key = content.idempotency_key(request.head.idempotency_key)
@@ -273,7 +263,7 @@ class Api:
         trouble = self._publisher.trouble()
         if trouble is not None:
             raise trouble
-        lines = content.media_type(request.head.content_type) == content.NDJSON
+        lines = content.is_json_lines(request.head.content_type)
         events = event.normalise_batch(self._body(request), lines, self._settings.max_preds)
         _Batch(self, exchange, key, events).go_on()
 

@@ -224,7 +224,7 @@ _parse_head_cached = lru_cache(_CACHED_HEADS)(parse_head)
 class _ChunkedContent:
     """Chunked content, decoded as it arrives (RFC 9112 section 7.1). Trailer fields are checked and dropped."""
 
-    __slots__ = ("_chunk_bytes", "_expects", "_framing_bytes", "_limits", "_searched_bytes", "complete", "data")
+    __slots__ = ("_chunk_bytes", "_expects", "_framing_bytes", "_limits", "complete", "data")
 
     def __init__(self, limits: Limits) -> None:
         self.data = bytearray()
@@ -233,7 +233,6 @@ class _ChunkedContent:
         self._expects = "size line"  # or "data", "data end", "trailer line"
         self._chunk_bytes = 0  # still to come of the current chunk
         self._framing_bytes = limits.chunk_overhead_bytes  # still allowed; each byte of data allows one more
-        self._searched_bytes = 0  # of the current line, without its end
 
     def receive(self, buffer: bytes | bytearray, start: int) -> int:
         """Read from `start` on. Returns where it is dealt with up to. Raises HttpError 400, 413 or 431."""
@@ -255,16 +254,14 @@ class _ChunkedContent:
                 start += 2
                 self._framing_bytes -= 2
                 self._expects = "size line"
-            end = buffer.find(b"\n", start + self._searched_bytes) + 1
+            end = buffer.find(b"\n", start) + 1
             line_bytes = (end or len(buffer)) - start
             if line_bytes > min(self._framing_bytes, self._limits.chunk_overhead_bytes):
                 if self._expects == "trailer line":
                     raise HttpError(431, "trailer section too long")
                 raise HttpError(413, "too much chunk framing for too little content")
             if not end:
-                self._searched_bytes = line_bytes
                 break
-            self._searched_bytes = 0
             self._framing_bytes -= line_bytes
             if self._expects == "size line":
                 self._read_size_line(bytes(buffer[start:end]))
@@ -346,7 +343,7 @@ class RequestParser:
     def receive_data(self, data: bytes) -> None:
         if not self._buffer:
             if self._ended:
-                self._dropped = True
+                self._dropped |= bool(data)
             else:
                 self._buffer = data
             return
@@ -385,7 +382,7 @@ class RequestParser:
         return Request(head, body)
 
     def _next_head(self) -> Head | None:
-        if self._buffer[self._start] == 0x0D:
+        if self._buffer[self._start] in b"\r\n":
             self._skip_empty_lines()
         buffer, start, searched_bytes = self._buffer, self._start, self._searched_bytes
         end = buffer.find(b"\r\n\r\n", start + searched_bytes - 3 if searched_bytes > 3 else start) + 4
@@ -413,8 +410,9 @@ class RequestParser:
             self._empty_lines += 1
             if self._empty_lines > _EMPTY_LINES:
                 raise HttpError(400, "too many empty lines before a request")
-            self._searched_bytes = 0
             self._advance(self._start + 2)
+        if self._buffer.startswith(b"\n", self._start):  # and what lies before it may be a CR that is content
+            raise HttpError(400, "bare line feed before a request")
 
     def _refuse_early(self, stop: int) -> None:
         """Refuse a head by what lies before `stop`, be it complete or not: too long, or a byte that none may have.

@@ -191,7 +191,7 @@ class Connection(asyncio.Protocol):
             except (HttpError, InvalidEvent, Unavailable) as error:
                 exchange.fail(error)
             except Exception:
-                log.exception("a bug: %s %s", request.head.method.decode(), request.head.path.decode("latin-1"))
+                log.exception("a bug: %s %s", request.head.method.decode(), request.head.target.decode())
                 exchange.fail(HttpError(500, "internal error; the log has the details"))
         self._set_reading(False)
 
