@@ -1,0 +1,172 @@
+"""A private RabbitMQ node: one Erlang VM and its own epmd, on loopback ports, in a directory of its own.
+
+Neither needs root, and neither meets another node, another epmd or the system's configuration. Both die with the thread
+that started them (PR_SET_PDEATHSIG), so that nothing is left behind by a killed run.
+"""
+
+import contextlib
+import ctypes
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Self
+
+_LIB = Path("/usr/lib/rabbitmq/bin")  # the real scripts; those on PATH want to be root or the user rabbitmq
+_NODE = "predlog@localhost"
+_ERLANG = "-kernel inet_dist_use_interface {127,0,0,1} +sbwt none"  # busy waiting only takes the CPU from the others
+_STOP_TIMEOUT_SECONDS = 20.0
+_LOCKED = 75  # our exit code of flock: EX_TEMPFAIL
+
+
+class BrokerError(Exception):
+    """The node did not start; one line for people."""
+
+
+class RabbitMQ:
+    """A node whose data outlives it: `start` again on the same directory and what was durable is there."""
+
+    def __init__(self, directory: Path, port: int = 0) -> None:
+        """`port` 0 takes a free one. Ports stay the same for the life of the object."""
+        self.directory = directory.absolute()
+        self.port, self._distribution_port, self._epmd_port = (free_port(wanted) for wanted in (port, 0, 0))
+        self.url = f"amqp://guest:guest@127.0.0.1:{self.port}/"
+        self.process: subprocess.Popen[bytes] | None = None
+        self._epmd: subprocess.Popen[bytes] | None = None
+
+    def start(self, timeout_seconds: float = 60.0) -> None:
+        """Returns once the node greets a client; raises BrokerError. Call it in the main thread (see above)."""
+        deadline = time.monotonic() + timeout_seconds
+        (self.directory / "log").mkdir(parents=True, exist_ok=True)
+        (self.directory / "enabled_plugins").write_text("[].\n")
+        (self.directory / "rabbitmq.conf").touch()
+        try:
+            if self._epmd is None:
+                self._epmd = self._spawn([_epmd(), "-port", str(self._epmd_port)], "epmd.log", signal.SIGKILL)
+            # The VM inherits the lock: two of them on one directory would destroy it, even when one is still stopping.
+            lock = ["flock", "--no-fork", "--wait", str(_STOP_TIMEOUT_SECONDS), "--conflict-exit-code", str(_LOCKED)]
+            server = [*lock, str(self.directory / "lock"), _script("rabbitmq-server")]
+            self.process = self._spawn(server, "start.log", signal.SIGTERM)
+            while not speaks_amqp(self.port):
+                if self.process.poll() == _LOCKED:
+                    raise BrokerError(f"another RabbitMQ node runs in {self.directory}: stop it first")
+                if self.process.poll() is not None or time.monotonic() > deadline:
+                    raise BrokerError(f"the RabbitMQ node did not start: see {self.directory / 'log' / 'start.log'}")
+                time.sleep(0.05)
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """An orderly stop of node and epmd; by force when it takes too long. No-op if nothing runs."""
+        if self.process is not None:
+            self.process.terminate()
+            try:
+                self.process.wait(_STOP_TIMEOUT_SECONDS)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+            self.process = None
+        if self._epmd is not None:
+            self._epmd.kill()
+            self._epmd.wait()
+            self._epmd = None
+
+    def ctl(self, *arguments: str, timeout_seconds: float = 30.0) -> str:
+        """Runs `rabbitmqctl` on this node and returns what it prints; raises CalledProcessError."""
+        command = [_script("rabbitmqctl"), "--quiet", *arguments]
+        done = subprocess.run(
+            command, env=self._environment(), capture_output=True, text=True, check=True, timeout=timeout_seconds
+        )
+        return done.stdout
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+
+    def _spawn(self, command: list[str], log: str, on_orphaned: signal.Signals) -> subprocess.Popen[bytes]:
+        with (self.directory / "log" / log).open("wb") as output:
+            return subprocess.Popen(
+                command,
+                env=self._environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C is not for the broker
+                preexec_fn=orphans_get(on_orphaned),
+            )
+
+    def _environment(self) -> dict[str, str]:
+        directory = str(self.directory)
+        return {
+            "PATH": os.environ.get("PATH", os.defpath),
+            "LANG": "C.UTF-8",
+            "HOME": directory,  # of the Erlang cookie
+            "ERL_EPMD_PORT": str(self._epmd_port),
+            "ERL_EPMD_ADDRESS": "127.0.0.1",
+            "RUNNING_UNDER_SYSTEMD": "1",  # the script execs the VM: signals reach it, and SIGTERM is an orderly stop
+            "RABBITMQ_NODENAME": _NODE,
+            "RABBITMQ_NODE_IP_ADDRESS": "127.0.0.1",
+            "RABBITMQ_NODE_PORT": str(self.port),
+            "RABBITMQ_DIST_PORT": str(self._distribution_port),
+            "RABBITMQ_MNESIA_BASE": f"{directory}/mnesia",
+            "RABBITMQ_LOG_BASE": f"{directory}/log",
+            "RABBITMQ_CONF_ENV_FILE": f"{directory}/rabbitmq-env.conf",
+            "RABBITMQ_CONFIG_FILE": f"{directory}/rabbitmq.conf",
+            "RABBITMQ_CONFIG_FILES": f"{directory}/conf.d",
+            "RABBITMQ_ADVANCED_CONFIG_FILE": f"{directory}/advanced.config",
+            "RABBITMQ_GENERATED_CONFIG_DIR": f"{directory}/config",
+            "RABBITMQ_ENABLED_PLUGINS_FILE": f"{directory}/enabled_plugins",
+            "RABBITMQ_PID_FILE": f"{directory}/pid",
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": _ERLANG,
+        }
+
+
+def is_installed() -> bool:
+    """Whether this machine can run a private node."""
+    return os.access(_script("rabbitmq-server"), os.X_OK)
+
+
+def speaks_amqp(port: int, host: str = "127.0.0.1", timeout_seconds: float = 2.0) -> bool:
+    """Whether an AMQP 0-9-1 broker greets: the header is answered by connection.start (class 10, method 10), 4.2.2."""
+    with contextlib.suppress(OSError), socket.create_connection((host, port), timeout_seconds) as connection:
+        connection.settimeout(timeout_seconds)
+        connection.sendall(b"AMQP\x00\x00\x09\x01")
+        start = connection.recv(11, socket.MSG_WAITALL)
+        return start[:3] == b"\x01\x00\x00" and start[7:] == b"\x00\x0a\x00\x0a"
+    return False
+
+
+def free_port(wanted: int = 0) -> int:
+    """`wanted` if it is free on the loopback interface, else any port that is."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        with contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", wanted))
+            return int(probe.getsockname()[1])
+    return free_port()
+
+
+def orphans_get(signal_number: signal.Signals) -> Callable[[], None]:
+    """For `preexec_fn`: the kernel sends this signal to the child when the thread that started it is gone."""
+    if sys.platform != "linux":
+        return lambda: None
+    prctl = ctypes.CDLL(None).prctl  # looked up before the fork
+    return lambda: prctl(1, int(signal_number), 0, 0, 0)  # 1: PR_SET_PDEATHSIG
+
+
+def _script(name: str) -> str:
+    return str(_LIB / name) if (_LIB / name).exists() else shutil.which(name) or name
+
+
+def _epmd() -> str:
+    bundled = sorted(Path("/usr/lib/erlang").glob("erts-*/bin/epmd"))
+    return shutil.which("epmd") or (str(bundled[-1]) if bundled else "epmd")

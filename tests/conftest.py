@@ -1,0 +1,162 @@
+"""Fixtures: a private RabbitMQ for the session, and producer.py and consumer.py as real processes, one call each."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+from scripts.rabbitmq import free_port, orphans_get
+from tests.rabbitmq import RabbitMQ
+
+ROOT = Path(__file__).resolve().parent.parent
+READY_TIMEOUT_SECONDS = 20.0
+
+settings.register_profile("default", deadline=None)
+settings.register_profile("fuzz", deadline=None, max_examples=20_000)
+settings.load_profile("default")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Prints what tests measured (`record_property`); their own output is not seen when they run in parallel."""
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties:
+            terminalreporter.write_line(f"{name}: {value}")
+
+
+class Service:
+    """A running producer.py or consumer.py: where it is, what it said, and ways to end it."""
+
+    def __init__(self, name: str, url: str, environment: dict[str, str], directory: Path) -> None:
+        """Starts it; see `wait_until_ready`."""
+        self.name = name
+        self.url = url
+        self.csv_file = Path(environment.get("CSV_FILE", ""))
+        self._log_path = directory / f"{name}-{uuid.uuid4().hex[:8]}.log"
+        with self._log_path.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, ROOT / f"{name}.py"],
+                env={"PATH": os.environ["PATH"], "HOME": str(directory), "PYTHONUNBUFFERED": "1", **environment},
+                cwd=directory,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                preexec_fn=orphans_get(signal.SIGKILL),
+            )
+
+    def log(self) -> str:
+        """All that it has printed."""
+        return self._log_path.read_text()
+
+    def is_ready(self) -> bool:
+        """Whether /readyz says 200."""
+        try:
+            urllib.request.urlopen(f"{self.url}/readyz", timeout=5).close()
+        except OSError:  # also what urllib raises for 503
+            return False
+        return True
+
+    def wait_until_ready(self, timeout_seconds: float = READY_TIMEOUT_SECONDS) -> None:
+        """Polls /readyz; fails the test with the log when it ends or the time is over."""
+        deadline = time.monotonic() + timeout_seconds
+        while not self.is_ready():
+            if self.process.poll() is not None:
+                pytest.fail(f"{self.name} ended with {self.process.returncode}:\n{self.log()}")
+            if time.monotonic() > deadline:
+                pytest.fail(f"{self.name} is not ready after {timeout_seconds:.0f} s:\n{self.log()}")
+            time.sleep(0.02)
+
+    def stop(self, timeout_seconds: float = 20.0) -> int:
+        """SIGTERM, and the exit code once it has drained."""
+        self.process.terminate()
+        return self.process.wait(timeout_seconds)
+
+    def kill(self) -> None:
+        """kill -9."""
+        self.process.kill()
+        self.process.wait()
+
+
+Start = Callable[..., Service]
+"""`producer(wait=True, **settings)`: settings are environment variables. With wait=False it may not be ready yet."""
+
+
+@pytest.fixture(scope="session")
+def broker() -> Iterator[RabbitMQ]:
+    """A RabbitMQ for all tests that do it no harm; a test that kills or fills one starts its own."""
+    with tempfile.TemporaryDirectory(prefix="predlog-") as directory:
+        node = RabbitMQ(Path(directory))
+        node.start()
+        yield node
+        node.kill()  # nobody needs its data
+        node.stop()
+
+
+@pytest.fixture
+def queue_name() -> str:
+    """A queue that no other test uses."""
+    return f"test-{uuid.uuid4().hex}"
+
+
+@pytest.fixture
+def start_service(tmp_path: Path) -> Iterator[Start]:
+    """`start_service(name, url, wait, **settings)`; all are stopped at the end of the test."""
+    started: list[Service] = []
+
+    def start(name: str, url: str, wait: bool, **environment: str) -> Service:
+        service = Service(name, url, environment, tmp_path)
+        started.append(service)
+        if wait:
+            service.wait_until_ready()
+        return service
+
+    yield start
+    for service in started:
+        service.process.terminate()
+    for service in started:
+        try:
+            service.process.wait(20)
+        except subprocess.TimeoutExpired:
+            service.kill()
+            pytest.fail(f"{service.name} did not stop:\n{service.log()}")
+
+
+@pytest.fixture
+def producer(request: pytest.FixtureRequest, queue_name: str, start_service: Start) -> Start:
+    """Starts a producer on a free port and the test's own queue. Without AMQP_URL it gets the session's broker."""
+
+    def start(wait: bool = True, **settings: object) -> Service:
+        port = settings.pop("HTTP_PORT", None) or free_port()
+        environment = _environment(request, settings, QUEUE_NAME=queue_name, HTTP_PORT=port)
+        return start_service("producer", f"http://127.0.0.1:{port}", wait, **environment)
+
+    return start
+
+
+@pytest.fixture
+def consumer(request: pytest.FixtureRequest, queue_name: str, tmp_path: Path, start_service: Start) -> Start:
+    """Starts a consumer of the test's own queue, its CSV in tmp_path. Started again, it goes on with the same CSV."""
+
+    def start(wait: bool = True, **settings: object) -> Service:
+        port = settings.pop("HEALTH_PORT", None) or free_port()
+        csv_file = tmp_path / "data.csv"
+        environment = _environment(request, settings, QUEUE_NAME=queue_name, HEALTH_PORT=port, CSV_FILE=csv_file)
+        return start_service("consumer", f"http://127.0.0.1:{port}", wait, **environment)
+
+    return start
+
+
+def _environment(request: pytest.FixtureRequest, settings: dict[str, object], **defaults: object) -> dict[str, str]:
+    environment = {name: str(value) for name, value in (defaults | settings).items()}
+    if not environment.keys() & {"AMQP_URL", "RABBITMQ_HOST"}:
+        environment["AMQP_URL"] = request.getfixturevalue("broker").url
+    return environment
