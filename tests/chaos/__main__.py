@@ -1,0 +1,262 @@
+"""The chaos run (`make chaos`): rounds of seeded trouble under load, then the comparison of every answer with the CSV.
+
+Environment: SEED (same seed, same troubles in the same order; default: random), SECONDS (default 120), ROUNDS (a
+number of rounds instead of a time). Exit code 0 only when nothing was lost, doubled, torn or foreign, and everything
+came back by itself.
+"""
+
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from scripts.rabbitmq import BrokerError
+from tests.chaos import troubles
+from tests.chaos.checker import Verdict
+from tests.chaos.stage import LoadThread, Stage, StageError
+from tests.chaos.troubles import Trouble
+from tests.load.events import Events
+from tests.load.generator import GIVE_UP_SECONDS, Load, percentile
+from tests.load.ledger import CUT
+from tests.rabbitmq import RabbitMQ
+
+EVENTS_PER_SECOND = 400.0
+KEYLESS_EVERY, LARGE_EVERY = 8, 301
+METRICS_SECONDS = 0.5
+
+
+class Report(NamedTuple):
+    seed: int
+    rounds: int
+    seconds: float
+    trouble: Trouble
+    load: Load
+    verdict: Verdict
+    slowest_recovery_seconds: float
+    metrics: Counter[str]
+    problems: list[str]
+
+    @property
+    def good(self) -> bool:
+        return self.verdict.holds and not self.problems
+
+
+class Limit(NamedTuple):
+    """How long a run is: so many rounds, or else so many seconds."""
+
+    rounds: int | None
+    seconds: float
+
+    def part_done(self, rounds: int, seconds: float) -> float:
+        return rounds / self.rounds if self.rounds is not None else seconds / self.seconds
+
+
+def main() -> int:
+    console = Console(soft_wrap=True, highlight=False)
+    try:
+        seed = int(os.environ.get("SEED") or random.SystemRandom().randrange(1_000_000))
+        rounds = int(os.environ["ROUNDS"]) if os.environ.get("ROUNDS") else None
+        limit = Limit(rounds, float(os.environ.get("SECONDS") or 120))
+    except ValueError as error:
+        console.print(f"make chaos: SEED, ROUNDS and SECONDS are numbers: {error}", style="red", markup=False)
+        return 2
+    directory = Path(tempfile.mkdtemp(prefix="predlog-chaos-"))
+    console.print(f"chaos: SEED={seed}, files in {directory}")
+    good = False
+    try:
+        report = run(seed, limit, directory, console)
+        show(report, console)
+        good = report.good
+    except (StageError, BrokerError) as error:
+        console.print(f"make chaos: {error}", style="red", markup=False)
+    except KeyboardInterrupt:
+        return 130
+    if good:
+        shutil.rmtree(directory)
+    else:
+        console.print(f"again: make chaos SEED={seed}; logs and CSV stay in {directory}")
+    return 0 if good else 1
+
+
+class _Display:
+    """The progress bar, and what is read from the processes while the run waits for something."""
+
+    def __init__(self, console: Console, stage: Stage, load: Load, limit: Limit) -> None:
+        columns = (
+            TextColumn("{task.fields[now]}"),
+            BarColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[counts]}"),
+        )
+        self._progress = Progress(*columns, console=console)
+        self._task = self._progress.add_task("", total=1.0, now="", counts="")
+        self._stage = stage
+        self._load = load
+        self._limit = limit
+        self._began = time.monotonic()
+        self._metrics_due = 0.0
+        self.rounds = 0
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        self._stage.on_poll = self._poll
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._began
+
+    @property
+    def part_done(self) -> float:
+        return self._limit.part_done(self.rounds, self.seconds)
+
+    def say(self, now: str) -> None:
+        """What goes on now."""
+        self._progress.update(self._task, now=now)
+
+    def tell(self, line: str) -> None:
+        """A line that stays."""
+        self._progress.console.print(line)
+
+    def _poll(self) -> None:
+        if time.monotonic() >= self._metrics_due:
+            self._metrics_due = time.monotonic() + METRICS_SECONDS
+            for service in self._stage.services:
+                service.metrics()
+        answers = self._load.ledger.answers
+        others = sum(answers.values()) - answers[200]
+        p99_ms = percentile(self._load.recent_seconds, 99) * 1000
+        counts = f"{answers[200]:,} x 200, {others:,} others, p99 {p99_ms:.0f} ms"
+        self._progress.update(self._task, completed=min(1.0, self.part_done), counts=counts)
+
+
+def run(seed: int, limit: Limit, directory: Path, console: Console) -> Report:
+    """Raises StageError when even the end is not reached; `directory` then tells why."""
+    broker = RabbitMQ(directory / "rabbitmq")
+    stage = Stage(directory, broker, ROTATE_BYTES="2000000", ROTATE_GZIP="1", CONFIRM_TIMEOUT_MS="5000")
+    trouble = Trouble(stage, seed)
+    events = Events(seed, keyless_every=KEYLESS_EVERY, large_every=LARGE_EVERY)
+    load = Load(stage.target(), events, concurrency=32, retries=True, rate=EVENTS_PER_SECOND)
+    problems, slowest_seconds = [], 0.0
+    try:
+        with _Display(console, stage, load, limit) as display:
+            display.say("starting")
+            troubles.mend(trouble)
+            stage.wait_until_ready()
+            broker.sync_new_queues()
+            thread = LoadThread(load)
+            try:
+                for kind in _kinds(random.Random(seed)):
+                    if display.part_done >= 1:
+                        break
+                    slowest_seconds = max(slowest_seconds, _round(kind, trouble, display))
+            except StageError as error:
+                problems.append(str(error))
+            display.say("recovering")
+            problems += _end(trouble, thread)
+            metrics = sum((service.metrics() for service in stage.services), start=Counter[str]())
+            display.say("stopping")
+            for service in (stage.standby, stage.consumer, stage.producer):
+                if service.alive and (code := service.stop()):
+                    problems.append(f"{service.name} ended with {code} after SIGTERM")
+            display.say("comparing")
+            verdict = stage.verdict(events, load)
+            return Report(
+                seed, display.rounds, display.seconds, trouble, load, verdict, slowest_seconds, metrics, problems
+            )
+    finally:
+        stage.kill_all()
+        broker.stop()
+
+
+def _round(kind: troubles.Kind, trouble: Trouble, display: _Display) -> float:
+    """Makes one trouble and mends it; seconds until all was ready again, 0 when that was not waited for."""
+    name = kind.__name__.replace("_", " ")
+    display.say(f"round {display.rounds + 1}: {name}")
+    # What happened before does not change what is chosen in this round.
+    trouble.choose = random.Random(f"{trouble.seed}/{display.rounds}")
+    kind(trouble)
+    troubles.mend(trouble)
+    display.rounds += 1
+    if trouble.choose.random() < 0.25:  # the next trouble comes while this one is not over
+        display.tell(f"{display.rounds:4} {name}")
+        return 0.0
+    mended = time.monotonic()
+    trouble.stage.wait_until_ready()
+    seconds = time.monotonic() - mended
+    display.tell(f"{display.rounds:4} {name:22} ready {seconds:.1f} s after the mending")
+    trouble.stage.sleep(trouble.choose.uniform(0.2, 1.0))
+    return seconds
+
+
+def _end(trouble: Trouble, thread: LoadThread) -> list[str]:
+    """Mends all, ends the load, waits until everything is stored; what is wrong besides the CSV."""
+    stage, load = trouble.stage, thread.load
+    troubles.mend(trouble)
+    stage.wait_until_ready()
+    thread.finish(now=True)
+    stage.wait_until_stored()
+    problems = [f"{count} dead letters" for name, count in stage.messages().items() if name.endswith(".dead") and count]
+    if load.wrong_answers:
+        problems.append(f"{load.wrong_answers} answers 200 with another event")
+    if load.gave_up:
+        problems.append(f"{load.gave_up} events were not accepted within {GIVE_UP_SECONDS:.0f} s")
+    if refusals := sorted(set(load.ledger.answers) - {200, 503, 504, CUT}):
+        problems.append(f"answers {refusals} to good events")
+    return problems
+
+
+def _kinds(choose: random.Random) -> Iterator[troubles.Kind]:
+    """Every kind once in random order, and again."""
+    while True:
+        yield from choose.sample(troubles.KINDS, len(troubles.KINDS))
+
+
+def show(report: Report, console: Console) -> None:
+    load, verdict = report.load, report.verdict
+    table = Table(
+        title=f"chaos: seed {report.seed}, {report.rounds} rounds, {report.seconds:.0f} s", title_justify="left"
+    )
+    table.add_column("trouble")
+    table.add_column("times", justify="right")
+    for what, count in sorted(report.trouble.done.items()):
+        table.add_row(what, f"{count:,}")
+    console.print(table)
+    table = Table(show_header=False)
+    table.add_column("")
+    table.add_column("", justify="right")
+    answers = load.ledger.answers
+    kills = sum(count for what, count in report.trouble.done.items() if what.startswith("kill"))
+    table.add_row("kills", f"{kills:,}")
+    table.add_row("events sent", f"{len(load.ledger):,}")
+    table.add_row("events answered 200", f"{load.ledger.accepted_events:,}")
+    table.add_row(
+        "answers 200 / 503 / 504 / cut", f"{answers[200]:,} / {answers[503]:,} / {answers[504]:,} / {answers[0]:,}"
+    )
+    table.add_row("rows in the CSV", f"{verdict.rows:,}")
+    table.add_row("duplicates dropped, at least", f"{report.metrics['predlog_duplicates_total']:,}")
+    table.add_row("slowest recovery", f"{report.slowest_recovery_seconds:.1f} s")
+    for name, finding in verdict.findings.items():
+        table.add_row(name, f"{finding.count:,}", style="red" if finding.count else "green")
+    console.print(table)
+    for problem in report.problems:
+        console.print(problem, style="red", markup=False)
+    for line in str(verdict).splitlines()[1:]:
+        console.print(line, style="red", markup=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,198 @@
+"""consumer.py with a fault: it kills itself at one exact moment, or one of its safety steps is taken out.
+
+Only for tests; only this wrapper reads these variables:
+CHAOS_FAULT=POINT:N   SIGKILL to itself at the N-th passage of a point below, counted from its start
+CHAOS_FAULT=POINT:N:power   the same, and what was not synced is gone from CSV and journal, as after a power cut
+CHAOS_MUTATION=NAME   a step of the promise is missing
+"""
+
+import asyncio
+import os
+import shutil
+import signal
+import stat
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import consumer
+from common import csv_file, journal, store
+from common.csv_file import CsvFile
+from common.journal import Journal
+from common.store import Store
+
+Strike = Callable[..., None]
+Arm = Callable[[Strike], None]
+
+_synced_bytes: dict[tuple[int, int], int] = {}  # of CSV and journal files, by device and inode
+
+
+def _before(owner: Any, name: str) -> Arm:
+    def arm(strike: Strike) -> None:
+        real = getattr(owner, name)
+
+        def patched(*arguments: Any) -> Any:
+            strike()
+            return real(*arguments)
+
+        setattr(owner, name, patched)
+
+    return arm
+
+
+def _after(owner: Any, name: str) -> Arm:
+    def arm(strike: Strike) -> None:
+        real = getattr(owner, name)
+
+        def patched(*arguments: Any) -> Any:
+            result = real(*arguments)
+            strike()
+            return result
+
+        setattr(owner, name, patched)
+
+    return arm
+
+
+def _in_the_middle_of(owner: Any, name: str) -> Arm:
+    """Of a write, whose last argument are the bytes."""
+
+    def arm(strike: Strike) -> None:
+        real = getattr(owner, name)
+
+        def patched(target: Any, data: bytes) -> Any:
+            strike(lambda: real(target, data[: len(data) // 2]))
+            return real(target, data)
+
+        setattr(owner, name, patched)
+
+    return arm
+
+
+STORING: dict[str, Arm] = {
+    "before-write": _before(CsvFile, "write"),
+    "in-write": _in_the_middle_of(CsvFile, "write"),
+    "write-to-fsync": _after(CsvFile, "write"),
+    "fsync-to-commit": _after(CsvFile, "sync"),
+    "in-commit": _in_the_middle_of(journal, "_write"),
+    "commit-to-ack": _after(Journal, "commit"),
+    "after-ack": _after(consumer.Consumer, "_ack"),
+}
+"""What every batch passes."""
+
+RECOVERING: dict[str, Arm] = {
+    "journal-read": _after(Journal, "load"),
+    "aside-to-cut": _before(CsvFile, "cut"),
+    "cut-to-commit": _after(CsvFile, "set_aside"),
+    "recovery-to-commit": _before(Journal, "commit"),
+    "recovery-in-commit": _in_the_middle_of(journal, "_write"),
+    "recovered": _after(Journal, "commit"),
+}
+"""What a start passes (two of them only after a crash with rows that were not committed)."""
+
+ROTATING: dict[str, Arm] = {
+    "renamed-to-new-file": _before(Store, "_start_file"),
+    "new-file-to-commit": _after(store, "_adopt"),
+    "new-file-commit": _after(Store, "_start_file"),
+    "in-gzip": _before(shutil, "copyfileobj"),
+    "gzip-to-unlink": _after(csv_file, "sync_directory"),
+}
+"""What a rotation passes (one of them a start, too)."""
+
+POINTS = STORING | RECOVERING | ROTATING
+
+
+def _ack_before_fsync() -> None:
+    async def run(self: consumer.Consumer) -> None:
+        while await self._batch_is_due():
+            link, deliveries = self._link, self._pending.take()
+            prepared = await self._in_thread(consumer.rows_of, deliveries, self._store.seen, 0.25)
+            self._ack(link, prepared.stored)
+            await asyncio.sleep(0.2)  # the broker has it now
+            if prepared.ids or prepared.data:
+                await self._store_until_done(prepared)
+
+    consumer.Consumer.run = run  # type: ignore[method-assign]
+
+
+def _no_fsync() -> None:
+    CsvFile.sync = lambda self: None  # type: ignore[method-assign]
+
+
+def _no_dedup() -> None:
+    Store.seen = lambda self, id: False  # type: ignore[method-assign]
+
+
+def _no_cut() -> None:
+    def recover(file: CsvFile, existed: bool, left: object, notes: list[str]) -> journal.FileState:
+        return store._adopt(file, notes)
+
+    CsvFile.rows_end = CsvFile.size  # type: ignore[method-assign]
+    store._recover = recover
+
+
+MUTATIONS: dict[str, Callable[[], None]] = {
+    "ack-before-fsync": _ack_before_fsync,
+    "no-fsync": _no_fsync,
+    "no-dedup": _no_dedup,
+    "no-cut": _no_cut,
+}
+
+
+def _arm(fault: str) -> None:
+    point, passage, *power = fault.split(":")
+    left = int(passage)
+    if power:
+        _watch_syncs()
+
+    def strike(last_act: Callable[[], object] | None = None) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            if last_act is not None:
+                last_act()
+            if power:
+                _lose_what_is_not_synced()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    POINTS[point](strike)
+
+
+def _watch_syncs() -> None:
+    fsync, open_csv = os.fsync, CsvFile.__init__
+
+    def watched_fsync(fd: int) -> None:
+        fsync(fd)
+        _note_size(fd)
+
+    def watched_open(self: CsvFile, path: str) -> None:
+        open_csv(self, path)
+        _note_size(self._fd)
+
+    os.fsync = watched_fsync  # type: ignore[assignment]
+    CsvFile.__init__ = watched_open  # type: ignore[method-assign]
+
+
+def _note_size(fd: int) -> None:
+    status = os.fstat(fd)
+    if stat.S_ISREG(status.st_mode):
+        _synced_bytes[status.st_dev, status.st_ino] = status.st_size
+
+
+def _lose_what_is_not_synced() -> None:
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            status = os.fstat(int(name))
+            size = _synced_bytes.get((status.st_dev, status.st_ino))
+            if size is not None and size < status.st_size:
+                os.ftruncate(int(name), size)
+        except OSError:  # the descriptor of the listing itself; one opened for reading
+            pass
+
+
+if __name__ == "__main__":
+    if mutation := os.environ.get("CHAOS_MUTATION"):
+        MUTATIONS[mutation]()
+    if fault := os.environ.get("CHAOS_FAULT"):
+        _arm(fault)
+    sys.exit(consumer.main(sys.argv[1:], dict(os.environ)))

@@ -1,0 +1,258 @@
+"""Everything that a chaos run needs on stage: producer.py and consumers as real processes, a load, and the verdict.
+
+What goes wrong, and when, is decided elsewhere.
+"""
+
+import asyncio
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import uvloop
+
+from scripts.rabbitmq import free_port, orphans_get
+from tests.chaos.checker import Verdict, check
+from tests.load.client import Target
+from tests.load.events import Events
+from tests.load.generator import Load
+from tests.load.verify import opened
+from tests.rabbitmq import RabbitMQ
+
+ROOT = Path(__file__).resolve().parents[2]
+READY_SECONDS = 60.0
+EMPTY_SECONDS = 120.0
+QUIET_SECONDS = 1.5
+STOP_SECONDS = 30.0
+
+_SAMPLE = re.compile(r"^(predlog_\w+) (\S+)$", re.MULTILINE)
+
+
+class StageError(Exception):
+    """Something did not end or come back as it must; one line for a person."""
+
+
+class Service:
+    """producer.py or a consumer: started again under the same address whenever it is asked to."""
+
+    def __init__(self, name: str, command: list[str], port: int, environment: dict[str, str], directory: Path) -> None:
+        self.name = name
+        self.url = f"http://127.0.0.1:{port}"
+        self.process: subprocess.Popen[bytes] | None = None
+        self.log_path = directory / f"{name}.log"
+        self._command = [sys.executable, *command]
+        self._environment = {**environment, "PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)}
+        self._counted: Counter[str] = Counter()  # metrics of earlier lives, as far as they were read
+        self._latest: Counter[str] = Counter()
+
+    def start(self, **environment: str) -> None:
+        """`environment` is for this life only."""
+        self._counted += self._latest
+        self._latest = Counter()
+        with self.log_path.open("ab") as log:
+            self.process = subprocess.Popen(
+                self._command,
+                env={**self._environment, **environment},
+                cwd=self.log_path.parent,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # a group of its own, for `kill`
+                preexec_fn=orphans_get(signal.SIGKILL),
+            )
+
+    @property
+    def alive(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    @property
+    def exit_code(self) -> int | None:
+        """Of the last life that ended; minus the number of a signal."""
+        return None if self.process is None else self.process.poll()
+
+    @property
+    def pid(self) -> int:
+        assert self.process is not None
+        return self.process.pid
+
+    def kill(self) -> None:
+        """kill -9, its workers included."""
+        if self.process is not None and self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+    def workers(self) -> list[int]:
+        """The processes that it forked."""
+        return [int(pid) for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()]
+
+    def send(self, number: signal.Signals) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.process.send_signal(number)
+
+    def stop(self) -> int:
+        """SIGTERM; the exit code. Raises StageError if it does not end."""
+        assert self.process is not None
+        self.process.terminate()
+        try:
+            return self.process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            raise StageError(f"{self.name} did not stop within {STOP_SECONDS:.0f} s: see {self.log_path}") from None
+
+    def page(self, path: str) -> str | None:
+        """A page's text when it is answered 200."""
+        try:
+            with urllib.request.urlopen(self.url + path, timeout=2) as answer:
+                return str(answer.read(), "utf-8")
+        except OSError:
+            return None
+
+    def is_ready(self) -> bool:
+        return self.page("/readyz") is not None
+
+    def is_ready_or_raise(self) -> bool:
+        """Raises StageError when it has ended."""
+        if not self.alive:
+            raise StageError(f"{self.name} ended by itself with {self.exit_code}: see {self.log_path}")
+        return self.is_ready()
+
+    def wait_for_death(self, timeout_seconds: float) -> bool:
+        """Whether it ended in time."""
+        assert self.process is not None
+        try:
+            self.process.wait(timeout_seconds)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def metrics(self) -> Counter[str]:
+        """Counters without labels, summed over all lives (of a killed one, what was read last)."""
+        text = self.page("/metrics") if self.alive else None
+        if text is not None:
+            self._latest = Counter({name: int(float(value)) for name, value in _SAMPLE.findall(text)})
+        return self._counted + self._latest
+
+    def gauge(self, name: str) -> int:
+        """Its value as it was read last by `metrics`."""
+        return self._latest[name]
+
+
+class LoadThread:
+    """A load in a thread of its own, so that the stage may block."""
+
+    def __init__(self, load: Load) -> None:
+        self.load = load
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="load", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                runner.run(self.load.run())
+        except BaseException as error:
+            self._error = error
+
+    def finish(self, *, now: bool, timeout_seconds: float = 90.0) -> None:
+        """Waits for its end (begins no new event if `now`), and raises what went wrong in it."""
+        if now:
+            self.load.stop()
+        self._thread.join(timeout_seconds)
+        if self._thread.is_alive():
+            raise StageError(f"the load did not end within {timeout_seconds:.0f} s: events wait for an answer")
+        if self._error is not None:
+            raise self._error
+
+
+class Stage:
+    """One queue, one producer, up to two consumers of one CSV. The broker is started and stopped by the caller."""
+
+    def __init__(self, directory: Path, broker: RabbitMQ, queue_name: str = "predictions", **settings: str) -> None:
+        """`settings` are environment variables of all processes."""
+        self.broker = broker
+        self.queue_name = queue_name
+        self.csv = directory / "data" / "data.csv"
+        self.on_poll: Callable[[], None] = lambda: None  # called many times a second while the stage waits
+        self._directory = directory
+        common = {"AMQP_URL": broker.url + "?heartbeat=2", "QUEUE_NAME": queue_name, **settings}
+        port = free_port()
+        command = [str(ROOT / "producer.py")]
+        self.producer = Service("producer", command, port, {**common, "HTTP_PORT": str(port)}, directory)
+        self.consumer, self.standby = (self._consumer(name, common) for name in ("consumer-a", "consumer-b"))
+
+    def _consumer(self, name: str, common: dict[str, str]) -> Service:
+        port = free_port()
+        environment = {**common, "HEALTH_PORT": str(port), "CSV_FILE": str(self.csv)}
+        return Service(name, ["-m", "tests.chaos.faulty_consumer"], port, environment, self._directory)
+
+    @property
+    def services(self) -> tuple[Service, Service, Service]:
+        return self.producer, self.consumer, self.standby
+
+    def target(self) -> Target:
+        return Target.parse(self.producer.url)
+
+    def wait_until(self, what: str, condition: Callable[[], bool], timeout_seconds: float) -> None:
+        """Polls; raises StageError."""
+        deadline = time.monotonic() + timeout_seconds
+        while not condition():
+            if time.monotonic() > deadline:
+                raise StageError(f"not within {timeout_seconds:.0f} s: {what}; the logs are in {self._directory}")
+            self.sleep(0.05)
+
+    def sleep(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            self.on_poll()
+            time.sleep(min(left, 0.1))
+
+    def wait_until_ready(self, *services: Service) -> None:
+        for service in services or (self.producer, self.consumer):
+            self.wait_until(f"{service.name} is ready", service.is_ready_or_raise, READY_SECONDS)
+
+    def take_over(self) -> None:
+        """The standby is the consumer from now on."""
+        self.consumer, self.standby = self.standby, self.consumer
+
+    def ctl(self, *arguments: str) -> str:
+        """rabbitmqctl, with patience: under load, and just after a restart, it may fail. Raises StageError."""
+        for _ in range(3):
+            try:
+                return self.broker.ctl(*arguments)
+            except subprocess.SubprocessError as failure:
+                error = failure
+                self.sleep(1.0)
+        raise StageError(f"rabbitmqctl {arguments[0]} failed three times: {error}")
+
+    def messages(self) -> dict[str, int]:
+        """Messages in each queue, delivered ones included."""
+        lines = self.ctl("list_queues", "--no-table-headers", "name", "messages").splitlines()
+        return {name: int(count) for name, count in (line.split("\t") for line in lines)}
+
+    def wait_until_stored(self) -> None:
+        """Until the consumer got nothing for a while and owes no ack, and the broker has no message left."""
+        counted, since = -1, time.monotonic()
+
+        def is_quiet() -> bool:
+            nonlocal counted, since
+            before, counted = counted, self.consumer.metrics()["predlog_deliveries_total"]
+            if counted != before or self.consumer.gauge("predlog_unacked") or not self.consumer.is_ready():
+                since = time.monotonic()
+            return time.monotonic() - since > QUIET_SECONDS
+
+        self.wait_until("the consumer has stored everything", is_quiet, EMPTY_SECONDS)
+        # Afterwards, because the broker counts a quorum queue's messages only every few seconds.
+        self.wait_until("the queue is empty", lambda: self.messages().get(self.queue_name) == 0, EMPTY_SECONDS)
+
+    def verdict(self, events: Events, load: Load) -> Verdict:
+        return check(events, load.ledger, opened(self.csv))
+
+    def kill_all(self) -> None:
+        for service in self.services:
+            service.kill()

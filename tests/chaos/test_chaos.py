@@ -1,0 +1,82 @@
+"""A short chaos run, an aimed kill at every step, and the proof that a missing step is found."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from tests.chaos.__main__ import Limit, run
+from tests.chaos.checker import Verdict
+from tests.chaos.faulty_consumer import RECOVERING, ROTATING, STORING
+from tests.chaos.stage import LoadThread, Stage
+from tests.chaos.troubles import Trouble
+from tests.load.events import Events
+from tests.load.generator import Load
+from tests.rabbitmq import RabbitMQ
+
+EVENTS = Events(seed=11, keyless_every=8)
+
+
+@pytest.fixture
+def stage(tmp_path: Path, broker: RabbitMQ, queue_name: str) -> Iterator[Stage]:
+    stage = Stage(tmp_path, broker, queue_name, ROTATE_GZIP="1")
+    stage.producer.start()
+    stage.wait_until_ready(stage.producer)
+    yield stage
+    stage.kill_all()
+
+
+def finish(stage: Stage, thread: LoadThread, *, now: bool, **environment: str) -> Verdict:
+    """A consumer without a fault takes what is left."""
+    stage.consumer.start(**environment)
+    thread.finish(now=now)
+    stage.wait_until_stored()
+    assert stage.consumer.stop() == 0
+    return stage.verdict(EVENTS, thread.load)
+
+
+def test_the_promise_holds_through_an_aimed_kill_at_every_step(stage: Stage) -> None:
+    thread = LoadThread(Load(stage.target(), EVENTS, concurrency=16, retries=True, rate=400))
+    trouble = Trouble(stage, seed=1)
+    for point in STORING:
+        trouble.aim(point, 3, "power", FLUSH_INTERVAL_MS="5")
+    for point in ("in-commit", "in-write", "write-to-fsync"):
+        trouble.aim(point, 3, FLUSH_INTERVAL_MS="5")
+    for point in RECOVERING:  # from the rows that the last kill left behind
+        trouble.aim(point, 1)
+    for point in ROTATING:
+        trouble.aim(point, 2, ROTATE_BYTES="10000")
+    verdict = finish(stage, thread, now=True)
+    assert verdict.holds, str(verdict)
+    reached = {name.removeprefix("kill -9 at ").removesuffix(" + power cut") for name in trouble.done}
+    assert reached == {*STORING, *RECOVERING, *ROTATING}
+    assert thread.load.ledger.accepted_events > 1000
+    assert verdict.rows > 3000
+
+
+@pytest.mark.parametrize(
+    ("mutation", "fault", "findings"),
+    [
+        ("ack-before-fsync", "write-to-fsync:4", {"lost"}),
+        ("no-fsync", "commit-to-ack:4:power", {"lost"}),
+        ("no-dedup", "commit-to-ack:4", {"doubled"}),
+        ("no-cut", "write-to-fsync:4", {"doubled"}),
+        ("no-cut", "in-write:4", {"torn"}),
+    ],
+)
+def test_a_missing_step_is_found(stage: Stage, mutation: str, fault: str, findings: set[str]) -> None:
+    stage.consumer.start(CHAOS_MUTATION=mutation, CHAOS_FAULT=fault)
+    stage.wait_until_ready()
+    thread = LoadThread(Load(stage.target(), EVENTS, count=400, concurrency=16, retries=True, rate=400))
+    assert stage.consumer.wait_for_death(10)
+    verdict = finish(stage, thread, now=False, CHAOS_MUTATION=mutation)
+    found = {name for name, finding in verdict.findings.items() if finding.count}
+    assert findings <= found, str(verdict)
+
+
+def test_the_promise_holds_through_a_short_seeded_run(tmp_path: Path) -> None:
+    report = run(1176, Limit(rounds=3, seconds=0), tmp_path, Console(quiet=True))
+    assert report.good, (str(report.verdict), report.problems)
+    assert report.rounds == 3
+    assert report.load.ledger.accepted_events > 500

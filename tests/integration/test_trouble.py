@@ -1,0 +1,313 @@
+"""Trouble with the disk, the broker and the network: both processes say so, lose and double nothing, and come back.
+
+Real processes under a steady load; at the end every answer is compared with the CSV.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import resource
+import signal
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import aiormq
+import pytest
+
+from tests.chaos.checker import Verdict, check
+from tests.chaos.stage import LoadThread
+from tests.conftest import Service, Start
+from tests.load.client import Target
+from tests.load.events import Events
+from tests.load.generator import Load
+from tests.load.verify import opened
+from tests.rabbitmq import RabbitMQ
+
+RECOVERY_SECONDS = 15.0  # of which we may need a few; the rest is for a busy machine
+HEARTBEAT = "?heartbeat=2"
+
+
+@pytest.fixture(scope="module")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RabbitMQ]:
+    """A broker to ill-treat."""
+    node = RabbitMQ(tmp_path_factory.mktemp("rabbitmq"))
+    node.start()
+    yield node
+    node.kill()
+    node.stop()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode != 0:
+        pytest.skip("only root may mount a small file system; the limit on the file's size is tested anyway")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+class Traffic:
+    """A steady load, and what must have become of it."""
+
+    def __init__(self, producer: Service, csv: Path, rate: float = 200) -> None:
+        self.events = Events(seed=time.time_ns() % 10**9)
+        self.load = Load(Target.parse(producer.url), self.events, concurrency=8, retries=True, rate=rate)
+        self.csv = csv
+        self._thread = LoadThread(self.load)
+
+    @property
+    def accepted(self) -> int:
+        return self.load.ledger.accepted_events
+
+    def wait_for_more(self, count: int = 50) -> None:
+        """Until so many more events are accepted."""
+        wanted = self.accepted + count
+        until("events are accepted", lambda: self.accepted >= wanted)
+
+    def end(self) -> None:
+        self._thread.finish(now=True)
+
+    def assert_exactly_once(self) -> None:
+        """Ends the load; every accepted event gets to the CSV, once."""
+        self.end()
+        until("every accepted event is in the CSV", lambda: not self._verdict().lost.count)
+        assert self.accepted == len(self.load.ledger)
+        assert self._verdict().holds, str(self._verdict())
+
+    def _verdict(self) -> Verdict:
+        return check(self.events, self.load.ledger, opened(self.csv))
+
+
+def until(what: str, condition: Callable[[], bool], timeout_seconds: float = RECOVERY_SECONDS) -> None:
+    deadline = time.monotonic() + timeout_seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {timeout_seconds:.0f} s: {what}"
+        time.sleep(0.05)
+
+
+def reason_not_ready(service: Service) -> str:
+    """The words of /readyz; "" when it is ready."""
+    try:
+        urllib.request.urlopen(f"{service.url}/readyz", timeout=5).close()
+    except urllib.error.HTTPError as refusal:
+        return str(json.load(refusal)["detail"])
+    return ""
+
+
+def until_not_ready(service: Service, reason: str) -> None:
+    until(f"{service.name} says {reason!r}", lambda: reason in reason_not_ready(service))
+
+
+def until_ready(*services: Service) -> None:
+    for service in services:
+        until(f"{service.name} is ready", service.is_ready)
+
+
+def metric(service: Service, name: str) -> float:
+    with urllib.request.urlopen(f"{service.url}/metrics", timeout=5) as page:
+        return next(float(line.split()[1]) for line in page.read().decode().splitlines() if line.startswith(f"{name} "))
+
+
+def limit_file_size(service: Service, size_bytes: int) -> None:
+    """Writes beyond it fail, the one that crosses it in its middle. Leave some room for the service's log."""
+    resource.prlimit(service.process.pid, resource.RLIMIT_FSIZE, (size_bytes, resource.RLIM_INFINITY))
+
+
+def messages(node: RabbitMQ, queue_name: str) -> dict[str, int]:
+    """In the queue, and in its dead letters; the broker counts those of quorum queues every few seconds."""
+    lines = node.ctl("list_queues", "--no-table-headers", "name", "messages").splitlines()
+    counts = {name: int(count) for name, count in (line.split("\t") for line in lines)}
+    return {"queue": counts[queue_name], "dead": counts[f"{queue_name}.dead"]}
+
+
+def test_a_standby_waits_and_takes_over_within_seconds_of_a_kill(producer: Start, consumer: Start) -> None:
+    active, standby = consumer(), consumer(wait=False)
+    traffic = Traffic(producer(), active.csv_file)
+    until("the standby is up", lambda: "standby" in standby.log())
+    assert "standby" in reason_not_ready(standby)
+    standby.process.send_signal(signal.SIGHUP)  # logrotate tells everyone
+    traffic.wait_for_more()
+    active.kill()
+    killed = time.monotonic()
+    until_ready(standby)
+    assert time.monotonic() - killed < 5
+    traffic.wait_for_more()
+    traffic.assert_exactly_once()
+
+
+def test_a_full_disk_is_told_and_waited_out(small_disk: Path, producer: Start, consumer: Start) -> None:
+    csv = small_disk / "data.csv"
+    storing = consumer(CSV_FILE=csv)
+    traffic = Traffic(producer(), csv)
+    traffic.wait_for_more()
+    filler = small_disk / "filler"
+    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+        while file.write(b"x" * 4096):
+            pass
+    until_not_ready(storing, "No space left on device")
+    traffic.wait_for_more()
+    assert metric(storing, "predlog_store_ok") == 0
+    assert metric(storing, "predlog_unacked") >= 50
+    assert storing.log().count("cannot store") == 1
+    filler.unlink()
+    until_ready(storing)
+    traffic.assert_exactly_once()
+
+
+def test_while_nothing_can_be_stored_nothing_is_acked(
+    producer: Start, consumer: Start, broker: RabbitMQ, queue_name: str
+) -> None:
+    storing = consumer()
+    traffic = Traffic(producer(), storing.csv_file)
+    traffic.wait_for_more()
+    limit_file_size(storing, storing.csv_file.stat().st_size)
+    until_not_ready(storing, "File too large")
+    traffic.wait_for_more()
+    traffic.end()
+    stored = metric(storing, "predlog_rows_total")
+    committed = storing.csv_file.read_bytes()
+    assert committed.endswith(b"\r\n")
+    kept = "the broker keeps all that the consumer has"
+    until(kept, lambda: messages(broker, queue_name)["queue"] == metric(storing, "predlog_unacked") >= 50)
+    assert metric(storing, "predlog_rows_total") == stored
+    limit_file_size(storing, resource.RLIM_INFINITY)
+    until_ready(storing)
+    traffic.assert_exactly_once()
+    assert storing.csv_file.read_bytes().startswith(committed)
+
+
+def test_a_killed_broker_is_waited_for_and_keeps_what_it_confirmed(
+    producer: Start, consumer: Start, node: RabbitMQ
+) -> None:
+    posting, storing = producer(AMQP_URL=node.url), consumer(AMQP_URL=node.url)
+    node.sync_new_queues()
+    traffic = Traffic(posting, storing.csv_file)
+    traffic.wait_for_more()
+    node.kill()
+    until_not_ready(posting, "no broker")
+    until_not_ready(storing, "no broker")
+    node.start()
+    until_ready(posting, storing)
+    traffic.wait_for_more()
+    traffic.assert_exactly_once()
+
+
+def test_a_broker_that_is_silent_for_longer_than_the_heartbeat_is_left_and_found_again(
+    producer: Start, consumer: Start, node: RabbitMQ
+) -> None:
+    posting, storing = producer(AMQP_URL=node.url + HEARTBEAT), consumer(AMQP_URL=node.url + HEARTBEAT)
+    traffic = Traffic(posting, storing.csv_file)
+    traffic.wait_for_more()
+    node.pause()
+    until_not_ready(posting, "no broker")
+    until_not_ready(storing, "no broker")
+    node.resume()
+    until_ready(posting, storing)
+    traffic.wait_for_more()
+    traffic.assert_exactly_once()
+
+
+def test_a_memory_alarm_refuses_events_with_the_reason_until_it_ends(
+    producer: Start, consumer: Start, node: RabbitMQ
+) -> None:
+    posting, storing = producer(AMQP_URL=node.url), consumer(AMQP_URL=node.url)
+    traffic = Traffic(posting, storing.csv_file)
+    traffic.wait_for_more()
+    node.ctl("set_vm_memory_high_watermark", "0.000001")
+    try:
+        until_not_ready(posting, "low on memory")
+        until("events are refused", lambda: traffic.load.ledger.answers[503] > 0)
+        assert storing.is_ready(), "what is in the queue can be taken out"
+    finally:
+        node.ctl("set_vm_memory_high_watermark", "0.4")
+    until_ready(posting)
+    traffic.wait_for_more()
+    traffic.assert_exactly_once()
+
+
+def test_a_queue_deleted_under_a_live_consumer_is_made_again_by_both(
+    producer: Start, consumer: Start, node: RabbitMQ, queue_name: str
+) -> None:
+    posting, storing = producer(AMQP_URL=node.url), consumer(AMQP_URL=node.url)
+    node.ctl("delete_queue", queue_name)
+    traffic = Traffic(posting, storing.csv_file)
+    traffic.wait_for_more()
+    until_ready(posting, storing)
+    traffic.assert_exactly_once()
+
+
+def test_connections_closed_by_the_broker_come_back(producer: Start, consumer: Start, node: RabbitMQ) -> None:
+    posting, storing = producer(AMQP_URL=node.url), consumer(AMQP_URL=node.url)
+    traffic = Traffic(posting, storing.csv_file)
+    for _ in range(2):
+        traffic.wait_for_more()
+        node.ctl("close_all_connections", "test")
+    until_ready(posting, storing)
+    traffic.assert_exactly_once()
+    assert metric(storing, "predlog_amqp_reconnects_total") == 2
+    assert metric(posting, "predlog_amqp_reconnects_total") == 2
+
+
+@pytest.fixture
+def impatient_node(node: RabbitMQ) -> Iterator[RabbitMQ]:
+    """It closes a channel whose messages are unacked for a second; by default it waits for half an hour."""
+    limits = (
+        "application:set_env(rabbit, consumer_timeout, {}), application:set_env(rabbit, channel_tick_interval, {})."
+    )
+    node.ctl("eval", limits.format(1000, 300))
+    yield node
+    node.ctl("eval", limits.format(1_800_000, 60_000))
+
+
+def test_a_channel_closed_by_the_broker_comes_back(producer: Start, consumer: Start, impatient_node: RabbitMQ) -> None:
+    posting, storing = producer(AMQP_URL=impatient_node.url), consumer(AMQP_URL=impatient_node.url)
+    traffic = Traffic(posting, storing.csv_file)
+    traffic.wait_for_more()
+    limit_file_size(storing, storing.csv_file.stat().st_size)
+    until("the broker closes the channel", lambda: metric(storing, "predlog_amqp_reconnects_total") > 0)
+    assert "PRECONDITION_FAILED" in storing.log()
+    limit_file_size(storing, resource.RLIM_INFINITY)
+    until_ready(storing)
+    traffic.assert_exactly_once()
+
+
+def test_fifty_reconnects_with_a_full_prefetch_drop_and_bury_no_message(
+    producer: Start, consumer: Start, broker: RabbitMQ, queue_name: str
+) -> None:
+    traffic = Traffic(producer(), Path())
+    traffic.wait_for_more(100)
+    traffic.end()
+
+    async def take_all_and_go() -> None:
+        connection = await aiormq.connect(broker.url)
+        channel = await connection.channel()
+        await channel.basic_qos(prefetch_count=100)
+        taken = asyncio.Semaphore(0)
+
+        async def take(_: object) -> None:
+            taken.release()
+
+        await channel.basic_consume(queue_name, take)
+        for _ in range(100):
+            await taken.acquire()
+        await connection.close()
+
+    async def reconnect_often() -> None:
+        for _ in range(50):
+            async with asyncio.timeout(10):
+                await take_all_and_go()
+
+    asyncio.run(reconnect_often())
+    storing = consumer()
+    traffic.csv = storing.csv_file
+    traffic.assert_exactly_once()
+    assert messages(broker, queue_name)["dead"] == 0
+    assert metric(storing, "predlog_redeliveries_total") >= 100

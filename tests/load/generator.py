@@ -1,0 +1,173 @@
+"""Drives a producer with seeded events and enters every answer into a ledger."""
+
+import asyncio
+import json
+import time
+from array import array
+from collections import deque
+from collections.abc import Callable
+from typing import TextIO
+
+from tests.load.client import Answer, Connection, Target
+from tests.load.events import Events
+from tests.load.ledger import CUT, Ledger
+
+ANSWER_TIMEOUT_SECONDS = 15.0  # longer than CONFIRM_TIMEOUT_MS, so that the producer can say 504 itself
+GIVE_UP_SECONDS = 60.0
+_BACKOFF_SECONDS = (0.05, 0.1, 0.2, 0.4, 0.8)
+_AGAIN_EVERY = 50  # with retries: events that are sent once more although they were answered
+_AGAIN_LATER = 20  # of those: how many wait, so that a repeat falls into another batch, or another life of the consumer
+_RECENT = 2000
+
+
+class Load:
+    """Results are public: `ledger`, `latencies_seconds`, `wrong_answers`; they grow while `run` runs."""
+
+    def __init__(
+        self,
+        target: Target,
+        events: Events,
+        *,
+        count: int | None = None,
+        concurrency: int = 64,
+        pipeline: int = 1,
+        retries: bool = False,
+        rate: float | None = None,
+        log: TextIO | None = None,
+    ) -> None:
+        """Sends `count` events (None: until `stop`), at most `rate` a second, `pipeline` at once on a connection.
+
+        With `retries` each event has an Idempotency-Key and is sent until it is answered 200 or refused for good, for
+        GIVE_UP_SECONDS; a retry may write the same event differently. `log` gets each answer as a JSON line.
+        """
+        self.ledger = Ledger()
+        self.latencies_seconds = array("f")  # of the answers 200
+        self.recent_seconds: deque[float] = deque(maxlen=_RECENT)
+        self.wrong_answers = 0  # 200 with another event than the one that was sent
+        self.gave_up = 0
+        self._target = target
+        self._events = events
+        self._count = count
+        self._connections = max(1, concurrency // pipeline)
+        self._pipeline = pipeline
+        self._retries = retries
+        self._rate = rate
+        self._log = log
+        self._started = 0.0
+        self._stopping = False
+        self._again: deque[int] = deque()
+
+    def stop(self) -> None:
+        """No new event is begun; `run` ends when those begun are settled."""
+        self._stopping = True
+
+    async def run(self) -> None:
+        self._started = time.monotonic()
+        lines = [_Line(self._target) for _ in range(self._connections)]
+        try:
+            async with asyncio.TaskGroup() as group:
+                for line in lines:
+                    for _ in range(self._pipeline):
+                        group.create_task(self._work(line))
+        finally:
+            for line in lines:
+                line.close()
+
+    async def _work(self, line: "_Line") -> None:
+        while not self._stopping and (self._count is None or len(self.ledger) < self._count):
+            if len(self._again) > _AGAIN_LATER:
+                await self._deliver(line, self._again.popleft(), variant=2)
+                continue
+            number = self.ledger.open()
+            if self._rate is not None:
+                await asyncio.sleep(self._started + number / self._rate - time.monotonic())
+            await self._deliver(line, number, variant=0)
+            if self._retries and number % _AGAIN_EVERY == 0 and self._events.key(number) is not None:
+                self._again.append(number)
+
+    async def _deliver(self, line: "_Line", number: int, variant: int) -> None:
+        key = self._events.key(number) if self._retries else None
+        give_up = time.monotonic() + GIVE_UP_SECONDS
+        for attempt in range(1_000_000):
+            connection = await line.connected(give_up)
+            if connection is None:
+                self.gave_up += 1
+                return
+            request = self._target.request(self._events.body(number, variant), key)
+            pending = [connection.send(request)]
+            if key is not None and number % _AGAIN_EVERY == _AGAIN_EVERY // 2:  # an impatient client
+                pending.append(connection.send(self._target.request(self._events.body(number, variant + 1), key)))
+            answers = [await answer for answer in pending]
+            for answer in answers:
+                self._enter(number, attempt, answer)
+            last = answers[-1].status
+            if not self._retries or not (last == CUT or last >= 500):
+                return
+            if time.monotonic() > give_up:
+                self.gave_up += 1
+                return
+            variant += attempt % 2  # the same bytes, and sometimes others of the same event
+            await asyncio.sleep(_BACKOFF_SECONDS[min(attempt, len(_BACKOFF_SECONDS) - 1)])
+
+    def _enter(self, number: int, attempt: int, answer: Answer) -> None:
+        self.ledger.record(number, answer.status)
+        if answer.status == 200:
+            self.latencies_seconds.append(answer.seconds)
+            self.recent_seconds.append(answer.seconds)
+            if self._events.id(number) not in answer.body:
+                self.wrong_answers += 1
+        if self._log is not None:
+            line = {"event": self._events.id(number).decode(), "attempt": attempt, "status": answer.status}
+            self._log.write(json.dumps({**line, "ms": round(answer.seconds * 1000, 3)}) + "\n")
+
+
+class _Line:
+    """Keeps one connection up for all who share it."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        self._connection: Connection | None = None
+        self._connecting = asyncio.Lock()
+
+    async def connected(self, give_up: float) -> Connection | None:
+        """None when there is no connection before `give_up` (of time.monotonic)."""
+        if self._connection is not None and self._connection.is_open:
+            return self._connection
+        async with self._connecting:
+            while self._connection is None or not self._connection.is_open:
+                try:
+                    self._connection = await Connection.open(self._target, ANSWER_TIMEOUT_SECONDS)
+                except OSError:
+                    if time.monotonic() > give_up:
+                        return None
+                    await asyncio.sleep(0.1)
+            return self._connection
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+
+
+def percentile(values: "array[float] | deque[float]", per_cent: float) -> float:
+    """Of values in any order; 0 when there is none."""
+    ranked = sorted(values)
+    return ranked[min(len(ranked) - 1, int(len(ranked) * per_cent / 100))] if ranked else 0.0
+
+
+Progress = Callable[[Load], None]
+
+
+async def run_with_progress(load: Load, show: Progress, every_seconds: float = 0.25) -> None:
+    """Runs the load and calls `show` now and then."""
+
+    async def watch() -> None:
+        while True:
+            show(load)
+            await asyncio.sleep(every_seconds)
+
+    watching = asyncio.create_task(watch())
+    try:
+        await load.run()
+    finally:
+        watching.cancel()
+        show(load)

@@ -1,0 +1,30 @@
+"""Finds and opens the files of one CSV: the live one and those it was rotated into."""
+
+import gzip
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import BinaryIO, cast
+
+
+def csv_files(csv: Path) -> list[Path]:
+    """`data.csv`, `data-<UTC>.csv`, `data-<UTC>.csv.gz`; a file that is there with and without .gz counts once."""
+    packed = sorted(csv.parent.glob(f"{csv.stem}-*{csv.suffix}.gz"))
+    plain = sorted(csv.parent.glob(f"{csv.stem}-*{csv.suffix}"))
+    return packed + [path for path in plain if path.with_name(f"{path.name}.gz") not in packed] + [csv] * csv.exists()
+
+
+def opened(csv: Path) -> Iterator[tuple[str, BinaryIO]]:
+    """Each file in turn, open until the next one is asked for."""
+    for path in csv_files(csv):
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
+            yield path.name, cast(BinaryIO, stream)
+
+
+def total_bytes(csv: Path) -> int:
+    """Of all of them; a file that goes away while they are counted counts nothing."""
+    total = 0
+    for path in csv_files(csv):
+        with suppress(FileNotFoundError):
+            total += path.stat().st_size
+    return total
