@@ -194,7 +194,7 @@ def tls_broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Rabbi
     folder, port = tmp_path_factory.mktemp("tls-broker"), free_port()
     authority = trustme.CA()
     authority.cert_pem.write_to_path(folder / "ca.pem")
-    server = authority.issue_cert("localhost")
+    server = authority.issue_cert("127.0.0.1")
     server.private_key_pem.write_to_path(folder / "key.pem")
     (folder / "cert.pem").write_bytes(b"".join(pem.bytes() for pem in server.cert_chain_pems))
     for pem in folder.glob("*.pem"):
@@ -205,7 +205,7 @@ def tls_broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Rabbi
         f"ssl_options.certfile = {folder}/cert.pem\nssl_options.keyfile = {folder}/key.pem\n"
     )
     with node:
-        yield node, f"amqps://guest:guest@localhost:{port}/", folder / "ca.pem"
+        yield node, f"amqps://guest:guest@127.0.0.1:{port}/", folder / "ca.pem"
 
 
 async def test_the_lane_works_over_tls_with_its_own_ca_and_never_without_verifying(

@@ -16,7 +16,7 @@ from tests.integration.test_contract import EVENT
 
 
 def issue(authority: trustme.CA, folder: Path) -> None:
-    made = authority.issue_cert("localhost")
+    made = authority.issue_cert("127.0.0.1")
     made.private_key_pem.write_to_path(folder / "key.pem")
     (folder / "cert.pem").write_bytes(b"".join(pem.bytes() for pem in made.cert_chain_pems))
 
@@ -28,7 +28,7 @@ def ask(
     context = ssl.create_default_context()
     authority.configure_trust(context)
     port = int(service.url.rpartition(":")[2])
-    connection = http.client.HTTPSConnection("localhost", port, timeout=10, context=context)
+    connection = http.client.HTTPSConnection("127.0.0.1", port, timeout=10, context=context)
     try:
         connection.request(method, path, body)
         assert isinstance(connection.sock, ssl.SSLSocket)
