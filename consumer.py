@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, TypeVar
 
-from common import __version__, amqp, batch, config, dead_letters, event, frames, lifecycle
+from common import __version__, amqp, batch, config, dead_letter_commands, dead_letters, event, frames, lifecycle
 from common.config import ConsumerSettings
 from common.errors import Fatal, HttpError, InvalidEvent
 from common.frames import Delivery
@@ -441,11 +441,11 @@ def main(argv: Sequence[str], environ: dict[str, str]) -> int:
         return lifecycle.fail("consumer", error)
     lifecycle.set_up_logging("consumer", settings.log_level, settings.log_format)
     if flags.dead_letters:
-        return lifecycle.run("consumer", lambda: dead_letters.show(settings))
+        return lifecycle.run("consumer", lambda: dead_letter_commands.show(settings))
     if flags.replay_dead_letters:
-        return lifecycle.run("consumer", lambda: dead_letters.replay(settings))
+        return lifecycle.run("consumer", lambda: dead_letter_commands.replay(settings))
     if flags.export_dead_letters:
-        return lifecycle.run("consumer", lambda: dead_letters.export(settings, flags.export_dead_letters))
+        return lifecycle.run("consumer", lambda: dead_letter_commands.export(settings, flags.export_dead_letters))
     log.info("predlog %s consumer: %s", __version__, config.describe(settings))
     return lifecycle.run("consumer", lambda: serve(settings))
 

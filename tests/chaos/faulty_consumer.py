@@ -55,13 +55,13 @@ def _after(owner: Any, name: str) -> Arm:
 
 
 def _in_the_middle_of(owner: Any, name: str) -> Arm:
-    """Of a write, whose last argument are the bytes."""
+    """Of a write, whose last argument are the bytes; never between two lines."""
 
     def arm(strike: Strike) -> None:
         real = getattr(owner, name)
 
         def patched(target: Any, data: bytes) -> Any:
-            strike(lambda: real(target, data[: len(data) // 2]))
+            strike(lambda: real(target, data[: len(data) // 2].removesuffix(b"\n")))
             return real(target, data)
 
         setattr(owner, name, patched)

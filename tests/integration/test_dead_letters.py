@@ -18,11 +18,12 @@ from aiormq.abc import AbstractChannel, DeliveredMessage
 from pamqp.commands import Basic
 from pamqp.header import ContentHeader
 
-from common import amqp, dead_letters
+from common import amqp, dead_letter_commands, dead_letters
 from common.config import ConsumerSettings
-from common.dead_letters import DeadLetters, Outbox, dead_copy
+from common.dead_letters import DeadLetters, Outbox
 from common.errors import StartupError
 from common.frames import Delivery
+from common.letters import dead_copy
 from tests.conftest import ROOT
 from tests.rabbitmq import RabbitMQ
 
@@ -79,7 +80,8 @@ async def bury_many(url: str, queue_name: str, count: int, body: bytes = b"not J
     link = await amqp.open_link(url, "test")
     await amqp.declare(link.channel, dead := amqp.dead_letter_queue(queue_name), amqp.DEAD_LETTER_ARGUMENTS)
     outbox, now = Outbox(link), datetime.now(UTC)
-    copies = [dead_copy(message(body, message_id=f"{n:032x}"), queue_name, "not JSON", now) for n in range(count)]
+    originals = [message(body, message_id=f"{n:032x}") for n in range(count)]
+    copies = [dead_copy(original, queue_name, "not JSON", now, b"") for original in originals]
     futures = [outbox.publish(dead, copy) for copy in copies]
     await outbox.wait(futures)
     assert not any(future.exception() for future in futures)
@@ -185,7 +187,7 @@ async def test_burying_waits_while_the_queue_has_other_arguments_and_says_so_onc
 async def test_a_copy_that_the_broker_refuses_for_its_properties_is_buried_without_them(
     broker: RabbitMQ, letters: DeadLetters, dead: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dead_letters, "_DROPPED_PROPERTIES", frozenset())
+    monkeypatch.setattr("common.letters._DROPPED_PROPERTIES", frozenset())
     monkeypatch.setattr(dead_letters, "BACKOFF_SECONDS", 0.01)
     monkeypatch.setattr(amqp, "BACKOFF_FIRST_SECONDS", 0.01)
     await asyncio.wait_for(letters.bury(message(b"x", message_id="m", user_id="nobody"), "why"), 10)
@@ -240,11 +242,11 @@ async def test_looking_changes_nothing(
     await bury_many(broker.url, settings.queue_name, 600)
     expected = [f"{n:032x}" for n in range(600)]
     for _ in range(2):
-        assert await dead_letters.show(settings) == 0
+        assert await dead_letter_commands.show(settings) == 0
         lines = capsysbinary.readouterr().out.decode().splitlines()
         assert lines[0].split()[:4] == ["ID", "REASON", "WHEN", "SIZE"]
         assert [line.split()[0] for line in lines[1:]] == expected
-        assert await dead_letters.export(settings, str(tmp_path / "out")) == 0
+        assert await dead_letter_commands.export(settings, str(tmp_path / "out")) == 0
         exported = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
         assert [entry["id"] for entry in exported] == expected
         assert {entry["body"] for entry in exported} == {"not JSON"}
@@ -257,7 +259,7 @@ async def test_an_export_to_stdout_is_json_lines_only(
     broker: RabbitMQ, settings: ConsumerSettings, capsysbinary: pytest.CaptureFixture[bytes]
 ) -> None:
     await bury_many(broker.url, settings.queue_name, 3, b"\xff")
-    assert await dead_letters.export(settings, "-") == 0
+    assert await dead_letter_commands.export(settings, "-") == 0
     exported = [json.loads(line) for line in capsysbinary.readouterr().out.splitlines()]
     assert [entry["body_base64"] for entry in exported] == ["/w=="] * 3
 
@@ -266,16 +268,18 @@ async def test_a_replay_moves_everything_back_as_it_was(
     broker: RabbitMQ, settings: ConsumerSettings, dead: str, letters: DeadLetters, capsys: pytest.CaptureFixture[str]
 ) -> None:
     originals = [message(b"%d" % n, message_id=f"{n:032x}", headers={"n": n}, delivery_mode=2) for n in range(20)]
-    originals.append(message(b"without an id"))
+    originals += [message(b"without an id"), message(b"without an id")]
     for original in originals:
         await letters.bury(original, "why")
-    assert await dead_letters.replay(settings) == 0
-    assert "moved 21 of 21" in capsys.readouterr().out
+    assert await dead_letter_commands.replay(settings) == 0
+    assert "moved 22 of 22" in capsys.readouterr().out
     await until(lambda: waiting(broker.url, dead), 0)
     back = await take_all(broker.url, settings.queue_name)
     assert [found.body for found in back] == [original.body for original in originals]
     assert [found.header.properties.marshal() for found in back[:20]] == [o.header[12:] for o in originals[:20]]
-    assert len(ids(back)[20]) == 32
+    given = ids(back)[20:]
+    assert [len(each) for each in given] == [32, 32]
+    assert len(set(given)) == 2
 
 
 async def test_thousands_of_dead_letters_are_listed_exported_and_replayed_within_seconds(
@@ -283,19 +287,19 @@ async def test_thousands_of_dead_letters_are_listed_exported_and_replayed_within
 ) -> None:
     count = 3000
     await bury_many(broker.url, settings.queue_name, count)
-    await dead_letters.show(settings)
+    await dead_letter_commands.show(settings)
     assert capsysbinary.readouterr().out.count(b"\n") == count + 1
     await until(lambda: waiting(broker.url, dead), count)
-    await dead_letters.export(settings, str(tmp_path / "out"))
+    await dead_letter_commands.export(settings, str(tmp_path / "out"))
     assert (tmp_path / "out").read_bytes().count(b"\n") == count
     await until(lambda: waiting(broker.url, dead), count)
-    await dead_letters.replay(settings)
+    await dead_letter_commands.replay(settings)
     assert await waiting(broker.url, settings.queue_name) == count
 
 
 KILL_SWITCH = """
 import asyncio, os, signal, sys
-from common import dead_letters, frames
+from common import dead_letter_commands, dead_letters, frames
 from common.config import ConsumerSettings
 
 def die():
@@ -303,7 +307,7 @@ def die():
 
 point, url, queue = sys.argv[1:]
 outbox = dead_letters.Outbox
-publish, wait, acks, looked = outbox.publish, outbox.wait, frames.acks, dead_letters._pages
+publish, wait, acks, looked = outbox.publish, outbox.wait, frames.acks, dead_letter_commands._pages
 published = pages = 0
 
 async def dying_wait(self, futures):
@@ -331,8 +335,8 @@ async def dying_pages(*arguments):
             die()
         yield page
 
-outbox.wait, outbox.publish, dead_letters._pages = dying_wait, dying_publish, dying_pages
-asyncio.run(dead_letters.replay(ConsumerSettings(amqp_url=url, queue_name=queue)))
+outbox.wait, outbox.publish, dead_letter_commands._pages = dying_wait, dying_publish, dying_pages
+asyncio.run(dead_letter_commands.replay(ConsumerSettings(amqp_url=url, queue_name=queue)))
 """
 
 
@@ -350,13 +354,13 @@ async def test_a_replay_that_is_killed_half_way_loses_none_and_a_doubled_one_kee
     while len(first) + await waiting(broker.url, dead) < count:  # the broker notices the death, and puts back
         assert time.monotonic() < deadline, "some are lost"
         await asyncio.sleep(0.02)
-    assert await dead_letters.replay(settings) == 0
+    assert await dead_letter_commands.replay(settings) == 0
     second = await take_all(broker.url, settings.queue_name)
     await until(lambda: waiting(broker.url, dead), 0)
     assert set(ids(first + second)) == {f"{n:032x}" for n in range(count)}
     assert len(first) < count
     if point in ("publishing", "sent", "confirmed"):
-        assert len(first + second) <= count + dead_letters.PAGE_LETTERS
+        assert len(first + second) <= count + dead_letter_commands.PAGE_LETTERS
     else:
         assert len(first + second) == count
 
@@ -378,7 +382,7 @@ async def test_a_replay_ends_although_each_message_is_dead_lettered_again(
             again += 1
 
         await opened.basic_consume(settings.queue_name, bury_again)
-        assert await asyncio.wait_for(dead_letters.replay(settings), 20) == 0
+        assert await asyncio.wait_for(dead_letter_commands.replay(settings), 20) == 0
         deadline = time.monotonic() + 10
         while again < 700:
             assert time.monotonic() < deadline
@@ -393,16 +397,16 @@ async def test_a_replay_into_a_queue_that_refuses_stops_and_keeps_the_rest(
     monkeypatch.setattr(amqp, "QUEUE_ARGUMENTS", full)
     await bury_many(broker.url, settings.queue_name, 300)
     with pytest.raises(StartupError, match=r"nack.*; moved \d+ of 300, the others are still in"):
-        await dead_letters.replay(settings)
+        await dead_letter_commands.replay(settings)
     moved = await waiting(broker.url, settings.queue_name)
     assert 10 <= moved < 300
     await until(lambda: waiting(broker.url, dead), 300 - moved)
 
 
 COMMANDS: list[Callable[[ConsumerSettings], Awaitable[int]]] = [
-    dead_letters.show,
-    dead_letters.replay,
-    lambda settings: dead_letters.export(settings, os.devnull),
+    dead_letter_commands.show,
+    dead_letter_commands.replay,
+    lambda settings: dead_letter_commands.export(settings, os.devnull),
 ]
 
 

@@ -11,10 +11,11 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 FLOORS = [
-    {"errors", "event", "config", "http1", "content", "frames", "batch", "metrics", "openapi"},  # pure
+    {"errors", "event", "config", "http1", "content", "frames", "batch", "metrics", "openapi", "letters"},  # pure
     {"http_server", "fast_lane", "publisher", "csv_file", "journal", "lifecycle", "workers"},  # I/O
     {"amqp", "store", "api"},
     {"dead_letters"},
+    {"dead_letter_commands"},
     {"producer", "consumer"},
 ]
 IMPURE = {

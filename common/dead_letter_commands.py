@@ -1,0 +1,289 @@
+"""The consumer's commands on dead letters: show, export and replay them, a page at a time.
+
+What a letter looks like, as bytes or as text, is in letters.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import BinaryIO, TextIO
+
+import aiormq
+from aiormq.abc import DeliveredMessage
+
+from common import amqp, frames
+from common.config import ConsumerSettings, masked_url
+from common.dead_letters import Nacked, Outbox
+from common.errors import StartupError
+from common.letters import TABLE_HEAD, json_line, live_copy, table_row
+
+ANSWER_TIMEOUT_SECONDS = 10.0
+POLL_SECONDS = 1.0
+
+# A page of letters is what lies in memory, and on its way, at one time.
+PAGE_LETTERS, PAGE_BYTES = 256, 16 * 1024 * 1024
+
+_BAR = 30  # characters
+
+Pages = AsyncGenerator[list[frames.Delivery], None]
+
+
+async def show(settings: ConsumerSettings) -> int:
+    """List the dead letters on stdout, oldest first, and leave them as they are. The exit code; raises StartupError."""
+    dead = amqp.dead_letter_queue(settings.queue_name)
+    async with _connection(settings.amqp_url) as source:
+        if count := await _ready(source, dead):
+            await _pour(_look(source, dead, count), table_row, sys.stdout.buffer, "stdout", TABLE_HEAD)
+        else:
+            print(f"no dead letters in '{dead}'")
+    return 0
+
+
+async def export(settings: ConsumerSettings, path: str) -> int:
+    """Write the dead letters as JSON lines to the file `path` ("-": stdout), whole or not at all.
+
+    They stay where they are. For a line see `letters.json_line`. The exit code; raises StartupError.
+    """
+    dead = amqp.dead_letter_queue(settings.queue_name)
+    async with _connection(settings.amqp_url) as source:
+        pages = _look(source, dead, await _ready(source, dead) or 0)
+        if path == "-":
+            await _pour(pages, json_line, sys.stdout.buffer, "stdout")
+            return 0
+        with _replacing(path) as out:
+            written = await _pour(pages, json_line, out, path)
+    print(f"exported {written} from '{dead}' to {path}")
+    return 0
+
+
+async def replay(settings: ConsumerSettings) -> int:
+    """Move the dead letters that are there now back to the queue. The exit code; raises StartupError.
+
+    Each is acked only after its copy is confirmed, and keeps its message_id: what a kill in between leaves in both
+    queues, the consumer drops the second time.
+    """
+    queue_name, dead = settings.queue_name, amqp.dead_letter_queue(settings.queue_name)
+    async with _connection(settings.amqp_url) as source:
+        count = await _ready(source, dead)
+        if not count:
+            print(f"no dead letters in '{dead}'")
+            return 0
+        with Progress(count, sys.stderr) as progress:
+            try:
+                async with _connection(settings.amqp_url) as target:
+                    await amqp.declare(target.channel, queue_name, amqp.QUEUE_ARGUMENTS)
+                    outbox = Outbox(target)
+                    target.lane.on_lost = outbox.fail
+                    async for page in _pages(source, dead, count):
+                        moved, error = await _republish(page, outbox, queue_name)
+                        source.lane.send([frames.acks((tag, False) for tag in moved)])
+                        progress.advance(len(moved))
+                        if error is not None:
+                            raise error
+                await _ready(source, dead)  # an answer on this channel: the acks before it have arrived
+            except StartupError as stopped:
+                left = f"moved {progress.done} of {count}, the others are still in '{dead}'"
+                raise StartupError(f"{stopped}; {left}") from None
+    print(f"moved {progress.done} of {count} from '{dead}' to '{queue_name}'")
+    return 0
+
+
+async def _republish(
+    page: list[frames.Delivery], outbox: Outbox, queue_name: str
+) -> tuple[list[int], BaseException | None]:
+    """The delivery tags of those whose copies are confirmed, and what became of the others."""
+    futures = [outbox.publish(queue_name, live_copy(letter)) for letter in page]
+    await outbox.wait(futures)
+    errors = [future.exception() for future in futures]
+    moved = [letter.delivery_tag for letter, error in zip(page, errors, strict=True) if error is None]
+    return moved, next(filter(None, errors), None)
+
+
+@asynccontextmanager
+async def _connection(url: str) -> AsyncIterator[amqp.Link]:
+    """A link for a command. Whatever goes wrong with it is a StartupError, which says in one line what."""
+    try:
+        link = await amqp.open_link(url, "dead-letters-command")
+    except amqp.CONNECTION_ERRORS as error:
+        raise StartupError(amqp.explain(error, url)) from None
+    link.connection.closing.add_done_callback(lambda _: link.lane.fail("connection closed"))
+    link.channel.closing.add_done_callback(lambda _: link.lane.fail("channel closed"))
+    try:
+        yield link
+    except aiormq.exceptions.ChannelAccessRefused as error:
+        raise StartupError(amqp.explain(error, url)) from None
+    except Nacked:
+        raise StartupError(f"the broker at {masked_url(url)} takes no more messages for the queue (nack)") from None
+    except (*amqp.CONNECTION_ERRORS, asyncio.CancelledError) as error:
+        if isinstance(error, asyncio.CancelledError) and amqp.cancelled():
+            raise
+        why = link.lane.lost or str(error) or "no answer"
+        raise StartupError(f"lost the broker at {masked_url(url)}: {why}") from None
+    finally:
+        await link.close()
+
+
+async def _ready(link: amqp.Link, queue_name: str) -> int | None:
+    """How many messages wait in the queue; None if there is no such queue, and then the channel is closed."""
+    try:
+        async with asyncio.timeout(ANSWER_TIMEOUT_SECONDS):
+            return (await link.channel.queue_declare(queue_name, passive=True)).message_count
+    except aiormq.exceptions.ChannelNotFoundEntity:
+        return None
+
+
+async def _look(link: amqp.Link, queue_name: str, count: int) -> Pages:
+    """`_pages` for those who take nothing: at the end all is put back in its order.
+
+    A closed channel would put the pages back in any order, and RabbitMQ 3.10 does so with the messages of one nack when
+    they are more than 32.
+    """
+    seen: list[int] = []
+    try:
+        async for page in _pages(link, queue_name, count):
+            tags = [letter.delivery_tag for letter in page]
+            seen += [*tags[31::32], tags[-1]]
+            yield page
+    finally:
+        for tag in dict.fromkeys(seen) if link.lane.lost is None else ():
+            async with asyncio.timeout(ANSWER_TIMEOUT_SECONDS):
+                await link.channel.basic_nack(tag, multiple=True, requeue=True)
+
+
+async def _pages(link: amqp.Link, queue_name: str, count: int) -> Pages:
+    """The first `count` messages, unacked, a page at a time: no more than fits in PAGE_BYTES, if the largest of one
+    page tells what the next may hold. Ends early when other readers have the rest.
+
+    Each page has a consumer of its own, that is cancelled before the page is given out: what it was sent stays unacked
+    on the channel, nothing piles up while the caller takes its time, and the next page begins behind it.
+    """
+    arrived: list[frames.Delivery] = []
+    wake = asyncio.Event()
+
+    def take(deliveries: list[frames.Delivery]) -> None:
+        arrived.extend(deliveries)
+        wake.set()
+
+    link.lane.on_deliveries = take
+    link.lane.on_lost = lambda _: wake.set()
+    largest, more = PAGE_BYTES // 8, True  # nothing is known before the first page
+    while count > 0 and more:
+        size = min(count, PAGE_LETTERS, max(1, PAGE_BYTES // largest))
+        async with asyncio.timeout(ANSWER_TIMEOUT_SECONDS):
+            await link.channel.basic_qos(prefetch_count=size)
+            consumer = await link.channel.basic_consume(queue_name, _never_called)
+        while len(arrived) < size and more:
+            if link.lane.lost is not None:
+                raise ConnectionError(link.lane.lost)
+            wake.clear()
+            try:
+                async with asyncio.timeout(POLL_SECONDS):
+                    await wake.wait()
+            except TimeoutError:
+                more = bool(await _ready(link, queue_name))
+        async with asyncio.timeout(ANSWER_TIMEOUT_SECONDS):
+            await link.channel.basic_cancel(consumer.consumer_tag or "")
+        page = arrived.copy()
+        arrived.clear()
+        count -= len(page)
+        if page:
+            largest = max(1, *(len(letter.body) for letter in page))
+            yield page
+
+
+async def _never_called(_: DeliveredMessage) -> None: ...
+
+
+async def _pour(
+    pages: Pages, line: Callable[[frames.Delivery], bytes], out: BinaryIO, name: str, head: bytes = b""
+) -> int:
+    """Write a line for each letter; how many. In a thread: a pager may stop reading, and heartbeats must go on."""
+
+    def write(data: bytes) -> None:
+        out.write(data)
+        out.flush()
+
+    written = 0
+    async with aclosing(pages):
+        async for page in pages:
+            try:
+                await asyncio.to_thread(write, head + b"".join(map(line, page)))
+            except OSError as error:
+                if isinstance(error, BrokenPipeError) and out is sys.stdout.buffer:  # `| head` has enough
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
+                    break
+                raise StartupError(f"cannot write {name}: {error.strerror}") from None
+            written += len(page)
+            head = b""
+    return written
+
+
+@contextmanager
+def _replacing(path: str) -> Iterator[BinaryIO]:
+    """A file that takes the place of `path` in one step if the block ends well. Raises StartupError."""
+    target = Path(os.path.realpath(path))
+    special = os.path.exists(target) and not os.path.isfile(target)  # a pipe, /dev/null: written to, not replaced
+    beside = target if special else target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    with _explained(path):
+        out = beside.open("wb" if special else "xb")
+    with out:
+        if special:
+            yield out
+            return
+        try:
+            yield out
+            with _explained(path):
+                out.flush()
+                os.fsync(out.fileno())
+                beside.replace(target)
+        finally:
+            beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def _explained(path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StartupError(f"cannot write {path}: {error.strerror}") from None
+
+
+class Progress:
+    """How far a command is: a bar on a terminal, else a line now and then. Use it as a context manager."""
+
+    def __init__(self, total: int, stream: TextIO) -> None:
+        self.done = 0
+        self._total = total
+        self._stream = stream
+        self._bar = stream.isatty()
+        self._began = self._drawn = time.monotonic()
+
+    def __enter__(self) -> Progress:
+        self._draw()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._draw()
+        if self._bar:
+            self._stream.write("\n")
+
+    def advance(self, count: int) -> None:
+        """`count` more are done."""
+        self.done += count
+        if time.monotonic() - self._drawn >= (0.1 if self._bar else 5):
+            self._draw()
+
+    def _draw(self) -> None:
+        self._drawn = time.monotonic()
+        share = self.done / self._total
+        rate = self.done / max(self._drawn - self._began, 1e-3)
+        text = f"{self.done}/{self._total} {share:4.0%} {rate:.0f}/s"
+        full = round(share * _BAR)
+        self._stream.write(f"\r[{'#' * full}{'-' * (_BAR - full)}] {text}\x1b[K" if self._bar else f"{text}\n")
+        self._stream.flush()

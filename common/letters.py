@@ -1,0 +1,241 @@
+"""A dead letter, as bytes and as text: the copies that are published, and the lines in which it is shown. Pure.
+
+Nothing here judges or moves a message. Copies keep the original's properties octet by octet: pamqp decodes them with
+loss (doubles, timestamps beyond the year 2106, text that is not UTF-8) and cannot read all that a broker takes.
+"""
+
+from __future__ import annotations
+
+import base64
+from datetime import UTC, datetime
+from decimal import Decimal
+from struct import Struct
+from typing import Any, NamedTuple
+
+from pamqp import decode
+
+from common import event, frames
+
+REASON_CHARS = 250
+
+# --- Properties, as they are on the wire ---
+
+Properties = dict[str, bytes]  # by name; each value with its length in front, if it has one
+Headers = dict[bytes, bytes]  # by name; each value with its type octet in front
+
+# In the order of their flags from bit 15 down (4.2.6.1): short string, table, octet, or a timestamp of 8 octets.
+_PROPERTIES = (
+    ("content_type", "s"),
+    ("content_encoding", "s"),
+    ("headers", "t"),
+    ("delivery_mode", "o"),
+    ("priority", "o"),
+    ("correlation_id", "s"),
+    ("reply_to", "s"),
+    ("expiration", "s"),
+    ("message_id", "s"),
+    ("timestamp", "T"),
+    ("type", "s"),
+    ("user_id", "s"),
+    ("app_id", "s"),
+    ("cluster_id", "s"),
+)
+# What a table may hold (4.2.5.5, and RabbitMQ's errata page), with its size; -1: a length of 4 octets says it.
+_SIZES = dict(zip(b"tbBsuIilLfdDTVSAFx", (1, 1, 1, 2, 2, 4, 4, 8, 8, 4, 8, 5, 8, 0, -1, -1, -1, -1), strict=True))
+_CONTENT = Struct(">HHQ")
+_PERSISTENT = b"\x02"
+
+# What a copy must not repeat. A user_id other than our own closes the channel (406), an expiration would delete a dead
+# letter; CC and BCC would also send the copy elsewhere, even to the queue it was taken from.
+_DROPPED_PROPERTIES = frozenset({"user_id", "expiration", "cluster_id"})
+_DROPPED_HEADERS = frozenset({b"CC", b"BCC", b"x-delivery-count", b"x-acquired-count"})
+_LEAST = frozenset({"content_type", "message_id", "delivery_mode"})
+_OURS = b"x-predlog-"
+_REASON, _TIME, _QUEUE, _USER = (_OURS + name for name in (b"reason", b"time", b"queue", b"user-id"))
+
+
+def split_properties(header: bytes) -> tuple[Properties, Headers]:
+    """The properties and, apart from them, the headers of a content header's payload. Raises frames.FrameError."""
+    flags, at = int.from_bytes(header[12:14], "big"), 14
+    properties: Properties = {}
+    try:
+        for index, (name, kind) in enumerate(_PROPERTIES):
+            if flags & 0x8000 >> index:
+                if kind == "s":
+                    size = 1 + header[at]
+                elif kind == "t":
+                    size = 4 + int.from_bytes(header[at : at + 4], "big")
+                else:
+                    size = 1 if kind == "o" else 8
+                properties[name] = header[at : at + size]
+                at += size
+    except IndexError:
+        at = -1
+    if at != len(header) or flags & 3:
+        raise frames.FrameError("a content header whose properties do not add up")
+    return properties, _split_table(properties.pop("headers", bytes(4))[4:])
+
+
+def _split_table(table: bytes) -> Headers:
+    headers: Headers = {}
+    at = 0
+    try:
+        while at < len(table):
+            start = at + 1 + table[at]
+            name, size = table[at + 1 : start], _SIZES[table[start]]
+            at = start + 1 + (size if size >= 0 else 4 + int.from_bytes(table[start + 1 : start + 5], "big"))
+            headers[name] = table[start:at]
+    except (IndexError, KeyError):
+        at = -1
+    if at != len(table):
+        raise frames.FrameError("a table of headers that does not add up")
+    return headers
+
+
+def _table(headers: Headers) -> bytes:
+    table = b"".join([bytes([len(name)]) + name + value for name, value in headers.items()])
+    return len(table).to_bytes(4, "big") + table
+
+
+def content_header(properties: Properties, headers: Headers, body_bytes: int) -> bytes:
+    """A content header's payload: the inverse of `split_properties`."""
+    have = properties | {"headers": _table(headers)} if headers else properties
+    flags, values = 0, []
+    for index, (name, _) in enumerate(_PROPERTIES):
+        if name in have:
+            flags |= 0x8000 >> index
+            values.append(have[name])
+    return _CONTENT.pack(60, 0, body_bytes) + flags.to_bytes(2, "big") + b"".join(values)
+
+
+def _text(value: bytes) -> bytes:
+    """A header's value: a long string."""
+    return b"S" + len(value).to_bytes(4, "big") + value
+
+
+# --- Copies ---
+
+
+class Copy(NamedTuple):
+    """A message to publish. `bare` has the least of properties, for a broker that refuses `header`."""
+
+    header: bytes
+    bare: bytes
+    body: bytes
+
+
+def dead_copy(delivery: frames.Delivery, queue_name: str, reason: str, now: datetime, new_id: bytes) -> Copy:
+    """The copy of a message of `queue_name` for its dead letters.
+
+    One without message_id gets `new_id` (32 hexadecimal digits, random), so that a replay can tell it from its double.
+    """
+    theirs = _tolerant(delivery.header)
+    properties, headers = _repeatable(*theirs)
+    if properties.get("message_id", b"\0") == b"\0":
+        properties["message_id"] = bytes([len(new_id)]) + new_id
+    ours = {
+        _REASON: _text(printable(reason)[:REASON_CHARS].encode()),
+        _TIME: _text(now.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z").encode()),
+        _QUEUE: _text(queue_name.encode()),
+    }
+    if user := theirs[0].get("user_id"):
+        ours[_USER] = _text(user[1:])
+    least = {name: value for name, value in properties.items() if name in _LEAST}
+    size = len(delivery.body)
+    return Copy(content_header(properties, headers | ours, size), content_header(least, ours, size), delivery.body)
+
+
+def live_copy(letter: frames.Delivery) -> Copy:
+    """The message that a dead letter was."""
+    properties, headers = _repeatable(*_tolerant(letter.header))
+    header = content_header(properties, headers, len(letter.body))
+    return Copy(header, header, letter.body)
+
+
+def _tolerant(header: bytes) -> tuple[Properties, Headers]:
+    """`split_properties`, but nothing for what it refuses: there must be no message that cannot be buried."""
+    try:
+        return split_properties(header)
+    except frames.FrameError:
+        return {}, {}
+
+
+def _repeatable(properties: Properties, headers: Headers) -> tuple[Properties, Headers]:
+    kept = {name: value for name, value in properties.items() if name not in _DROPPED_PROPERTIES}
+    theirs = {k: v for k, v in headers.items() if k not in _DROPPED_HEADERS and not k.startswith(_OURS)}
+    return kept | {"delivery_mode": _PERSISTENT}, theirs
+
+
+# --- What people and programs read ---
+
+_FIRST_BYTES = 40
+
+
+def printable(text: str) -> str:
+    """Text without anything that could forge a line, drive a terminal, or not be UTF-8."""
+    return "".join([char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text])
+
+
+def _row(message_id: str, reason: str, when: str, size: str, first: str) -> bytes:
+    return f"{_cut(message_id, 32):32}  {_cut(reason, 40):40}  {_cut(when, 24):24}  {size:>9}  {first}\n".encode()
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+TABLE_HEAD = _row("ID", "REASON", "WHEN", "SIZE", "FIRST BYTES")
+
+
+def table_row(letter: frames.Delivery) -> bytes:
+    """A dead letter as one line of a table, under TABLE_HEAD."""
+    message_id, reason, when = (printable(value or "-") for value in _account(letter)[:3])
+    first = repr(letter.body[:_FIRST_BYTES])[2:-1][:_FIRST_BYTES]
+    return _row(message_id, reason, when, str(len(letter.body)), first)
+
+
+def json_line(letter: frames.Delivery) -> bytes:
+    """A dead letter as one line of JSON: {id, reason, time, size (bytes), headers, body}.
+
+    body_base64 instead of body if that is not UTF-8; id, reason and time are null when nobody set them.
+    """
+    message_id, reason, when, headers = _account(letter)
+    entry = {"id": message_id, "reason": reason, "time": when, "size": len(letter.body), "headers": headers}
+    try:
+        entry["body"] = letter.body.decode()
+    except UnicodeDecodeError:
+        entry["body_base64"] = base64.b64encode(letter.body).decode()
+    return event.dumps(entry) + b"\n"
+
+
+def _account(letter: frames.Delivery) -> tuple[str | None, str | None, str | None, dict[str, Any]]:
+    """A dead letter's id, reason, time and headers, as its publishers wrote them."""
+    properties, headers = _tolerant(letter.header)
+    message_id = properties.get("message_id", b"")[1:].decode("utf-8", "replace")
+    shown = {name.decode("utf-8", "replace"): _for_json(value) for name, value in headers.items()}
+    return message_id or None, _string(headers, _REASON), _string(headers, _TIME), shown
+
+
+def _string(headers: Headers, name: bytes) -> str | None:
+    value = headers.get(name, b"")
+    return value[5:].decode("utf-8", "replace") if value[:1] == b"S" else None
+
+
+def _for_json(value: bytes) -> Any:
+    """A header's value, or its octets in hexadecimal if JSON or pamqp has no form for it."""
+    try:
+        plain = _plain(decode.embedded_value(value)[1])
+        event.dumps(plain)
+    except Exception:  # whatever a publisher put in there, for example tables a thousand deep
+        return value.hex()
+    return plain
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    if isinstance(value, bytes | bytearray):
+        return value.hex()
+    return str(value) if isinstance(value, Decimal) else value
