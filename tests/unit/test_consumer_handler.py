@@ -127,7 +127,9 @@ def test_what_can_never_become_rows_is_poison_and_takes_no_good_message_with_it(
 
 def test_a_message_with_a_broken_header_is_poison(store: Store) -> None:
     broken = Delivery(1, False, b"\x00\x3c\x00\x00" + bytes(8) + b"\x00\x80", b"{}")
-    assert [reason for _, reason in rows_of([broken], store.seen, 0.25).poison] == ["a content header that ends too early"]
+    assert [reason for _, reason in rows_of([broken], store.seen, 0.25).poison] == [
+        "a content header that ends too early"
+    ]
 
 
 def test_an_event_without_predictions_is_remembered_though_it_has_no_row(store: Store) -> None:

@@ -132,7 +132,11 @@ def test_the_list_of_faults_is_bounded_and_says_so() -> None:
         event.normalise(an_event(list_of(b"{}", MAX_PREDS)), MAX_PREDS)
     *listed, last = caught.value.faults
     assert len(listed) == event.MAX_FAULTS
-    assert last == {"loc": ["body"], "msg": f"Only the first {event.MAX_FAULTS} faults are listed", "type": "too_many_faults"}
+    assert last == {
+        "loc": ["body"],
+        "msg": f"Only the first {event.MAX_FAULTS} faults are listed",
+        "type": "too_many_faults",
+    }
 
 
 @pytest.mark.parametrize(
