@@ -12,13 +12,13 @@ JSON = b"application/json"
 NDJSON = b"application/x-ndjson"
 
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]++"
-_PARAMETER = rb'(%b)=(?:(%b)|"((?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*+)")' % (_TOKEN, _TOKEN)
-_MEDIA_TYPE = re.compile(rb"(%b/%b)((?:[ \t]*+;[ \t]*+(?:%b)?)*+)" % (_TOKEN, _TOKEN, _PARAMETER))
+_PARAMETER = rb'(%b)=(?:(%b)|"((?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*)")' % (_TOKEN, _TOKEN)
+_MEDIA_TYPE = re.compile(rb"(%b/%b)((?:[ \t]*+;[ \t]*+(?:%b)?)*)" % (_TOKEN, _TOKEN, _PARAMETER))
 _PARAMETERS = re.compile(rb";[ \t]*+%b" % _PARAMETER)
 _QUOTED_PAIR = re.compile(rb"\\(.)", re.DOTALL)
 
 _KEY = re.compile(rb"[!-~]{1,255}")
-_QUOTED_KEY = re.compile(rb'"((?:[!#-\[\]-~]|\\["\\])*+)"')
+_QUOTED_KEY = re.compile(rb'"((?:[!#-\[\]-~]|\\["\\])*)"')
 
 _CODINGS = frozenset((b"gzip", b"x-gzip", b"identity"))
 _GZIP_MEMBERS = 1000  # log shippers and bgzip write several; each costs an inflater

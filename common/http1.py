@@ -57,24 +57,28 @@ class Request:
 
 _TCHAR = b"!#$%&'*+-.^_`|~0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 # The same twice: what a whole head matches, and the first fault, which ends where it shows.
-_HEAD_LINES = re.compile(rb"(?:[\t -~\x80-\xff]*+\r\n)++")
+_HEAD_LINES = re.compile(rb"(?:[\t -~\x80-\xff]*+\r\n)+")
 _NOT_IN_HEAD = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f](?:(?<![\r\n])|(?<=\n)(?<!\r\n)|(?<=\r)[^\n])")
 
-# Possessive quantifiers (*+, ++) throughout: no input makes these patterns backtrack.
+# No input makes these patterns backtrack far: what may follow a part never begins like the part. Only runs of one
+# character class are possessive (*+, ++): CPython before 3.11.5 gets groups wrong (gh-106052); Debian 12 has 3.11.2.
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]++"
-_QUOTED_STRING = rb'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*+"'
-_PCHAR = rb"[A-Za-z0-9\-._~!$&'()*+,;=:@]|%[0-9A-Fa-f]{2}"
+_QUOTED_STRING = rb'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'
+_PCHARS = rb"A-Za-z0-9\-._~!$&'()*+,;=:@/"
+_ESCAPE = rb"%[0-9A-Fa-f]{2}"
 # Without the comma that RFC 3986 allows in a host: it would be two hosts joined by an intermediary.
-_HOST = rb"(?:\[[0-9A-Fa-f:.]++\]|(?:[A-Za-z0-9\-._~!$&'()*+;=]|%[0-9A-Fa-f]{2})++)"
+_HOST = rb"(?:\[[0-9A-Fa-f:.]++\]|(?:[A-Za-z0-9\-._~!$&'()*+;=]++|" + _ESCAPE + rb")+)"
 
 _REQUEST_LINE = re.compile(rb"(%b) ([!-~]++) HTTP/([0-9])\.([0-9])" % _TOKEN)
 # RFC 3986 has no []{}|\^` in a query, but browsers send them unencoded (URL Standard) and they mislead nobody.
-_ORIGIN_FORM = re.compile(rb"(/(?:%b|/)*+)(?:\?((?:%b|[/?\[\]{}|\\^`])*+))?" % (_PCHAR, _PCHAR))
+_ORIGIN_FORM = re.compile(
+    rb"(/(?:[%b]++|%b)*)(?:\?((?:[%b?\[\]{}|\\^`]++|%b)*))?" % (_PCHARS, _ESCAPE, _PCHARS, _ESCAPE)
+)
 _ABSOLUTE_FORM = re.compile(rb"(?i:https?)://%b(?::[0-9]{0,5})?([/?].*+)?" % _HOST)
 _AUTHORITY_FORM = re.compile(rb"%b:[0-9]{1,5}" % _HOST)
 _HOST_VALUE = re.compile(rb"(?:%b(?::[0-9]{0,5})?)?" % _HOST)
 _CHUNK_LINE = re.compile(
-    rb"([0-9A-Fa-f]{1,16})(?:[ \t]*+;[ \t]*+%b(?:[ \t]*+=[ \t]*+(?:%b|%b))?)*+\r\n" % (_TOKEN, _TOKEN, _QUOTED_STRING)
+    rb"([0-9A-Fa-f]{1,16})(?:[ \t]*+;[ \t]*+%b(?:[ \t]*+=[ \t]*+(?:%b|%b))?)*\r\n" % (_TOKEN, _TOKEN, _QUOTED_STRING)
 )
 
 # Fields that change what a request means here: two of one name are ambiguous. (Connection is a list, and may repeat.)

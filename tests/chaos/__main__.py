@@ -179,6 +179,8 @@ def run(seed: int, limit: Limit, directory: Path, console: Console) -> Report:
             )
     finally:
         stage.kill_all()
+        if broker.process is not None:
+            broker.kill()  # nobody needs its data any more
         broker.stop()
 
 
@@ -209,7 +211,9 @@ def _end(trouble: Trouble, thread: LoadThread) -> list[str]:
     stage.wait_until_ready()
     thread.finish(now=True)
     stage.wait_until_stored()
-    problems = [f"{count} dead letters" for name, count in stage.messages().items() if name.endswith(".dead") and count]
+    problems = []
+    if count := stage.ready_messages(f"{stage.queue_name}.dead"):
+        problems.append(f"{count} dead letters")
     if load.wrong_answers:
         problems.append(f"{load.wrong_answers} answers 200 with another event")
     if load.gave_up:

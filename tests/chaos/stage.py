@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import aiormq
 import uvloop
 
 from scripts.rabbitmq import free_port, orphans_get
@@ -230,10 +231,17 @@ class Stage:
                 self.sleep(1.0)
         raise StageError(f"rabbitmqctl {arguments[0]} failed three times: {error}")
 
-    def messages(self) -> dict[str, int]:
-        """Messages in each queue, delivered ones included."""
-        lines = self.ctl("list_queues", "--no-table-headers", "name", "messages").splitlines()
-        return {name: int(count) for name, count in (line.split("\t") for line in lines)}
+    def ready_messages(self, queue_name: str) -> int:
+        """Messages that nobody has got. Asked by AMQP, because rabbitmqctl is seconds behind with quorum queues."""
+
+        async def ask() -> int:
+            async with asyncio.timeout(10):
+                connection = await aiormq.connect(self.broker.url)
+                queue = await (await connection.channel()).queue_declare(queue_name, passive=True)
+                await connection.close()
+                return queue.message_count or 0
+
+        return asyncio.run(ask())
 
     def wait_until_stored(self) -> None:
         """Until the consumer got nothing for a while and owes no ack, and the broker has no message left."""
@@ -247,8 +255,7 @@ class Stage:
             return time.monotonic() - since > QUIET_SECONDS
 
         self.wait_until("the consumer has stored everything", is_quiet, EMPTY_SECONDS)
-        # Afterwards, because the broker counts a quorum queue's messages only every few seconds.
-        self.wait_until("the queue is empty", lambda: self.messages().get(self.queue_name) == 0, EMPTY_SECONDS)
+        self.wait_until("the queue is empty", lambda: self.ready_messages(self.queue_name) == 0, EMPTY_SECONDS)
 
     def verdict(self, events: Events, load: Load) -> Verdict:
         return check(events, load.ledger, opened(self.csv))
