@@ -147,7 +147,8 @@ async def serve(
         try:
             await asyncio.wait_for(server.drained(), settings.shutdown_timeout_ms / 1000)
         except TimeoutError:
-            log.warning("%d event(s) had no confirm in time; answered 504", publisher.unconfirmed)
+            if publisher.unconfirmed:
+                log.warning("%d event(s) had no confirm in time; answered 504", publisher.unconfirmed)
             publisher.fail_all()
             await asyncio.sleep(0.1)  # for those answers to leave
     finally:

@@ -140,7 +140,7 @@ def load(cls: type[S], flags: argparse.Namespace, environ: Mapping[str, str]) ->
         text = getattr(flags, item.name)
         if text is None:
             text = environ.get(item.name.upper())
-        if text is None or (text == "" and (item.type != "str" or item.metadata["choices"])):
+        if not text:
             continue
         values[item.name] = _convert(item.name, _KINDS[str(item.type)], text, item.metadata)
     if not values.get("amqp_url"):

@@ -28,6 +28,7 @@ PIPELINE_DEPTH = 32  # requests of one connection under way; beyond it we stop r
 LINGER_SECONDS = 2.0  # how long a refused client may finish talking, so that its kernel does not drop our answer
 LINGER_BYTES = 1 << 20
 SLOWEST_BODY_BYTES_PER_SECOND = 16_000
+HANDSHAKE_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +47,13 @@ class ServerLimits:
 class Exchange:
     """One request and its answer, which may come at any time, once."""
 
-    __slots__ = ("_connection", "began", "close", "head", "response", "route", "size")
+    __slots__ = ("_connection", "began", "close", "head", "response", "route")
 
     def __init__(self, connection: Connection, head: Head | None, began: float) -> None:
         self._connection = connection
         self.head = head  # None: the request could not be read
         self.began = began
         self.route = ""
-        self.size = 0
         self.close = head is None or not head.keep_alive
         self.response: bytes | None = None
 
@@ -61,7 +61,7 @@ class Exchange:
         """Answer; `extra` is whole header lines, each with its CRLF. An answer to a client that left goes nowhere."""
         connection = self._connection
         server = connection.server
-        if server.draining:
+        if server.draining and connection.exchanges and connection.exchanges[-1] is self:  # the last one, not any
             self.close = True
         head = self.head
         self.response = http1.response(
@@ -107,6 +107,7 @@ class Connection(asyncio.Protocol):
         "_reading",
         "_since",
         "_stuck_since",
+        "_unsent",
         "exchanges",
         "server",
         "transport",
@@ -124,6 +125,7 @@ class Connection(asyncio.Protocol):
         self._lingering: float | None = None  # we have said our last; until this time the client may finish
         self._drained = 0
         self._accounted = 0
+        self._unsent = 0  # bytes of answers that the client does not read, while it is stuck
         self._pumping = False
         self._reading = True
         self._eof = False
@@ -133,13 +135,16 @@ class Connection(asyncio.Protocol):
         server = self.server
         server.connections.add(self)
         self._since = server.now()
-        if len(server.connections) > server.limits.connections:
+        if server.draining:
+            self.transport.close()
+        elif len(server.connections) > server.limits.connections:
             self._refuse(HttpError(503, "too many connections", (("Retry-After", "1"),)))
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.transport = None
         self.exchanges.clear()
         self._account(0)
+        self._account_unsent(0)
         self.server.connection_closed(self)
 
     def data_received(self, data: bytes) -> None:
@@ -161,15 +166,18 @@ class Connection(asyncio.Protocol):
         if self._pumping:
             return
         self._pumping = True
-        going_on = True
-        while going_on:
-            try:
-                self._handle_requests()
-            except HttpError as error:
-                self._refuse(error)
-            self._account(self._parser.buffered_bytes)
-            going_on = self._write_answers()
-        self._pumping = False
+        try:
+            going_on = True
+            while going_on:
+                try:
+                    self._handle_requests()
+                except (HttpError, InvalidEvent, Unavailable) as error:
+                    error.__traceback__ = None
+                    self._refuse(error)
+                self._account(self._parser.buffered_bytes)
+                going_on = self._write_answers()
+        finally:
+            self._pumping = False
 
     def flush(self) -> None:
         """Write the answers that are due; called whenever one has come."""
@@ -189,6 +197,8 @@ class Connection(asyncio.Protocol):
             try:
                 server.handle(request, exchange)
             except (HttpError, InvalidEvent, Unavailable) as error:
+                # Its frames hold the request; with a frame that holds the error it is a cycle: memory until a gc.
+                error.__traceback__ = None
                 exchange.fail(error)
             except Exception:
                 log.exception("a bug: %s %s", request.head.method.decode(), request.head.target.decode())
@@ -218,10 +228,18 @@ class Connection(asyncio.Protocol):
         if buffered_bytes and self.server.buffered_bytes > self.server.limits.buffered_bytes and not self._closing():
             self._refuse(HttpError(503, "too many large requests at once; try again", (("Retry-After", "1"),)))
 
+    def _account_unsent(self, unsent_bytes: int) -> None:
+        """Answers that nobody reads count as well: beyond the bound, who does not read is cut off."""
+        self.server.buffered_bytes += unsent_bytes - self._unsent
+        self._unsent = unsent_bytes
+        over = self.server.buffered_bytes > self.server.limits.buffered_bytes
+        if unsent_bytes and over and self.transport is not None:
+            self.transport.abort()
+
     def _closing(self) -> bool:
         return self._lingering is not None or bool(self.exchanges and self.exchanges[-1].close)
 
-    def _refuse(self, error: HttpError) -> None:
+    def _refuse(self, error: HttpError | InvalidEvent | Unavailable) -> None:
         """Answer what cannot be read, behind the answers still due, and close then."""
         exchange = Exchange(self, None, self.server.now())
         self.exchanges.append(exchange)
@@ -230,10 +248,10 @@ class Connection(asyncio.Protocol):
     def _write_answers(self) -> bool:
         """Write the answers that are due, in the order of their requests. Tells whether there may be more to handle."""
         transport, exchanges = self.transport, self.exchanges
-        if transport is None or not exchanges or exchanges[0].response is None:
+        if transport is None or transport.is_closing() or not exchanges or exchanges[0].response is None:
             return False
         answers = []
-        while exchanges and not transport.is_closing():
+        while exchanges:
             exchange = exchanges[0]
             if exchange.response is None:
                 break
@@ -245,9 +263,11 @@ class Connection(asyncio.Protocol):
                 self._finish(polite=exchange.head is not None and self._parser.idle)
                 return False
         transport.write(answers[0] if len(answers) == 1 else b"".join(answers))
+        if self._stuck_since is not None:
+            self._account_unsent(transport.get_write_buffer_size())
         if not self._partial:
             self._since = self.server.now()
-        if self._eof and not exchanges and self._parser.idle:
+        if (self._eof or self.server.draining) and not exchanges and self._parser.idle:
             transport.close()
             return False
         if not self._reading and self._stuck_since is None:
@@ -284,6 +304,7 @@ class Connection(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self._stuck_since = None
+        self._account_unsent(0)
         if len(self.exchanges) < PIPELINE_DEPTH and not self._closing():
             self._set_reading(True)
             self._pump()
@@ -314,7 +335,11 @@ class Connection(asyncio.Protocol):
 
     def drain(self) -> None:
         """Close when nothing is under way; else the last answer does it."""
-        if self.transport is not None and not self.exchanges and not self._partial and self._lingering is None:
+        if self.transport is None or self.exchanges or self._lingering is not None:
+            return
+        if self._partial:
+            self._refuse(HttpError(503, "the server is shutting down; try again", (("Retry-After", "1"),)))
+        else:
             self.transport.close()
 
 
@@ -352,7 +377,13 @@ class HttpServer:
         loop = asyncio.get_running_loop()
         try:
             self._server = await loop.create_server(
-                lambda: Connection(self), host, port, ssl=tls, reuse_port=reuse_port or None, backlog=4096
+                lambda: Connection(self),
+                host,
+                port,
+                ssl=tls,
+                ssl_handshake_timeout=HANDSHAKE_SECONDS if tls else None,
+                reuse_port=reuse_port or None,
+                backlog=4096,
             )
         except OSError as error:
             where = f"{host}:{port}"
@@ -363,11 +394,11 @@ class HttpServer:
         return int(self._server.sockets[0].getsockname()[1])
 
     def _tick(self) -> None:
+        self._sweeper = asyncio.get_running_loop().call_later(1.0, self._tick)
         self.date = formatdate(usegmt=True).encode()
         now = self.now()
         for connection in list(self.connections):
             connection.sweep(now)
-        self._sweeper = asyncio.get_running_loop().call_later(1.0, self._tick)
 
     def connection_closed(self, connection: Connection) -> None:
         self.connections.discard(connection)

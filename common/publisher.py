@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from itertools import takewhile
-from typing import Protocol
+from typing import Protocol, cast
 
 from common.errors import HttpError, Unavailable
 from common.frames import Confirm, PublishEncoder, packed_seconds
@@ -32,13 +32,14 @@ class Waiter(Protocol):
 
 
 class _Entry:
-    __slots__ = ("body", "message_id", "since", "waiter")
+    __slots__ = ("body", "message_id", "sent_before", "since", "waiter")
 
     def __init__(self, body: bytes, message_id: bytes, waiter: Waiter, since: float) -> None:
         self.body = body
         self.message_id = message_id
         self.waiter = waiter
         self.since = since
+        self.sent_before = False  # on a link that was lost
 
 
 class Publisher:
@@ -57,8 +58,6 @@ class Publisher:
         self.blocked = ""  # the broker's reason while it takes no messages
         self.down: str | None = "not connected yet"  # why there is no link
         self.draining = False
-        self.nacked = 0
-        self.returned = 0
         self._queue_name = queue_name
         self._max_unconfirmed = max_unconfirmed
         self._max_unconfirmed_bytes = max_unconfirmed_bytes
@@ -71,7 +70,6 @@ class Publisher:
         self._sent: dict[int, _Entry] = {}
         self._held: deque[_Entry] = deque()  # of a lost link, oldest first
         self._next_tag = 1
-        self._lowest_tag = 1
         self._confirmed_at = 0.0
         self._stamp_second = -1
         self._stamp = b""
@@ -112,9 +110,7 @@ class Publisher:
             or self.unconfirmed_bytes >= self._max_unconfirmed_bytes
             or len(self._sent) + len(self._held) >= self._max_unconfirmed
         ):
-            refusal = self.trouble()
-            assert refusal is not None
-            raise refusal
+            raise cast(Unavailable, self.trouble())  # no variable of this frame: it would hold the event in a cycle
         self.unconfirmed_bytes += len(body)
         self._send(lane, _Entry(body, message_id, waiter, self._now()))
 
@@ -132,10 +128,11 @@ class Publisher:
         """A new channel: its tags begin at 1, and what is held goes out again first."""
         self._lane, self.down, self.blocked = lane, None, ""
         self._encoder = PublishEncoder(self._queue_name, frame_max)
-        self._next_tag = self._lowest_tag = 1
+        self._next_tag = 1
         self._confirmed_at = self._now()
         held, self._held = self._held, deque()
         for entry in held:
+            entry.sent_before = True
             self._send(lane, entry)
 
     def link_down(self, reason: str) -> None:
@@ -150,11 +147,8 @@ class Publisher:
         sent = self._sent
         for tag, multiple, ok in confirms:
             if multiple:
-                for lower in range(self._lowest_tag, tag):
-                    entry = sent.pop(lower, None)
-                    if entry is not None:
-                        self._settle(entry, ok, now)
-                self._lowest_tag = max(self._lowest_tag, tag + 1)
+                for lower in list(takewhile(tag.__gt__, sent)):
+                    self._settle(sent.pop(lower), ok, now)
             entry = sent.pop(tag, None)
             if entry is not None:
                 self._settle(entry, ok, now)
@@ -163,8 +157,9 @@ class Publisher:
         self.unconfirmed_bytes -= len(entry.body)
         if ok:
             entry.waiter.confirmed(now - entry.since)
+        elif entry.sent_before:  # what became of the first copy is not known
+            entry.waiter.failed(_unknown())
         else:
-            self.nacked += 1
             entry.waiter.failed(Unavailable("nacked", "the broker could not take the event; try again"))
 
     # Time
@@ -183,13 +178,7 @@ class Publisher:
 
     def _expire(self, entry: _Entry) -> None:
         self.unconfirmed_bytes -= len(entry.body)
-        entry.waiter.failed(
-            HttpError(
-                504,
-                "no confirm from the broker in time: the event may or may not be stored; "
-                "a retry with the same Idempotency-Key is safe",
-            )
-        )
+        entry.waiter.failed(_unknown())
 
     def fail_all(self) -> None:
         """The end of a drain that took too long: everything under way gets its 504."""
@@ -198,3 +187,11 @@ class Publisher:
         self._sent.clear()
         for entry in entries:
             self._expire(entry)
+
+
+def _unknown() -> HttpError:
+    return HttpError(
+        504,
+        "no confirm from the broker in time: the event may or may not be stored; "
+        "a retry with the same Idempotency-Key is safe",
+    )

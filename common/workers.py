@@ -35,8 +35,8 @@ def reserve_port(host: str, port: int) -> socket.socket:
 
     Keep the socket: it holds the port (any free one for 0) while workers come and go.
     """
-    family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
     try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         with socket.socket(
             family, socket.SOCK_STREAM
         ) as probe:  # without SO_REUSEPORT: nobody may be here, not even another predlog
@@ -75,6 +75,8 @@ def supervise(count: int, work: Callable[[int, int], int], shutdown_seconds: flo
         code = 1
         try:
             code = work(index, alive_read)
+        except BaseException:
+            log.exception("worker %d failed", index)
         finally:
             os._exit(code)
 
@@ -109,7 +111,7 @@ def supervise(count: int, work: Callable[[int, int], int], shutdown_seconds: flo
         elif now >= kill_at and workers:
             log.error("%d worker(s) did not stop in time; killed", len(workers))
             _tell(workers, signal.SIGKILL)
-            kill_at = now + 60
+            kill_at, exit_code = now + 60, exit_code or 1
     return max(exit_code, 0)
 
 

@@ -232,8 +232,7 @@ def test_clients_that_vanish_leave_nothing_behind(shared: Service) -> None:
     wait_for(settled)
     before, open_files = memory(), len(list(fds.iterdir()))
     flood(2000)
-    wait_for(settled)
-    assert len(list(fds.iterdir())) <= open_files
+    wait_for(lambda: settled() and len(list(fds.iterdir())) <= open_files)
     assert memory() - before < 4 * 2**20
     assert post(shared, EVENT)[0] == 200
 
@@ -244,3 +243,50 @@ def test_logs_hold_nothing_of_a_request(producer: Start) -> None:
     post(service, {"device_id": "forged\nid"})
     for word in ("forged", "hush-hush"):
         assert word not in service.log()
+
+
+def test_a_reset_in_a_full_pipeline_hangs_nobody(shared: Service) -> None:
+    for _ in range(100):
+        with connected(shared) as client:
+            client.sendall(request() * 200)
+            reset(client)
+    assert post(shared, EVENT)[0] == 200
+
+
+def test_a_stop_answers_every_pipelined_request_and_waits_for_no_half_sent_one(producer: Start) -> None:
+    service = producer(SHUTDOWN_TIMEOUT_MS=30_000)
+    with connected(service) as whole, connected(service) as half:
+        half.sendall(request()[:-5])
+        whole.sendall(request() * 20)
+        assert whole.recv(4).startswith(b"HTTP")  # the requests have been read
+        began = time.monotonic()
+        service.process.terminate()
+        answers = b"HTTP" + read_all(whole)  # what was read above is its beginning
+        assert read_all(half).startswith(b"HTTP/1.1 503 ")
+    assert answers.count(b"HTTP/1.1 ") == 20
+    assert service.process.wait(20) == 0
+    assert time.monotonic() - began < 15
+
+
+def test_memory_is_bounded_while_the_broker_is_away(producer: Start) -> None:
+    service = producer(wait=False, AMQP_URL="amqp://127.0.0.1:1/")
+    wait_for(lambda: call_status(service, b"") == 422)
+    body = json.dumps({**EVENT, "client_id": "x" * 200_000}).encode()
+    statm = Path(f"/proc/{service.process.pid}/statm")
+
+    def megabytes() -> float:
+        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGESIZE") / 2**20
+
+    for _ in range(20):
+        assert call_status(service, body) == 503
+    before = megabytes()
+    for _ in range(1000):  # 200 MB in all
+        assert call_status(service, body) == 503
+    assert megabytes() - before < 50
+
+
+def call_status(service: Service, body: bytes) -> int:
+    try:
+        return call(service, "POST", "/process", body)[0]
+    except ConnectionError:  # it does not listen yet
+        return 0

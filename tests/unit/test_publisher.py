@@ -189,3 +189,12 @@ def test_a_drain_that_takes_too_long_answers_everything() -> None:
     bench.publisher.fail_all()
     assert (sent.outcomes, held.outcomes) == ([504], [504])
     assert bench.publisher.unconfirmed_bytes == 0
+
+
+def test_a_nack_of_an_event_that_was_published_before_leaves_its_outcome_unknown() -> None:
+    bench = Bench()
+    waiter = bench.publish()
+    bench.publisher.link_down("cut")
+    bench.publisher.link_up(bench.lane, 131072)
+    bench.publisher.confirms([Confirm(1, False, False)])
+    assert waiter.outcomes == [504]
