@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import NamedTuple, TypeVar
 
 from common import __version__, amqp, batch, config, dead_letter_commands, dead_letters, event, frames, lifecycle
@@ -35,6 +36,8 @@ HELD_BACK_BYTES = 64 * 1024 * 1024  # of deliveries in memory; beyond it the bro
 RETRY_FIRST_SECONDS, RETRY_MOST_SECONDS = 0.1, 5.0
 STANDBY_POLL_SECONDS = 0.25
 IDLE_SECONDS = 1.0
+# A producer that reconnects publishes all that is unconfirmed (4,096 by default) again.
+LEAST_DEDUP_WINDOW = 16_384
 
 
 class Prepared(NamedTuple):
@@ -139,6 +142,7 @@ class Consumer:
         self._wake = asyncio.Event()
         self._draining = False
         self._reopen_due = False
+        self._rotation_trouble = False
 
     # The broker
 
@@ -147,6 +151,8 @@ class Consumer:
         settings = self._settings
         await amqp.declare(link.channel, settings.queue_name, amqp.QUEUE_ARGUMENTS)
         await amqp.declare(link.channel, amqp.dead_letter_queue(settings.queue_name), amqp.DEAD_LETTER_ARGUMENTS)
+        if self._draining:
+            return  # nothing new; the link is only kept up
         async with asyncio.timeout(amqp.CONNECT_TIMEOUT_SECONDS):
             await link.channel.basic_qos(prefetch_count=settings.prefetch_count)
             self._link, self.down = link, ""
@@ -159,6 +165,8 @@ class Consumer:
         self._link, self.down = None, reason
         self._pending.take()
         self._held.clear()
+        for task in self._burials:  # these messages come again too
+            task.cancel()
         self._counters.metrics.values[self._counters.reconnects] += 1.0
 
     def on_deliveries(self, deliveries: list[Delivery]) -> None:
@@ -192,22 +200,19 @@ class Consumer:
 
     async def _batch_is_due(self) -> bool:
         """Wait for the next batch; False once there is nothing more to come."""
-        idle = False
         while True:
-            await self._between_batches(idle)
+            await self._between_batches()
             wait = self._pending.due_in(self._loop.time())
             if wait == 0.0 or (self._draining and wait is not None):
                 return True
             if self._draining:
                 return False
             self._wake.clear()
-            try:
-                await asyncio.wait_for(self._wake.wait(), IDLE_SECONDS if wait is None else wait)
-                idle = False
-            except TimeoutError:
-                idle = wait is None
+            with suppress(TimeoutError):  # not wait_for: that of Python 3.11 may swallow a cancellation
+                async with asyncio.timeout(IDLE_SECONDS if wait is None else wait):
+                    await self._wake.wait()
 
-    async def _between_batches(self, idle: bool) -> None:
+    async def _between_batches(self) -> None:
         """What may only happen while no batch is under way: rotation, reopening."""
         settings, store = self._settings, self._store
         try:
@@ -218,10 +223,11 @@ class Consumer:
             if self._reopen_due:
                 self._reopen_due = False
                 await self._in_thread(store.reopen)
+            self._rotation_trouble = False
         except OSError as error:
-            log.error(
-                "cannot begin a new file: %s: %s; trying again with the next batch", error.filename, error.strerror
-            )
+            if not self._rotation_trouble:
+                log.error("cannot begin a new file: %s: %s; trying on", error.filename, error.strerror)
+            self._rotation_trouble = True
 
     async def _store_until_done(self, prepared: Prepared) -> None:
         """Append a batch; in trouble (disk full, I/O error) wait and try again: nothing is acked before it is safe."""
@@ -256,13 +262,21 @@ class Consumer:
             link.lane.send([frames.acks(batch.acks(tags, self._held))])
 
     def _bury(self, link: amqp.Link | None, poison: Sequence[tuple[Delivery, str]]) -> None:
+        if link is not self._link:
+            return  # they come again, on the new link
         for delivery, reason in poison:
             log.warning("a message that is not an event goes to the dead letters: %s", reason)
-            if link is self._link:
-                self._held[delivery.delivery_tag] = self._loop.time()
+            self._held[delivery.delivery_tag] = self._loop.time()
             task = asyncio.create_task(self._bury_one(link, delivery, reason))
             self._burials.add(task)
-            task.add_done_callback(self._burials.discard)
+            task.add_done_callback(self._buried)
+
+    def _buried(self, task: asyncio.Task[None]) -> None:
+        self._burials.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("a bug: a message could not be buried", exc_info=task.exception())
+            if self._link is not None:
+                self._link.lane.fail("a message could not be buried")
 
     async def _bury_one(self, link: amqp.Link | None, delivery: Delivery, reason: str) -> None:
         await self._dead_letters.bury(delivery, reason)
@@ -304,16 +318,16 @@ class Consumer:
 
     async def drain(self, running: asyncio.Task[None]) -> None:
         """Take no more deliveries; store, ack and bury what is here."""
-        link = self._link
+        link, self._draining = self._link, True
         if link is not None and link.lane.lost is None:
             try:
+                # No answer wanted: it would come behind all deliveries under way, and not at all while held back.
                 async with asyncio.timeout(amqp.CLOSE_TIMEOUT_SECONDS):
-                    await link.channel.basic_cancel(self._consumer_tag)
-            except (*amqp.CONNECTION_ERRORS, asyncio.CancelledError) as error:
+                    await link.channel.basic_cancel(self._consumer_tag, nowait=True)
+            except (Exception, asyncio.CancelledError) as error:
                 if amqp.cancelled():
                     raise
                 log.debug("while cancelling: %r", error)
-        self._draining = True
         self._wake.set()
         await running
         if self._burials:
@@ -394,7 +408,11 @@ async def serve(settings: ConsumerSettings) -> None:
         store = await loop.run_in_executor(
             thread,
             lambda: Store.open(
-                settings.csv_file, settings.dedup_window, settings.prefetch_count, log, settings.rotate_gzip
+                settings.csv_file,
+                max(settings.dedup_window, LEAST_DEDUP_WINDOW),
+                settings.prefetch_count,
+                log,
+                settings.rotate_gzip,
             ),
         )
         consumer = health.consumer = Consumer(settings, store, thread, counters)

@@ -68,18 +68,19 @@ class Link:
 
     async def close(self) -> None:
         """Say good-bye if the broker listens; never wait for one that does not."""
-        if self.lane.lost is None:
-            try:
+        try:
+            if self.lane.lost is None:
                 await asyncio.wait_for(asyncio.shield(self.connection.close()), CLOSE_TIMEOUT_SECONDS)
-            except asyncio.CancelledError:
-                if cancelled():
-                    raise
-            except Exception as error:
-                log.debug("while closing: %r", error)
-        self.lane.fail("closed")
-        reaping = asyncio.ensure_future(_reap(self.connection))
-        _reapings.add(reaping)
-        reaping.add_done_callback(_reapings.discard)
+        except asyncio.CancelledError:
+            if cancelled():
+                raise
+        except Exception as error:
+            log.debug("while closing: %r", error)
+        finally:
+            self.lane.fail("closed")
+            reaping = asyncio.ensure_future(_reap(self.connection))
+            _reapings.add(reaping)
+            reaping.add_done_callback(_reapings.discard)
 
 
 _reapings: set[asyncio.Future[None]] = set()  # the loop itself holds no strong reference to a task
@@ -116,7 +117,11 @@ async def open_link(url: str, name: str, high_water_bytes: int = 2**20) -> Link:
             factory.lane.fail("not opened")
         if said is not None and "NOT_ALLOWED" in said:  # aiormq reports this answer to connection.open as a frame error
             raise aiormq.exceptions.ConnectionNotAllowed(said.removeprefix("closed: ")) from None
+        if isinstance(error, FileNotFoundError | PermissionError) and error.filename:  # of cafile, certfile or keyfile
+            raise StartupError(f"AMQP_URL names a file that cannot be read: {error.filename}") from None
         if isinstance(error, asyncio.CancelledError) and not cancelled():
+            raise ConnectionError("the connection was cut while opening") from None
+        if type(error) is Exception:  # aiormq reports a cut during channel.open as a bare Exception
             raise ConnectionError("the connection was cut while opening") from None
         raise
     assert factory.lane is not None
@@ -210,10 +215,16 @@ async def keep_up(
             if cancelled():
                 raise
             trouble = "the connection was cut; connecting again"
+        except Exception as error:  # a bare one is aiormq's way to report a cut during a call
+            if type(error) is not Exception:
+                log.exception("%s: unexpected", name)
+            trouble = "the connection was cut; connecting again"
         finally:
             if link is not None:
                 link.lane.on_lost = lambda _: None
                 await link.close()
+        if cancelled():  # aiormq may turn our cancellation into the error of a loss at the same moment
+            raise asyncio.CancelledError
         if link is not None:
             on_down(trouble)
         if not waiting:

@@ -138,9 +138,8 @@ class DeadLetters:
         copy = dead_copy(delivery, self._queue_name, reason, datetime.now(UTC), uuid.uuid4().hex.encode())
         refusals = 0
         while True:
-            await self._is_up.wait()
-            outbox = self._outbox
-            assert outbox is not None
+            while (outbox := self._outbox) is None:  # it may be down again before a waiter wakes
+                await self._is_up.wait()
             future = outbox.publish(self._dead, copy, bare=refusals >= REFUSALS_BEFORE_BARE)
             await outbox.wait([future])
             error = future.exception()

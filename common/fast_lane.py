@@ -83,7 +83,7 @@ class FastLane(asyncio.StreamReaderProtocol):
 
     def keep_alive(self) -> None:
         """Call now and then while held back: aiormq's liveness clock must not take our own pause for a dead broker."""
-        if self._held_back:
+        if self._held_back and self.lost is None:
             self._cold_reader.feed_data(frames.HEARTBEAT)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:

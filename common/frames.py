@@ -293,6 +293,6 @@ def message_id(header: bytes) -> bytes | None:
                     if kind == "s"
                     else 4 + int.from_bytes(header[at : at + 4], "big")
                 )
-        return header[at + 1 : at + 1 + header[at]]
+        return header[at + 1 : at + 1 + header[at]] or None  # an empty one names nothing
     except IndexError:
         raise FrameError("a content header that ends too early") from None

@@ -322,7 +322,8 @@ def _is_intact(file: CsvFile, size: int, state: FileState) -> bool:
 def _cut_renamed(path: str, state: FileState, notes: list[str]) -> None:
     """After a crash: finds the file that we wrote under another name (logrotate) and sets its uncommitted end aside."""
     with os.scandir(os.path.dirname(path)) as entries:
-        names = [entry.path for entry in entries if entry.inode() == state.inode and entry.is_file()]
+        # Not our own: it is open already, and a reboot may have given its disk another device number.
+        names = [e.path for e in entries if e.inode() == state.inode and e.is_file() and e.path != path]
     for name in names:
         file = CsvFile(name)
         try:

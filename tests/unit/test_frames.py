@@ -237,3 +237,10 @@ def test_the_end_of_a_channel_is_noticed_and_still_handed_to_aiormq(frame: Frame
 
 def test_a_broker_that_wants_another_protocol_is_left_to_aiormq() -> None:
     assert FrameDecoder().feed(b"AMQP\x00\x00\x09\x01") == b"AMQP\x00\x00\x09\x01"
+
+
+def test_an_empty_message_id_is_none() -> None:
+    properties = commands.Basic.Properties(message_id="x", delivery_mode=2)
+    header = wire((1, ContentHeader(body_size=1, properties=properties)))[7:-1]
+    assert frames.message_id(header) == b"x"
+    assert frames.message_id(header.replace(b"\x01x", b"\x00")) is None
