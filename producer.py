@@ -92,7 +92,7 @@ async def serve(
         settings.max_unconfirmed,
         settings.max_unconfirmed_bytes,
         settings.confirm_timeout_ms / 1000,
-        loop.time,
+        time.monotonic,
         time.time,
     )
     api = Api(settings, publisher, counters, rows or (counters.metrics.values,))

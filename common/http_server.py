@@ -11,6 +11,7 @@ import asyncio
 import errno
 import logging
 import ssl
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -174,7 +175,8 @@ class Connection(asyncio.Protocol):
                 except (HttpError, InvalidEvent, Unavailable) as error:
                     error.__traceback__ = None
                     self._refuse(error)
-                self._account(self._parser.buffered_bytes)
+                if self._accounted or not self._parser.idle:
+                    self._account(self._parser.buffered_bytes)
                 going_on = self._write_answers()
         finally:
             self._pumping = False
@@ -203,6 +205,8 @@ class Connection(asyncio.Protocol):
             except Exception:
                 log.exception("a bug: %s %s", request.head.method.decode(), request.head.target.decode())
                 exchange.fail(HttpError(500, "internal error; the log has the details"))
+            if parser.idle:
+                return
         self._set_reading(False)
 
     def _wait_for_more(self) -> None:
@@ -251,12 +255,9 @@ class Connection(asyncio.Protocol):
         if transport is None or transport.is_closing() or not exchanges or exchanges[0].response is None:
             return False
         answers = []
-        while exchanges:
-            exchange = exchanges[0]
-            if exchange.response is None:
-                break
-            exchanges.popleft()
-            answers.append(exchange.response)
+        while exchanges and (response := exchanges[0].response) is not None:
+            exchange = exchanges.popleft()
+            answers.append(response)
             if exchange.close:
                 transport.write(b"".join(answers))
                 exchanges.clear()
@@ -367,7 +368,7 @@ class HttpServer:
         self.buffered_bytes = 0
         self.draining = False
         self.date = formatdate(usegmt=True).encode()
-        self.now = asyncio.get_running_loop().time
+        self.now = time.monotonic  # uvloop's own clock stands still while callbacks run, and counts whole milliseconds
         self._server: asyncio.Server | None = None
         self._empty = asyncio.Event()
         self._sweeper: asyncio.TimerHandle | None = None

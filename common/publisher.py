@@ -43,7 +43,7 @@ class _Entry:
 
 
 class Publisher:
-    """Publishes to one queue. Times are the loop's seconds; `now` and `wall` are its two clocks, passed in."""
+    """Publishes to one queue. `now` is a monotonic clock, `wall` the time of day, both in seconds."""
 
     def __init__(
         self,
