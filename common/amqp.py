@@ -23,7 +23,7 @@ from common.frames import HOT_CHANNEL
 log = logging.getLogger("predlog.amqp")
 
 CONNECT_TIMEOUT_SECONDS = 10.0
-CLOSE_TIMEOUT_SECONDS = 2.0
+CLOSE_TIMEOUT_SECONDS = 1.5
 HEARTBEAT_SECONDS = 10  # aiormq takes the broker for dead after three missed ones
 BACKOFF_FIRST_SECONDS, BACKOFF_MOST_SECONDS = 0.1, 3.0
 SETTLED_SECONDS = 5.0  # a connection that lived so long begins its back-off anew
@@ -117,8 +117,6 @@ async def open_link(url: str, name: str, high_water_bytes: int = 2**20) -> Link:
             factory.lane.fail("not opened")
         if said is not None and "NOT_ALLOWED" in said:  # aiormq reports this answer to connection.open as a frame error
             raise aiormq.exceptions.ConnectionNotAllowed(said.removeprefix("closed: ")) from None
-        if isinstance(error, FileNotFoundError | PermissionError) and error.filename:  # of cafile, certfile or keyfile
-            raise StartupError(f"AMQP_URL names a file that cannot be read: {error.filename}") from None
         if isinstance(error, asyncio.CancelledError) and not cancelled():
             raise ConnectionError("the connection was cut while opening") from None
         if type(error) is Exception:  # aiormq reports a cut during channel.open as a bare Exception

@@ -147,6 +147,8 @@ def load(cls: type[S], flags: argparse.Namespace, environ: Mapping[str, str]) ->
         host = values.get("rabbitmq_host") or ""
         values["amqp_url"] = f"amqp://guest:guest@{host}:5672/" if host else DEFAULT_AMQP_URL
     _check_amqp_url(values["amqp_url"])
+    for name in ("http_host", "health_host", "rabbitmq_host"):
+        _check_host(name.upper(), values.get(name, ""))
     if not 0 < len(values.get("queue_name", "predictions").encode()) <= 250:
         raise SettingError("QUEUE_NAME must have 1 to 250 bytes (AMQP allows 255, '.dead' takes 5)")
     if bool(values.get("tls_cert")) != bool(values.get("tls_key")):
@@ -154,6 +156,13 @@ def load(cls: type[S], flags: argparse.Namespace, environ: Mapping[str, str]) ->
     if not all(33 <= ord(c) <= 126 for c in values.get("api_token", "").replace(",", "")):
         raise SettingError("API_TOKEN must be visible ASCII characters, several tokens separated by commas")
     return cls(**values)
+
+
+def _check_host(name: str, host: str) -> None:
+    try:
+        host.encode("idna")
+    except UnicodeError:
+        raise SettingError(f"{name} is no host name or address") from None
 
 
 def _check_amqp_url(url: str) -> None:
@@ -164,6 +173,7 @@ def _check_amqp_url(url: str) -> None:
         raise SettingError("AMQP_URL has a port that is no number from 1 to 65535") from None
     if parts.scheme not in ("amqp", "amqps") or not parts.hostname or port == 0:
         raise SettingError("AMQP_URL must look like amqp://user:password@host:5672/vhost (or amqps://)")
+    _check_host("the host in AMQP_URL", parts.hostname)
 
 
 def masked_url(url: str) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 from aiormq import AMQPConnectionError, TransportFactory
 
 from common import frames
+from common.errors import StartupError
 
 if TYPE_CHECKING:
     from yarl import URL
@@ -168,7 +169,12 @@ class FastLaneFactory(TransportFactory):
     async def create(self, url: URL, **kwargs: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         loop = asyncio.get_running_loop()
         reader = asyncio.StreamReader(loop=loop)
-        tls = await kwargs["ssl_context_provider"].get_context() if url.scheme == "amqps" else None
+        try:
+            tls = await kwargs["ssl_context_provider"].get_context() if url.scheme == "amqps" else None
+        except OSError as error:  # also ssl.SSLError; neither names the file
+            files = ", ".join(url.query[key] for key in ("cafile", "certfile", "keyfile") if key in url.query)
+            why = error.strerror or error
+            raise StartupError(f"AMQP_URL names a file that cannot be used: {files} ({why})") from None
         lane = FastLane(reader, loop)
         try:
             transport, _ = await loop.create_connection(lambda: lane, url.host or "", url.port or 0, ssl=tls)

@@ -46,7 +46,7 @@ class TextFormatter(logging.Formatter):
         when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         line = f"{when}.{int(record.msecs):03}Z {self._prog} {record.levelname.lower()} {escaped(record.getMessage())}"
         if record.exc_info:
-            line += "\n" + self.formatException(record.exc_info)
+            line += "\n" + "\n".join(map(escaped, self.formatException(record.exc_info).splitlines()))
         colour = _COLOURS.get(record.levelno) if self._colour else None
         return f"{colour}{line}\x1b[0m" if colour else line
 
@@ -69,7 +69,7 @@ class JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             entry["exception"] = self.formatException(record.exc_info)
-        return json.dumps(entry, ensure_ascii=False)
+        return json.dumps(entry)
 
 
 def set_up_logging(prog: str, level: str, fmt: str, stream: TextIO | None = None) -> None:

@@ -294,7 +294,11 @@ def _recover(file: CsvFile, existed: bool, left: tuple[FileState, bool] | None, 
         _cut_renamed(file.path, state, notes)
     # Every CSV of this kind begins with the header. When no more than that was committed, rows after it are taken for
     # the rest of a crash only in the very file that we wrote; otherwise somebody put a file with rows there.
-    known = state.committed_bytes > len(HEADER) or size == state.committed_bytes or (same and not clean)
+    known = (
+        state.committed_bytes > len(HEADER)
+        or size == state.committed_bytes
+        or (file.inode == state.inode and not clean)
+    )
     if existed and known and _is_intact(file, size, state):
         if size > state.committed_bytes:
             aside = file.set_aside(state.committed_bytes)

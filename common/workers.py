@@ -48,10 +48,9 @@ def reserve_port(host: str, port: int) -> socket.socket:
         shared.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         shared.bind((host, port))
         return shared
-    except OSError as error:
-        raise StartupError(
-            f"cannot listen on {host}:{port}: {error.strerror}; stop the other program, or set HTTP_PORT"
-        ) from None
+    except (OSError, UnicodeError) as error:  # UnicodeError: no name at all, to the codec of host names
+        why = getattr(error, "strerror", None) or error
+        raise StartupError(f"cannot listen on {host}:{port}: {why}; stop the other program, or set HTTP_PORT") from None
 
 
 def supervise(count: int, work: Callable[[int, int], int], shutdown_seconds: float) -> int:

@@ -55,6 +55,7 @@ def test_rabbitmq_host_is_the_original_s_way_and_amqp_url_wins() -> None:
         ("HTTP_PORT", "http"), ("HTTP_PORT", "65536"), ("HTTP_PORT", "-1"), ("WORKERS", "0"), ("LOG_LEVEL", "loud"),
         ("MAX_BODY_BYTES", "8MiB"), ("API_TOKEN", "two words"), ("AMQP_URL", "localhost:5672"), ("AMQP_URL", "amqp://h:x/"),
         ("AMQP_URL", "http://h/"), ("TLS_CERT", "only-this.pem"), ("PROTECT_PAGES", "maybe"), ("QUEUE_NAME", "q" * 251),
+        ("HTTP_HOST", "a..b"), ("AMQP_URL", "amqp://a..b/"),
     ],
 )  # fmt: skip
 def test_a_bad_value_is_one_line_that_names_the_variable(name: str, value: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gzip
+import json
 import logging
 import os
 import re
@@ -11,6 +12,7 @@ import shutil
 import signal
 import tempfile
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import count
@@ -220,6 +222,30 @@ def test_a_restored_copy_with_another_inode_is_still_our_file(case: Case) -> Non
         file.write(b"torn")
     assert "4 bytes that the last run had not committed were moved" in case.restart()
     assert case.content == HEADER + rows(1, 2, 9)
+
+
+@pytest.mark.parametrize("tail", [b"", row(3), row(3)[:20]])
+def test_after_a_crash_the_same_inode_under_another_device_number_is_still_our_file(case: Case, tail: bytes) -> None:
+    crash(case.store)
+    case.path.write_bytes(case.content + tail)
+    renumber_device(case.journal)  # as a reboot does to NVMe, LVM and NFS
+    line = case.restart()
+    assert ("that the last run had not committed were moved" in line) == bool(tail)
+    assert "the file of the last run is now" not in line
+    assert case.content == HEADER + rows(1, 2, 9)
+    assert asides(case.folder) == ([tail] if tail else [])
+    assert all(map(case.store.seen, ids(1, 2)))
+
+
+def renumber_device(journal: Path) -> None:
+    """Makes each commit in the journal speak of another device."""
+    lines = []
+    for line in journal.read_bytes().splitlines():
+        commit = json.loads(line.partition(b" ")[2])
+        commit["file"]["device"] += 1
+        text = json.dumps(commit).encode()
+        lines.append(b"%08x %b\n" % (zlib.crc32(text), text))
+    journal.write_bytes(b"".join(lines))
 
 
 @pytest.mark.parametrize("how", ["over the file", "as a new file"])

@@ -1,0 +1,175 @@
+"""One connection kept up for ever: cut, cancelled or refused at any moment, it comes back or ends, and never hangs."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from common import amqp
+from common.errors import StartupError
+from scripts.rabbitmq import free_port
+from tests.proxy import Proxy
+from tests.rabbitmq import RabbitMQ
+
+AT_ONCE = 8  # connections kept up side by side
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No pause between attempts, and no account of aiormq's, as in production."""
+    monkeypatch.setattr(amqp, "BACKOFF_FIRST_SECONDS", 0.0)
+    for name in ("aiormq", "aiormq.connection", "aiormq.channel"):
+        monkeypatch.setattr(logging.getLogger(name), "level", logging.CRITICAL)
+
+
+async def ignore(_: object) -> None: ...
+
+
+class Kept:
+    """A connection kept up, set up as the consumer's is."""
+
+    def __init__(self, url: str, queue_name: str) -> None:
+        self.connected = asyncio.Event()
+        self.downs: list[str] = []
+        self._queue_name = queue_name
+        self._link: amqp.Link | None = None
+        self.task = asyncio.create_task(amqp.keep_up(url, "test", self._prepare, self._down))
+
+    async def _prepare(self, link: amqp.Link) -> None:
+        await amqp.declare(link.channel, self._queue_name, amqp.QUEUE_ARGUMENTS)
+        async with asyncio.timeout(amqp.CONNECT_TIMEOUT_SECONDS):
+            await link.channel.basic_qos(prefetch_count=10)
+            await link.channel.basic_consume(self._queue_name, ignore)
+        self._link = link
+        self.connected.set()
+
+    def _down(self, reason: str) -> None:
+        self.connected.clear()
+        self.downs.append(reason)
+
+    async def until_connected_through(self, proxy: Proxy) -> None:
+        """Until it is connected and all cuts are behind it; raises what keep_up raised."""
+        while proxy.cuts or not self.connected.is_set() or self._link is None or self._link.lane.lost is not None:
+            if self.task.done():
+                self.task.result()
+            await asyncio.sleep(0.005)
+
+    async def end(self) -> None:
+        self.task.cancel()
+        done, _ = await asyncio.wait({self.task}, timeout=5)
+        assert done, "a cancelled keep_up goes on"
+
+
+@asynccontextmanager
+async def kept(url: str, queue_name: str) -> AsyncIterator[Kept]:
+    one = Kept(url, queue_name)
+    try:
+        yield one
+    finally:
+        await one.end()
+
+
+async def set_up_bytes(broker: RabbitMQ, queue_name: str) -> int:
+    """What the broker says from the first byte of the handshake to the last of the set-up."""
+    async with Proxy(broker.port) as proxy, kept(proxy.url, queue_name) as one:
+        await one.until_connected_through(proxy)
+        return proxy.passed_bytes
+
+
+@pytest.mark.parametrize("reset", [False, True], ids=["fin", "rst"])
+async def test_cut_at_any_byte_of_the_first_handshake_and_set_up_it_ends_connected(
+    broker: RabbitMQ, queue_name: str, reset: bool
+) -> None:
+    total = await set_up_bytes(broker, queue_name)
+
+    async def through_every(first: int) -> None:
+        async with Proxy(broker.port, reset) as proxy:
+            # From the end to the start of the list the place grows: until the last one, no set-up was ever complete,
+            # so that each cut is one of those after which keep_up may give up.
+            proxy.cuts = list(range(first, total + 1, AT_ONCE))[::-1]
+            async with kept(proxy.url, queue_name) as one:
+                await one.until_connected_through(proxy)
+
+    async with asyncio.timeout(60), asyncio.TaskGroup() as group:
+        for first in range(AT_ONCE):
+            group.create_task(through_every(first))
+
+
+async def test_cancelled_at_any_turn_of_the_loop_after_a_cut_it_ends(broker: RabbitMQ, queue_name: str) -> None:
+    total = await set_up_bytes(broker, queue_name)
+    for place in range(10):
+        for turns in range(20):
+            async with Proxy(broker.port, reset=turns % 2 == 1) as proxy:
+                proxy.cuts = [total * place // 9]
+                async with kept(proxy.url, queue_name) as one:
+                    await proxy.cut.wait()
+                    for _ in range(turns):
+                        await asyncio.sleep(0)
+                assert one.task.cancelled()
+
+
+async def test_cancelled_at_any_turn_of_the_loop_after_a_loss_during_a_call_it_ends(
+    broker: RabbitMQ, queue_name: str
+) -> None:
+    async with Proxy(broker.port) as proxy:
+        for turns in range(30):
+            proxy.silent = False
+            entered = asyncio.get_running_loop().create_future()
+
+            async def prepare(link: amqp.Link, entered: asyncio.Future[amqp.Link] = entered) -> None:
+                proxy.silent = True
+                entered.set_result(link)
+                await amqp.declare(link.channel, queue_name, amqp.QUEUE_ARGUMENTS)
+
+            task = asyncio.create_task(amqp.keep_up(proxy.url, "test", prepare, lambda _: None))
+            link = await entered
+            await asyncio.sleep(0.005)  # the call is under way; nothing tells when
+            assert link.lane._lane_transport is not None
+            link.lane._lane_transport.abort()
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            task.cancel()
+            done, _ = await asyncio.wait({task}, timeout=5)
+            assert done, f"cancelled {turns} turns after the loss, it goes on"
+            assert task.cancelled()
+
+
+@pytest.mark.parametrize("key", ["cafile", "certfile"])
+async def test_a_missing_certificate_file_is_one_line_that_names_it(key: str, queue_name: str) -> None:
+    url = f"amqps://guest:guest@127.0.0.1:{free_port()}/?{key}=/no/such.pem"
+    with pytest.raises(StartupError, match=r"AMQP_URL .*/no/such\.pem"):
+        async with asyncio.timeout(5), kept(url, queue_name) as one:
+            await one.task
+
+
+async def test_a_refused_port_is_waited_for_and_said_once(
+    broker: RabbitMQ, queue_name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    attempts = 0
+    open_link = amqp.open_link
+
+    async def counted(*arguments: Any) -> amqp.Link:
+        nonlocal attempts
+        attempts += 1
+        return await open_link(*arguments)
+
+    monkeypatch.setattr(amqp, "open_link", counted)
+    caplog.set_level(logging.INFO, "predlog.amqp")
+    proxy = Proxy(broker.port)
+    proxy.port = free_port()
+    async with asyncio.timeout(20), kept(proxy.url, queue_name) as one:
+        while attempts < 5:
+            await asyncio.sleep(0.005)
+        [refused] = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+        assert f"127.0.0.1:{proxy.port}" in refused
+        assert "guest:guest" not in refused
+        await proxy.listen(proxy.port)
+        await one.until_connected_through(proxy)
+        assert [record.levelno for record in caplog.records] == [logging.WARNING, logging.INFO]
+        assert one.downs == [], "only a link that was opened can go down"
+    await proxy.close()

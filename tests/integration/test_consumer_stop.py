@@ -1,0 +1,190 @@
+"""The consumer's end: whatever is under way, it stops in time; a message is a row or still in the queue."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import aiormq
+import pytest
+
+from common import amqp, frames
+from common.config import ConsumerSettings
+from common.event import dumps
+from common.frames import Delivery, PublishEncoder
+from common.store import Store
+from consumer import Consumer, Counters
+from tests.conftest import Service, Start
+from tests.proxy import Proxy
+from tests.rabbitmq import RabbitMQ
+
+BACKLOG = 4000
+SHUTDOWN_TIMEOUT_MS = 1500
+
+
+def event_of(device: str) -> bytes:
+    preds = [{"image_frame": "frame", "prob": 0.5, "tags": ["cat"]}]
+    return dumps(
+        {"device_id": device, "client_id": "c", "created_at": "t", "data": {"license_id": "l", "preds": preds}}
+    )
+
+
+async def publish(url: str, queue_name: str, bodies: list[bytes]) -> None:
+    """All of them at once, and until the broker has confirmed each."""
+    link = await amqp.open_link(url, "test")
+    await amqp.declare(link.channel, queue_name, amqp.QUEUE_ARGUMENTS)
+    encoder, unconfirmed = PublishEncoder(queue_name, link.frame_max), set(range(1, len(bodies) + 1))
+
+    def confirmed(confirms: list[frames.Confirm]) -> None:
+        for tag, multiple, ok in confirms:
+            assert ok
+            unconfirmed.difference_update([low for low in unconfirmed if low <= tag] if multiple else [tag])
+
+    link.lane.on_confirms = confirmed
+    for number, body in enumerate(bodies):
+        link.lane.send(encoder.encode(body, b"%032d" % number, frames.packed_seconds(0)))
+    await until("all is confirmed", lambda: not unconfirmed)
+    await link.close()
+
+
+async def devices_in_queue(url: str, queue_name: str) -> list[str]:
+    found: list[str] = []
+
+    async def take(message: Any) -> None:
+        found.append(json.loads(message.body)["device_id"])
+
+    async with aiormq.connect(url) as connection:
+        channel = await connection.channel()
+        there = (await channel.queue_declare(queue_name, passive=True)).message_count or 0
+        await channel.basic_consume(queue_name, take, no_ack=True)
+        await until("all is taken", lambda: len(found) >= there)
+    return found
+
+
+def devices_in_csv(csv_file: Path) -> list[str]:
+    lines = csv_file.read_text().splitlines()[1:] if csv_file.exists() else []
+    return [line.partition(";")[0] for line in lines]
+
+
+async def until(what: str, condition: Callable[[], bool], timeout_seconds: float = 15.0) -> None:
+    deadline = time.monotonic() + timeout_seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {timeout_seconds:.0f} s: {what}"
+        await asyncio.sleep(0.005)
+
+
+async def stopped(service: Service) -> int:
+    """SIGTERM, and the exit code; the loop goes on, for its proxy."""
+    return await asyncio.to_thread(service.stop)
+
+
+async def test_sigterm_in_a_backlog_acks_every_stored_row_and_leaves_exactly_the_rest(
+    broker: RabbitMQ, queue_name: str, consumer: Start
+) -> None:
+    devices = [f"device-{number}" for number in range(BACKLOG)]
+    await publish(broker.url, queue_name, [event_of(device) for device in devices])
+    service = consumer(wait=False, PREFETCH_COUNT=20, FLUSH_INTERVAL_MS=1)
+    await until("rows are stored", lambda: len(devices_in_csv(service.csv_file)) >= 100)
+    assert await stopped(service) == 0
+    rows, rest = devices_in_csv(service.csv_file), await devices_in_queue(broker.url, queue_name)
+    assert rest, "it was to be stopped in the middle"
+    assert sorted(rows + rest) == sorted(devices)
+    assert "connection lost" not in service.log()
+    assert "connected again" not in service.log()
+
+
+@pytest.mark.parametrize("trouble", ["never there", "gone", "silent"])
+async def test_sigterm_while_the_broker_is_away_ends_in_time_with_exit_code_0(
+    broker: RabbitMQ, queue_name: str, consumer: Start, trouble: str
+) -> None:
+    async with Proxy(broker.port) as proxy:
+        if trouble == "never there":
+            await proxy.close()
+        service = consumer(wait=False, AMQP_URL=proxy.url, SHUTDOWN_TIMEOUT_MS=SHUTDOWN_TIMEOUT_MS)
+        if trouble == "never there":
+            await until("it waits", lambda: "waiting for it" in service.log())
+        else:
+            await asyncio.to_thread(service.wait_until_ready)
+            await publish(broker.url, queue_name, [event_of("device")])
+            await until("the row is stored", lambda: devices_in_csv(service.csv_file) == ["device"])
+        if trouble == "gone":
+            await proxy.close()
+            await until("it has noticed", lambda: "connection lost" in service.log())
+        proxy.silent = True
+        began = time.monotonic()
+        assert await stopped(service) == 0, service.log()
+        assert time.monotonic() - began < SHUTDOWN_TIMEOUT_MS / 1000 + 2
+        assert "Traceback" not in service.log()
+
+
+async def test_sigterm_while_a_dead_letter_cannot_be_buried_ends_in_time_and_the_message_stays(
+    broker: RabbitMQ, queue_name: str, consumer: Start
+) -> None:
+    async with Proxy(broker.port) as proxy:
+        service = consumer(wait=False, AMQP_URL=proxy.url, SHUTDOWN_TIMEOUT_MS=SHUTDOWN_TIMEOUT_MS)
+        await asyncio.to_thread(service.wait_until_ready)
+        proxy.cuts = [0] * 1000  # no new connection is served: that for the dead letters is made with the first one
+        await publish(broker.url, queue_name, [b'{"device_id": "poison"}'])
+        await until("it is being buried", lambda: "goes to the dead letters" in service.log())
+        began = time.monotonic()
+        assert await stopped(service) == 0, service.log()
+        assert time.monotonic() - began < SHUTDOWN_TIMEOUT_MS / 1000 + 2
+        assert await devices_in_queue(broker.url, queue_name) == ["poison"]
+
+
+async def test_a_rotation_that_fails_is_said_once_while_it_lasts_and_rows_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    csv_file = tmp_path / "data.csv"
+    settings = ConsumerSettings(amqp_url="amqp://127.0.0.1:1/", rotate_bytes=1, flush_interval_ms=0)
+    header = b"\x00\x3c\x00\x00" + bytes(8) + b"\x00\x00"  # no properties
+    with ThreadPoolExecutor(1) as thread:
+        store = thread.submit(Store.open, str(csv_file), 100, 10, logging.getLogger("predlog.consumer")).result()
+        rotate, broken, sent = store.rotate, True, 0
+
+        def rotate_or_not() -> str | None:
+            if broken:
+                raise OSError(30, "Read-only file system", str(csv_file))
+            return rotate()
+
+        monkeypatch.setattr(store, "rotate", rotate_or_not)
+        consumer = Consumer(settings, store, thread, Counters())
+        running = asyncio.create_task(consumer.run())
+
+        async def store_rows(count: int) -> None:
+            nonlocal sent
+            for _ in range(count):
+                sent += 1
+                consumer.on_deliveries([Delivery(sent, False, header, event_of(f"device-{sent}"))])
+                await until("the row is stored", lambda: len(all_devices(tmp_path)) == sent)  # noqa: B023
+
+        def said() -> int:
+            return sum("cannot begin a new file" in record.getMessage() for record in caplog.records)
+
+        await store_rows(20)
+        assert said() == 1
+        broken = False
+        await store_rows(2)
+        assert len(list(tmp_path.glob("data-*.csv"))) >= 1
+        broken = True
+        await store_rows(5)
+        assert said() == 2
+        assert sorted(all_devices(tmp_path)) == sorted(f"device-{number}" for number in range(1, sent + 1))
+        assert consumer.trouble == ""
+        running.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await running
+        await consumer.close()
+        thread.submit(store.close).result()
+
+
+def all_devices(folder: Path) -> list[str]:
+    return [device for path in folder.glob("data*.csv") for device in devices_in_csv(path)]

@@ -1,0 +1,72 @@
+"""Log lines nobody's input can forge, one line for what ends a process, and signals."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from common import lifecycle
+from common.errors import Fatal, SettingError, StartupError
+from tests.conftest import ROOT
+
+HOSTILE = 'a\nb\rc\x00d\x1b[31me\x7ff\x9bg\x85h\u2028i\u2029j"k\\'
+CONTROLS = {chr(code) for code in (*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029)}
+
+
+def record(message: str, *arguments: object) -> logging.LogRecord:
+    return logging.LogRecord("predlog", logging.INFO, "", 0, message, arguments, None)
+
+
+def test_a_text_log_line_has_no_control_character_whatever_is_logged() -> None:
+    line = lifecycle.TextFormatter("p", colour=False).format(record("hears %s", HOSTILE))
+    assert not CONTROLS & set(line)
+    assert "a\\nb\\rc\\x00d\\x1b[31me\\x7ff\\x9bg\\x85h\\u2028i\\u2029j" in line
+
+
+def test_a_json_log_line_has_no_control_character_and_reads_back_as_what_was_logged() -> None:
+    line = lifecycle.JsonFormatter("p").format(record("hears %s", HOSTILE))
+    assert not CONTROLS & set(line)
+    assert json.loads(line)["message"] == f"hears {HOSTILE}"
+
+
+@pytest.mark.parametrize(("kind", "exit_code"), [(Fatal, 1), (StartupError, 1), (SettingError, 2)])
+def test_what_ends_a_process_is_one_line_without_a_traceback_and_an_exit_code(
+    kind: type[Fatal], exit_code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def main() -> int:
+        raise kind("no\nsuch file")
+
+    assert lifecycle.run("prog", main) == exit_code
+    assert capsys.readouterr() == ("", "prog: no\\nsuch file\n")
+
+
+STOPPING = """
+import asyncio, sys
+from common import lifecycle
+async def main():
+    stop = lifecycle.on_stop()
+    print("ready", flush=True)
+    await stop.wait()
+    print("stopping", flush=True)
+    await asyncio.sleep(60)
+sys.exit(lifecycle.run("prog", main))
+"""
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_while_stopping_ends_the_process_at_once(first: signal.Signals) -> None:
+    with subprocess.Popen([sys.executable, "-c", STOPPING], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            process.send_signal(first)
+            assert process.stdout.readline() == "stopping\n"
+            process.send_signal(signal.SIGINT)
+            assert process.wait(10) == -signal.SIGINT
+        finally:
+            process.kill()

@@ -1,0 +1,157 @@
+"""The supervisor of worker processes, in processes of its own: it forks, and takes over their signals."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from common import workers
+from common.errors import StartupError
+from tests.conftest import ROOT
+
+BEGIN = """
+import logging, os, select, signal, sys, time
+from common import workers
+logging.basicConfig(format="%(message)s")
+workers.KILL_GRACE_SECONDS = 0.1
+def say(*words):
+    os.write(1, (" ".join(map(str, words)) + "\\n").encode())  # one write: lines of two processes do not mix
+"""
+END = """
+sys.exit(workers.supervise(2, work, 0.1))
+"""
+
+Supervise = Callable[[str], "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def supervise() -> Iterator[Supervise]:
+    """`supervise(text of the function work(index, alive_fd))` → the supervisor of two such workers."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(work: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", BEGIN + work + END]
+        pipe = subprocess.PIPE
+        started.append(subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def lines(process: subprocess.Popen[str], count: int) -> list[str]:
+    assert process.stdout is not None
+    return sorted(process.stdout.readline().rstrip() for _ in range(count))
+
+
+def test_a_worker_that_raises_is_logged_with_its_traceback_and_gives_exit_code_1(supervise: Supervise) -> None:
+    supervisor = supervise("""
+def work(index, alive_fd):
+    if index == 1:
+        raise ValueError("a bug in a worker")
+    time.sleep(60)
+""")
+    _, said = supervisor.communicate(timeout=10)
+    assert supervisor.returncode == 1
+    assert "worker 1 failed\nTraceback" in said
+    assert "ValueError: a bug in a worker" in said
+
+
+def test_workers_that_had_to_be_killed_are_said_and_give_exit_code_1(supervise: Supervise) -> None:
+    supervisor = supervise("""
+def work(index, alive_fd):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    say("ready")
+    time.sleep(60)
+""")
+    lines(supervisor, 2)
+    supervisor.terminate()
+    _, said = supervisor.communicate(timeout=10)
+    assert (supervisor.returncode, said) == (1, "2 worker(s) did not stop in time; killed\n")
+
+
+def test_workers_that_stop_in_time_give_exit_code_0(supervise: Supervise) -> None:
+    supervisor = supervise("""
+def work(index, alive_fd):
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    say("ready")
+    signal.sigwait({signal.SIGTERM})
+    return 0
+""")
+    lines(supervisor, 2)
+    supervisor.terminate()
+    _, said = supervisor.communicate(timeout=10)
+    assert (supervisor.returncode, said) == (0, "")
+
+
+def test_sighup_is_passed_on_to_every_worker(supervise: Supervise) -> None:
+    supervisor = supervise("""
+def work(index, alive_fd):
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    say("ready")
+    signal.sigwait({signal.SIGHUP})
+    say("worker", index, "hears SIGHUP")
+    time.sleep(60)
+""")
+    lines(supervisor, 2)
+    supervisor.send_signal(signal.SIGHUP)
+    assert lines(supervisor, 2) == ["worker 0 hears SIGHUP", "worker 1 hears SIGHUP"]
+    assert supervisor.poll() is None
+    supervisor.terminate()
+    supervisor.wait(10)
+
+
+def test_a_dead_worker_is_replaced(supervise: Supervise) -> None:
+    supervisor = supervise("""
+workers.RESTART_SECONDS = 0.01
+def work(index, alive_fd):
+    say(index, os.getpid())
+    time.sleep(60)
+""")
+    before = lines(supervisor, 2)
+    index, pid = before[1].split()
+    subprocess.run(["kill", "-KILL", pid], check=True)
+    again, new_pid = lines(supervisor, 1)[0].split()
+    assert again == index
+    assert new_pid != pid
+    supervisor.terminate()
+    supervisor.wait(10)
+
+
+def test_every_worker_hears_of_a_killed_supervisor_through_alive_fd(supervise: Supervise) -> None:
+    supervisor = supervise("""
+def work(index, alive_fd):
+    early = select.select([alive_fd], [], [], 0)[0]
+    say("ready" if not early else "too early")
+    select.select([alive_fd], [], [], 20)
+    say("worker", index, "is alone:", os.read(alive_fd, 1))
+    return 0
+""")
+    assert lines(supervisor, 2) == ["ready", "ready"]
+    supervisor.kill()
+    assert lines(supervisor, 2) == ["worker 0 is alone: b''", "worker 1 is alone: b''"]
+
+
+@pytest.mark.parametrize("host", ["no.such.host.invalid", "203.0.113.1", "a..b", "x" * 64], ids=str)
+def test_a_host_that_is_none_of_ours_is_one_line_that_names_it(host: str) -> None:
+    with pytest.raises(StartupError) as refusal:
+        workers.reserve_port(host, 8000)
+    assert f"cannot listen on {host}:8000: " in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_port_in_use_is_one_line_even_if_its_owner_would_share_it() -> None:
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(StartupError, match=f"cannot listen on 127.0.0.1:{port}: .*set HTTP_PORT"):
+            workers.reserve_port("127.0.0.1", port)
