@@ -53,31 +53,30 @@ class Prepared(NamedTuple):
 
 def rows_of(deliveries: Sequence[Delivery], seen: Callable[[bytes], bool], low_prob_threshold: float) -> Prepared:
     """Decode a batch, drop what was stored already, encode the rest. A message gives all of its rows, or none."""
-    events, stored, poison, fresh = [], [], [], dict[bytes, None]()
+    texts, stored, poison, fresh = [], [], [], dict[bytes, None]()
     duplicates = rows = 0
     for delivery in deliveries:
         try:
             message_id = frames.message_id(delivery.header)
+            if message_id is not None:
+                digest = event.digest(message_id)
+                if digest in fresh or seen(digest):
+                    duplicates += 1
+                    stored.append(delivery.delivery_tag)
+                    continue
+            text, count = event.rows_of(delivery.body, low_prob_threshold)
+        except InvalidEvent as error:
+            poison.append((delivery, event.reason(error.faults)))
+            continue
         except frames.FrameError as error:
             poison.append((delivery, str(error)))
             continue
         if message_id is not None:
-            digest = event.digest(message_id)
-            if digest in fresh or seen(digest):
-                duplicates += 1
-                stored.append(delivery.delivery_tag)
-                continue
-        try:
-            document = event.decode(delivery.body)
-        except InvalidEvent as error:
-            poison.append((delivery, event.reason(error.faults)))
-            continue
-        if message_id is not None:
             fresh[digest] = None
-        events.append(document)
-        rows += len(document["data"]["preds"])
+        texts.append(text)
+        rows += count
         stored.append(delivery.delivery_tag)
-    return Prepared(event.encode_rows(events, low_prob_threshold), rows, list(fresh), stored, duplicates, poison)
+    return Prepared("".join(texts).encode(), rows, list(fresh), stored, duplicates, poison)
 
 
 class Counters:

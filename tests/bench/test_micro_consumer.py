@@ -15,7 +15,7 @@ import pytest
 from pamqp import body, commands, frame, header
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from common.event import decode, digest, encode_rows
+from common.event import digest, rows_of
 from common.frames import HOT_CHANNEL, Delivery, FrameDecoder, message_id
 from common.store import Store
 from tests.bench import events
@@ -54,15 +54,9 @@ def test_read_message_ids(benchmark: BenchmarkFixture) -> None:
     assert len(set(ids)) == MESSAGES
 
 
-def test_decode_events(benchmark: BenchmarkFixture) -> None:
-    assert len(benchmark(lambda: [decode(text) for text in SMALL.bodies])) == MESSAGES
-
-
-def test_encode_rows(benchmark: BenchmarkFixture) -> None:
-    def fresh() -> tuple[tuple[list[dict[str, object]], float], dict[str, object]]:
-        return ([decode(text) for text in SMALL.bodies], 0.25), {}
-
-    assert benchmark.pedantic(encode_rows, setup=fresh, rounds=20) == ROWS  # type: ignore[no-untyped-call]
+def test_events_to_rows(benchmark: BenchmarkFixture) -> None:
+    rows = benchmark(lambda: "".join([rows_of(text, 0.25)[0] for text in SMALL.bodies]).encode())
+    assert rows == ROWS
 
 
 @pytest.fixture

@@ -490,20 +490,14 @@ def test_a_digest_is_the_ids_own_16_bytes_or_a_hash_of_it(message_id: str | byte
     ids=ascii,
 )
 def test_a_row_has_the_original_dialect_and_low_prob(pred: dict[str, Any], row: bytes) -> None:
-    assert event.encode_rows([with_preds(pred)], 0.25) == row
+    assert event.rows_of(event.dumps(with_preds(pred)), 0.25) == (row.decode(), 1)
 
 
-def test_rows_of_a_batch_follow_the_order_of_events_and_predictions() -> None:
-    events = [with_preds(*[a_pred(image_frame=f"{n}.{i}") for i in range(n)]) for n in (2, 0, 1, 3)]
-    frames = [line.split(b";")[4] for line in event.encode_rows(events, 0.25).splitlines()]
-    assert frames == [b"2.0", b"2.1", b"1.0", b"3.0", b"3.1", b"3.2"]
-    assert event.encode_rows([], 0.25) == b""
-
-
-def test_encoding_leaves_the_event_as_it_was() -> None:
-    document = with_preds(a_pred(prob=0.1), a_pred(prob=0.1, tags=["a,b"]))
-    event.encode_rows([document], 0.25)
-    assert document == with_preds(a_pred(prob=0.1), a_pred(prob=0.1, tags=["a,b"]))
+def test_rows_follow_the_order_of_predictions() -> None:
+    text, count = event.rows_of(event.dumps(with_preds(*[a_pred(image_frame=str(n)) for n in range(3)])), 0.25)
+    assert [line.split(";")[4] for line in text.splitlines()] == ["0", "1", "2"]
+    assert count == 3
+    assert event.rows_of(event.dumps(with_preds()), 0.25) == ("", 0)
 
 
 def test_rows_are_counted_without_parsing_whatever_the_strings_hold() -> None:

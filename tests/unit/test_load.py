@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from common.event import decode, encode_rows
+from common.event import rows_of
 from tests.load import generator
 from tests.load.client import Connection, Target
 from tests.load.events import VARIANTS, Events
@@ -191,8 +191,8 @@ class _Transport(asyncio.Transport):
 @pytest.mark.parametrize("variant", range(VARIANTS))
 def test_the_rows_that_are_expected_are_what_the_program_makes_of_every_variant(variant: int) -> None:
     for number in range(300):
-        event = decode(EVENTS.body(number, variant))
-        assert encode_rows([event], 0.25) == b"".join(EVENTS.rows(number))
+        text, _ = rows_of(EVENTS.body(number, variant), 0.25)
+        assert text.encode() == b"".join(EVENTS.rows(number))
 
 
 @pytest.mark.parametrize("url", ["https://x", "ftp://x", "http://"])
