@@ -56,8 +56,7 @@ def throughput(results: Results) -> Figure:
         limit = results.median(section, case, LIMIT, "rate")
         if limit is not None:
             axes.barh(row, limit, height=2 * BAR + 0.12, color=COLOURS[LIMIT], zorder=1)
-            end = limit - highest * 0.01
-            axes.text(end, row + BAR / 2, f"{limit:,.0f}", va="center", ha="right", color=FAINT, zorder=3)
+            axes.text(highest * 1.25, row, f"alone {limit:,.0f}", va="center", ha="right", color=FAINT, zorder=3)
         for offset, subject in ((-BAR / 2, PREDLOG), (BAR / 2, BASELINE)):
             rate = results.median(section, case, subject, "rate")
             if rate is None:
