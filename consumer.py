@@ -387,7 +387,7 @@ class Health:
             raise HttpError(405, "this page takes GET, HEAD", (("Allow", "GET, HEAD"),))
 
 
-_HEALTH_LIMITS = ServerLimits(Limits(body_bytes=1024), 100, 2**20, 5.0, 5.0, 75.0, 5.0)
+_HEALTH_LIMITS = ServerLimits(Limits(body_bytes=1024), 100, 8, 2**20, 5.0, 5.0, 75.0, 5.0)
 
 
 async def serve(settings: ConsumerSettings) -> None:

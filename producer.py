@@ -48,11 +48,16 @@ def _tls(settings: ProducerSettings) -> ssl.SSLContext | None:
 
 def _limits(settings: ProducerSettings, most_connections: int) -> ServerLimits:
     request = Limits(
-        target_bytes=settings.max_target_bytes, head_bytes=settings.max_head_bytes, body_bytes=settings.max_body_bytes
+        target_bytes=settings.max_target_bytes,
+        head_bytes=settings.max_head_bytes,
+        headers=settings.max_headers,
+        body_bytes=settings.max_body_bytes,
+        chunk_overhead_bytes=settings.max_chunk_overhead_bytes,
     )
     return ServerLimits(
         request=request,
         connections=min(settings.max_connections, most_connections),
+        pipelined=settings.max_pipelined,
         buffered_bytes=max(BUFFERED_BYTES, 2 * settings.max_body_bytes),
         head_seconds=settings.head_timeout_ms / 1000,
         body_seconds=settings.body_timeout_ms / 1000,

@@ -25,7 +25,6 @@ from common.http1 import Head, Request, RequestParser
 log = logging.getLogger("predlog.http")
 
 JSON = b"application/json"
-PIPELINE_DEPTH = 32  # requests of one connection under way; beyond it we stop reading that connection
 LINGER_SECONDS = 2.0  # how long a refused client may finish talking, so that its kernel does not drop our answer
 LINGER_BYTES = 1 << 20
 SLOWEST_BODY_BYTES_PER_SECOND = 16_000
@@ -38,6 +37,7 @@ class ServerLimits:
 
     request: http1.Limits
     connections: int
+    pipelined: int  # requests of one connection under way; beyond it we stop reading that connection
     buffered_bytes: int  # of requests that are not complete, all connections together
     head_seconds: float
     body_seconds: float
@@ -188,7 +188,7 @@ class Connection(asyncio.Protocol):
 
     def _handle_requests(self) -> None:
         parser, server, exchanges = self._parser, self.server, self.exchanges
-        while len(exchanges) < PIPELINE_DEPTH and not self._closing():
+        while len(exchanges) < server.limits.pipelined and not self._closing():
             request = parser.next_request()
             if request is None:
                 self._wait_for_more()
@@ -306,7 +306,7 @@ class Connection(asyncio.Protocol):
     def resume_writing(self) -> None:
         self._stuck_since = None
         self._account_unsent(0)
-        if len(self.exchanges) < PIPELINE_DEPTH and not self._closing():
+        if len(self.exchanges) < self.server.limits.pipelined and not self._closing():
             self._set_reading(True)
             self._pump()
 
