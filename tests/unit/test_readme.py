@@ -18,5 +18,5 @@ def test_every_setting_is_in_the_readme_with_its_default_and_its_help(kind: type
         default = config.DEFAULT_AMQP_URL if item.name == "amqp_url" else item.default
         shown = int(default) if isinstance(default, bool) else default
         text = item.metadata["help"].partition(" (default amqp")[0]
-        cell = f"`{shown}`" if shown != "" else "–"
+        cell = f"`{shown}`" if shown != "" else "none"
         assert f"| `{item.name.upper()}` | {cell} | {text} |" in README
