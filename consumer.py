@@ -158,6 +158,8 @@ class Consumer:
             link.lane.on_deliveries = self.on_deliveries
             consuming = await link.channel.basic_consume(settings.queue_name, _not_called)
         self._consumer_tag = consuming.consumer_tag or ""
+        if self._draining:  # since a moment ago
+            await link.channel.basic_cancel(self._consumer_tag, nowait=True)
 
     def on_down(self, reason: str) -> None:
         """What was not stored yet comes again; acks for this link have no meaning any more."""

@@ -190,7 +190,7 @@ async def keep_up(
     Raises StartupError if the first connection fails for a reason that waiting does not mend. `on_down` hears of every
     link that was opened, with the reason, also when `prepare` failed; the link is closed by then.
     """
-    attempt, waiting, first = 0, False, True
+    attempt, said, first = 0, "", True
     loop = asyncio.get_running_loop()
     while True:
         link: Link | None = None
@@ -201,7 +201,7 @@ async def keep_up(
             lost = _lost(link)
             await prepare(link)
             log.info("%s: connected%s to %s", name, "" if first else " again", masked_url(url))
-            first, waiting, began = False, False, loop.time()
+            first, said, began = False, "", loop.time()
             trouble = f"connection lost: {await lost}; nothing under way is forgotten, connecting again"
         except (*_HOPELESS, StartupError) as error:
             trouble = explain(error, url)
@@ -225,9 +225,9 @@ async def keep_up(
             raise asyncio.CancelledError
         if link is not None:
             on_down(trouble)
-        if not waiting:
+        if trouble != said:
             log.warning("%s: %s", name, trouble)
-        waiting = True
+        said = trouble
         attempt = 0 if link is not None and loop.time() - began >= SETTLED_SECONDS else attempt + 1
         # Jitter, so that processes cut off together do not come back together.
         await asyncio.sleep(

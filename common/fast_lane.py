@@ -8,6 +8,7 @@ ours and aiormq's can share the socket.
 from __future__ import annotations
 
 import asyncio
+import struct
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, cast
 
@@ -95,7 +96,7 @@ class FastLane(asyncio.StreamReaderProtocol):
         decoder = self._decoder
         try:
             cold = decoder.feed(data)
-        except frames.FrameError as error:
+        except (frames.FrameError, struct.error, IndexError) as error:
             self.fail(f"the broker sent what is not AMQP: {error}")
             return
         if cold:

@@ -261,6 +261,10 @@ class Connection(asyncio.Protocol):
             if exchange.close:
                 transport.write(b"".join(answers))
                 exchanges.clear()
+                if self._stuck_since is not None:
+                    self._account_unsent(transport.get_write_buffer_size())
+                if transport.is_closing():
+                    return False
                 self._finish(polite=exchange.head is not None and self._parser.idle)
                 return False
         transport.write(answers[0] if len(answers) == 1 else b"".join(answers))
@@ -268,9 +272,13 @@ class Connection(asyncio.Protocol):
             self._account_unsent(transport.get_write_buffer_size())
         if not self._partial:
             self._since = self.server.now()
-        if (self._eof or self.server.draining) and not exchanges and self._parser.idle:
-            transport.close()
-            return False
+        if (self._eof or self.server.draining) and not exchanges:
+            if self._parser.idle:
+                transport.close()
+                return False
+            if self.server.draining and self._partial:
+                self.drain()
+                return self._pumping
         if not self._reading and self._stuck_since is None:
             self._set_reading(True)
             return True
@@ -282,6 +290,7 @@ class Connection(asyncio.Protocol):
         transport = self.transport
         assert transport is not None
         if polite or self._eof or not transport.can_write_eof():
+            self._since = self.server.now()
             transport.close()
             return
         self._lingering = self.server.now() + LINGER_SECONDS
@@ -323,6 +332,9 @@ class Connection(asyncio.Protocol):
         elif self._stuck_since is not None:
             if now - self._stuck_since > limits.write_seconds:
                 transport.abort()
+        elif transport.is_closing():  # once the client has read its last answer
+            if now - self._since > limits.write_seconds:
+                transport.abort()
         elif self.exchanges:
             return
         elif self._partial:
@@ -332,7 +344,10 @@ class Connection(asyncio.Protocol):
             elif now - self._since > limits.body_seconds + self._parser.buffered_bytes / SLOWEST_BODY_BYTES_PER_SECOND:
                 self._refuse(HttpError(408, "the body did not arrive in time"))
         elif now - self._since > limits.idle_seconds:
-            transport.close()
+            if transport.get_write_buffer_size():
+                transport.abort()
+            else:
+                transport.close()
 
     def drain(self) -> None:
         """Close when nothing is under way; else the last answer does it."""
