@@ -37,9 +37,8 @@ def reserve_port(host: str, port: int) -> socket.socket:
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        with socket.socket(
-            family, socket.SOCK_STREAM
-        ) as probe:  # without SO_REUSEPORT: nobody may be here, not even another predlog
+        # Without SO_REUSEPORT first: nobody may be here, not even another predlog.
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
             probe.listen(1)

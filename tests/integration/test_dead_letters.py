@@ -59,11 +59,12 @@ async def take_all(url: str, queue: str) -> list[DeliveredMessage]:
     taken: list[DeliveredMessage] = []
 
     async def take(found: DeliveredMessage) -> None:
+        await opened.basic_ack(found.delivery_tag or 0)  # not no_ack: what it has under way at the close comes again
         taken.append(found)
 
     async with channel(url) as opened:
         there = (await opened.queue_declare(queue, passive=True)).message_count or 0
-        await opened.basic_consume(queue, take, no_ack=True)
+        await opened.basic_consume(queue, take)
         deadline = time.monotonic() + 10
         while len(taken) < there:
             assert time.monotonic() < deadline, f"{len(taken)} messages, not {there}"
@@ -359,8 +360,10 @@ async def test_a_replay_that_is_killed_half_way_loses_none_and_a_doubled_one_kee
         assert await dead_letter_commands.replay(settings) == 0
         second += await take_all(broker.url, settings.queue_name)
     assert len(first) < count
-    # A doubled one has the id of the first, so the consumer drops it; no more than a page can be.
-    assert len(first + second) <= count + dead_letter_commands.PAGE_LETTERS
+    if point in ("publishing", "sent", "confirmed"):
+        assert len(first + second) <= count + dead_letter_commands.PAGE_LETTERS
+    else:
+        assert len(first + second) == count
 
 
 async def test_a_replay_ends_although_each_message_is_dead_lettered_again(
