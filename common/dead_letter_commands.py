@@ -81,10 +81,12 @@ async def replay(settings: ConsumerSettings) -> int:
                     outbox = Outbox(target)
                     target.lane.on_lost = outbox.fail
                     async for page in _pages(source, dead, count):
-                        moved, error = await _republish(page, outbox, queue_name)
-                        source.lane.send([frames.acks((tag, False) for tag in moved)])
-                        progress.advance(len(moved))
-                        if error is not None:
+                        futures = [outbox.publish(queue_name, live_copy(letter)) for letter in page]
+                        await outbox.wait(futures)
+                        errors = [future.exception() for future in futures]
+                        source.lane.send([frames.acks(_moved(page, errors))])
+                        progress.advance(errors.count(None))
+                        if error := next(filter(None, errors), None):
                             raise error
                 await _ready(source, dead)  # an answer on this channel: the acks before it have arrived
             except StartupError as stopped:
@@ -94,15 +96,18 @@ async def replay(settings: ConsumerSettings) -> int:
     return 0
 
 
-async def _republish(
-    page: list[frames.Delivery], outbox: Outbox, queue_name: str
-) -> tuple[list[int], BaseException | None]:
-    """The delivery tags of those whose copies are confirmed, and what became of the others."""
-    futures = [outbox.publish(queue_name, live_copy(letter)) for letter in page]
-    await outbox.wait(futures)
-    errors = [future.exception() for future in futures]
-    moved = [letter.delivery_tag for letter, error in zip(page, errors, strict=True) if error is None]
-    return moved, next(filter(None, errors), None)
+def _moved(page: list[frames.Delivery], errors: list[BaseException | None]) -> Iterator[tuple[int, bool]]:
+    """The acks of those without an error: one for all in front of the first error.
+
+    Of many acks RabbitMQ may drop some: beyond 32 that a quorum queue has not taken yet, the channel keeps them until
+    there is room, and forgets them when it is closed (3.10, rabbit_fifo_client).
+    """
+    first_error = next((index for index, error in enumerate(errors) if error is not None), len(page))
+    if first_error:
+        yield page[first_error - 1].delivery_tag, True
+    for letter, error in zip(page[first_error:], errors[first_error:], strict=True):
+        if error is None:
+            yield letter.delivery_tag, False
 
 
 @asynccontextmanager
@@ -139,21 +144,33 @@ async def _ready(link: amqp.Link, queue_name: str) -> int | None:
 
 
 async def _look(link: amqp.Link, queue_name: str, count: int) -> Pages:
-    """`_pages` for those who take nothing: at the end all is put back in its order.
-
-    A closed channel would put the pages back in any order, and RabbitMQ 3.10 does so with the messages of one nack when
-    they are more than 32.
-    """
-    seen: list[int] = []
+    """`_pages` for those who take nothing: at the end all is put back in its order."""
+    nacks: list[int] = []
     try:
         async for page in _pages(link, queue_name, count):
             tags = [letter.delivery_tag for letter in page]
-            seen += [*tags[31::32], tags[-1]]
+            nacks += dict.fromkeys([*tags[31::32], tags[-1]])
             yield page
     finally:
-        for tag in dict.fromkeys(seen) if link.lane.lost is None else ():
-            async with asyncio.timeout(ANSWER_TIMEOUT_SECONDS):
+        if link.lane.lost is None:
+            await _put_back(link, queue_name, nacks)
+
+
+async def _put_back(link: amqp.Link, queue_name: str, nacks: list[int]) -> None:
+    """Return all that was delivered on the link: each of `nacks` is the last delivery tag of up to 32 of one page.
+
+    RabbitMQ 3.10 shuffles what comes back in one nack if that is more or of two consumers, what exceeds 32 nacks on
+    their way, and what a closed channel held.
+    """
+    ready = await _ready(link, queue_name) or 0
+    for at in range(0, len(nacks), 16):
+        async with asyncio.timeout(ANSWER_TIMEOUT_SECONDS):
+            for tag in nacks[at : at + 16]:
                 await link.channel.basic_nack(tag, multiple=True, requeue=True)
+        returned = ready + tag  # delivery tags count from 1
+        deadline = time.monotonic() + POLL_SECONDS  # another reader may take some as they come
+        while (await _ready(link, queue_name) or 0) < returned and time.monotonic() < deadline:
+            await asyncio.sleep(0.005)
 
 
 async def _pages(link: amqp.Link, queue_name: str, count: int) -> Pages:
