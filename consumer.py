@@ -13,14 +13,14 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import NamedTuple, TypeVar
 
 from common import __version__, amqp, batch, config, dead_letter_commands, dead_letters, event, frames, lifecycle
 from common.config import ConsumerSettings
-from common.errors import Fatal, HttpError, InvalidEvent
+from common.errors import DiskTrouble, Fatal, HttpError, InvalidEvent
 from common.frames import Delivery
 from common.http1 import Head, Limits, Request
 from common.http_server import Exchange, HttpServer, ServerLimits
@@ -361,11 +361,29 @@ async def _owned(lock: Lock, stop: asyncio.Event) -> bool:
     return True
 
 
+async def _opened(open_store: Callable[[], Awaitable[Store]], health: Health, stop: asyncio.Event) -> Store | None:
+    """The store, once the disk is fit to open it; None if stopped before."""
+    delay, in_trouble = RETRY_FIRST_SECONDS, False
+    while True:
+        try:
+            return await open_store()
+        except DiskTrouble as error:
+            if not in_trouble:
+                log.error("cannot store: %s; trying on", error)
+            health.no_consumer, in_trouble = f"cannot store: {error}", True
+        try:
+            await asyncio.wait_for(stop.wait(), delay)
+            return None
+        except TimeoutError:
+            delay = min(2 * delay, RETRY_MOST_SECONDS)
+
+
 class Health:
     """The health port: /healthz, /readyz, /metrics."""
 
     def __init__(self, counters: Counters) -> None:
-        self.consumer: Consumer | None = None  # None: on standby
+        self.consumer: Consumer | None = None
+        self.no_consumer = "standby: another consumer owns the CSV"  # why there is none yet
         self._counters = counters
 
     def handle(self, request: Request, exchange: Exchange) -> None:
@@ -377,7 +395,7 @@ class Health:
             exchange.answer(200, self._counters.metrics.render(), METRICS_TYPE)
             return
         if path == b"/readyz":
-            reason = "standby: another consumer owns the CSV" if self.consumer is None else self.consumer.not_ready()
+            reason = self.no_consumer if self.consumer is None else self.consumer.not_ready()
             if reason:
                 raise HttpError(503, reason)
         exchange.answer(200, b'{"status":"alive"}' if path == b"/healthz" else b'{"status":"ready"}')
@@ -406,16 +424,11 @@ async def serve(settings: ConsumerSettings) -> None:
     if not await _owned(lock, stop):
         return
     with ThreadPoolExecutor(1, "store") as thread:
-        store = await loop.run_in_executor(
-            thread,
-            lambda: Store.open(
-                settings.csv_file,
-                max(settings.dedup_window, LEAST_DEDUP_WINDOW),
-                settings.prefetch_count,
-                log,
-                settings.rotate_gzip,
-            ),
-        )
+        window = max(settings.dedup_window, LEAST_DEDUP_WINDOW)
+        arguments = settings.csv_file, window, settings.prefetch_count, log, settings.rotate_gzip
+        store = await _opened(lambda: loop.run_in_executor(thread, Store.open, *arguments), health, stop)
+        if store is None:
+            return
         consumer = health.consumer = Consumer(settings, store, thread, counters)
         counters.metrics.values[counters.active] = 1.0
         loop.add_signal_handler(signal.SIGHUP, consumer.reopen)

@@ -47,3 +47,7 @@ class SettingError(Fatal):
 
 class StartupError(Fatal):
     """Something outside (port, folder, broker, password, queue) is not as it must be to start."""
+
+
+class DiskTrouble(StartupError):
+    """A disk that is full, or fails: it may be over in a while."""

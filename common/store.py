@@ -23,9 +23,11 @@ from queue import SimpleQueue
 from typing import NamedTuple
 
 from common.csv_file import CsvFile, compress, free_name, make_directory, sync_directory
-from common.errors import StartupError
+from common.errors import DiskTrouble, StartupError
 from common.event import HEADER
 from common.journal import ID_BYTES, FileState, Journal, JournalCorrupt
+
+_MAY_END = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 CHUNK_BYTES = 64 << 10  # how much of the committed end is kept as a checksum to know the file again
 
@@ -89,7 +91,8 @@ class Store:
     ) -> Store:
         """Recovers the CSV and its journal; the caller holds the Lock. Says in one log line what was found and done.
 
-        Raises StartupError when the file is not ours to write, or cannot be written.
+        Raises DiskTrouble when a later try may work, and StartupError when the file is not ours to write, or cannot be
+        written.
         """
         path = os.path.realpath(csv_path)
         journal = Journal(f"{path}.journal", dedup_window, prefetch_count, log)
@@ -105,7 +108,8 @@ class Store:
             journal.close()
             if file is not None:
                 file.close()
-            raise StartupError(_explain(error, path)) from error
+            trouble = DiskTrouble if error.errno in _MAY_END else StartupError
+            raise trouble(_explain(error, path) + (f" ({'; '.join(notes)})" if notes else "")) from error
         level = logging.WARNING if notes else logging.INFO
         notes.append(f"goes on after {state.committed_bytes} bytes, with {len(journal)} message ids remembered")
         log.log(level, "%s: %s", path, "; ".join(notes))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from common.errors import StartupError
+from common.errors import DiskTrouble, StartupError
 from common.event import HEADER
 from common.store import Lock, Store
 
@@ -87,7 +87,7 @@ def test_a_crash_on_a_full_disk_loses_nothing_that_was_committed(disk: Path) -> 
     store._file.close()
     store._journal.close()
     fill(disk, 0)
-    with pytest.raises(StartupError, match=r"No space left on device; free some space$"):
+    with pytest.raises(DiskTrouble, match=r"No space left on device; free some space$"):
         open_store(disk)
     ballast.unlink()
     store = open_store(disk)

@@ -54,6 +54,15 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
+def filled(disk: Path) -> Path:
+    """The file that takes all the space that was left."""
+    filler = disk / "filler"
+    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+        while file.write(b"x" * 4096):
+            pass
+    return filler
+
+
 class Traffic:
     """A steady load, and what must have become of it."""
 
@@ -148,10 +157,7 @@ def test_a_full_disk_is_told_and_waited_out(small_disk: Path, producer: Start, c
     storing = consumer(CSV_FILE=csv)
     traffic = Traffic(producer(), csv)
     traffic.wait_for_more()
-    filler = small_disk / "filler"
-    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
-        while file.write(b"x" * 4096):
-            pass
+    filler = filled(small_disk)
     until_not_ready(storing, "No space left on device")
     traffic.wait_for_more()
     assert metric(storing, "predlog_store_ok") == 0
@@ -160,6 +166,29 @@ def test_a_full_disk_is_told_and_waited_out(small_disk: Path, producer: Start, c
     filler.unlink()
     until_ready(storing)
     traffic.assert_exactly_once()
+
+
+def test_a_start_on_a_full_disk_is_told_once_and_waited_out(small_disk: Path, producer: Start, consumer: Start) -> None:
+    csv = small_disk / "data.csv"
+    traffic = Traffic(producer(), csv)
+    traffic.wait_for_more()
+    filler = filled(small_disk)
+    starting = consumer(CSV_FILE=csv, wait=False)
+    until("the trouble is told", lambda: "cannot store" in starting.log())
+    until_not_ready(starting, "No space left on device; free some space")
+    traffic.wait_for_more()
+    filler.unlink()
+    until_ready(starting)
+    assert starting.log().count("cannot store") == 1
+    traffic.assert_exactly_once()
+
+
+def test_a_stop_ends_the_wait_for_a_disk_that_is_full(small_disk: Path, consumer: Start) -> None:
+    filled(small_disk)
+    starting = consumer(CSV_FILE=small_disk / "data.csv", wait=False)
+    until("the trouble is told", lambda: "cannot store" in starting.log())
+    starting.process.send_signal(signal.SIGTERM)
+    assert starting.process.wait(10) == 0
 
 
 def test_while_nothing_can_be_stored_nothing_is_acked(
