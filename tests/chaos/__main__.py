@@ -25,13 +25,13 @@ from tests.chaos import troubles
 from tests.chaos.checker import Verdict
 from tests.chaos.stage import LoadThread, Stage, StageError
 from tests.chaos.troubles import Trouble
-from tests.load.events import Events
+from tests.load.events import BATCH_EVENTS, Events
 from tests.load.generator import GIVE_UP_SECONDS, Load, percentile
 from tests.load.ledger import CUT
 from tests.rabbitmq import RabbitMQ
 
 EVENTS_PER_SECOND = 400.0
-KEYLESS_EVERY, LARGE_EVERY = 8, 301
+KEYLESS_EVERY, LARGE_EVERY, BATCH_EVERY = 8, 301, 4
 METRICS_SECONDS = 0.5
 
 
@@ -148,7 +148,7 @@ def run(seed: int, limit: Limit, directory: Path, console: Console) -> Report:
     broker = RabbitMQ(directory / "rabbitmq")
     stage = Stage(directory, broker, ROTATE_BYTES="2000000", ROTATE_GZIP="1", CONFIRM_TIMEOUT_MS="5000")
     trouble = Trouble(stage, seed)
-    events = Events(seed, keyless_every=KEYLESS_EVERY, large_every=LARGE_EVERY)
+    events = Events(seed, keyless_every=KEYLESS_EVERY, large_every=LARGE_EVERY, batch_every=BATCH_EVERY)
     load = Load(stage.target(), events, concurrency=32, retries=True, rate=EVENTS_PER_SECOND)
     problems, slowest_seconds = [], 0.0
     try:
@@ -246,6 +246,7 @@ def show(report: Report, console: Console) -> None:
     kills = sum(count for what, count in report.trouble.done.items() if what.startswith("kill"))
     table.add_row("kills", f"{kills:,}")
     table.add_row("events sent", f"{len(load.ledger):,}")
+    table.add_row("of these in batches", f"{load.batches * BATCH_EVENTS:,}")
     table.add_row("events answered 200", f"{load.ledger.accepted_events:,}")
     table.add_row(
         "answers 200 / 503 / 504 / cut", f"{answers[200]:,} / {answers[503]:,} / {answers[504]:,} / {answers[0]:,}"

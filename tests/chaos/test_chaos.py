@@ -15,7 +15,7 @@ from tests.load.events import Events
 from tests.load.generator import Load
 from tests.rabbitmq import RabbitMQ
 
-EVENTS = Events(seed=11, keyless_every=8)
+EVENTS = Events(seed=11, keyless_every=8, batch_every=4)
 
 
 @pytest.fixture

@@ -30,9 +30,9 @@ class Target(NamedTuple):
             raise ValueError(f"url: {url!r} is not http://HOST:PORT")
         return cls(parts.hostname, parts.port or 80, parts.path.rstrip("/") or "/process")
 
-    def request(self, body: bytes, key: bytes | None = None) -> bytes:
+    def request(self, body: bytes, key: bytes | None = None, content_type: str = "application/json") -> bytes:
         lines = [
-            f"POST {self.path} HTTP/1.1\r\nHost: {self.host}:{self.port}\r\nContent-Type: application/json".encode(),
+            f"POST {self.path} HTTP/1.1\r\nHost: {self.host}:{self.port}\r\nContent-Type: {content_type}".encode(),
             *([b"Idempotency-Key: " + key] if key is not None else []),
             b"Content-Length: %d\r\n\r\n" % len(body),
         ]

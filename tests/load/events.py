@@ -19,6 +19,7 @@ HEADER = b"device_id;client_id;created_at;license_id;image_frame;prob;tags\r\n"
 LOW_PROB_THRESHOLD = 0.25
 VARIANTS = 4
 """Ways to write the same event as JSON; see `Events.body`."""
+BATCH_EVENTS = 8
 
 _PLACE = "@EVENT-ID@"  # replaced in the encoded bytes, where neither JSON nor CSV ever quotes it or an id
 _SHAPES_MAX = 256
@@ -61,15 +62,23 @@ class Events:
     """The events of one seed, by number from 0. A seed names its events: use it once per CSV."""
 
     def __init__(
-        self, seed: int, frames: Frames | None = None, *, keyless_every: int = 0, large_every: int = 0
+        self,
+        seed: int,
+        frames: Frames | None = None,
+        *,
+        keyless_every: int = 0,
+        large_every: int = 0,
+        batch_every: int = 0,
     ) -> None:
         """Without `frames`, 0 to 10 small predictions.
 
-        Every `keyless_every`-th event has no Idempotency-Key, every `large_every`-th is larger than an AMQP frame.
+        Every `keyless_every`-th event has no Idempotency-Key, every `large_every`-th is larger than an AMQP frame. Of
+        the BATCH_EVENTS in a row, every `batch_every`-th are a batch, with one key for all.
         """
         self.prefix = b"s%d-" % seed
         self._seed = seed
         self._keyless_every = keyless_every
+        self._batch_every = batch_every
         count = _SHAPES_MAX
         if frames is not None:
             count = max(4, min(count, _SHAPES_BYTES // (3 * frames.count * frames.size_bytes + 1)))
@@ -91,9 +100,18 @@ class Events:
 
     def key(self, number: int) -> bytes | None:
         """The event's Idempotency-Key. Two events share each 16th key, which must lose neither of them."""
+        if (key := self.batch_key(number)) is not None:
+            return key
         if self._keyless_every and number % self._keyless_every == 0:
             return None
         return b"key-%b" % self.id(number - 1 if number % 16 == 15 else number)
+
+    def batch_key(self, number: int) -> bytes | None:
+        """The Idempotency-Key of the batch that the event is in, if it is in one."""
+        batch = number // BATCH_EVENTS
+        if not self._batch_every or batch % self._batch_every:
+            return None
+        return b"batch-%d-%b" % (batch, self.prefix)
 
     def body(self, number: int, variant: int = 0) -> bytes:
         """JSON of the event: compact, or in another way (of VARIANTS) that means the same."""

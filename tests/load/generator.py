@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TextIO
 
 from tests.load.client import Answer, Connection, Target
-from tests.load.events import Events
+from tests.load.events import BATCH_EVENTS, Events
 from tests.load.ledger import CUT, Ledger
 
 ANSWER_TIMEOUT_SECONDS = 15.0  # longer than CONFIRM_TIMEOUT_MS, so that the producer can say 504 itself
@@ -18,6 +18,7 @@ _BACKOFF_SECONDS = (0.05, 0.1, 0.2, 0.4, 0.8)
 _AGAIN_EVERY = 50  # with retries: events that are sent once more although they were answered
 _AGAIN_LATER = 20  # of those: how many wait, so that a repeat falls into another batch, or another life of the consumer
 _RECENT = 2000
+_ONE_LINE_VARIANTS = (0, 2, 3)
 
 
 class Load:
@@ -45,6 +46,7 @@ class Load:
         self.recent_seconds: deque[float] = deque(maxlen=_RECENT)
         self.wrong_answers = 0  # 200 with another event than the one that was sent
         self.gave_up = 0
+        self.batches = 0
         self._target = target
         self._events = events
         self._count = count
@@ -79,8 +81,14 @@ class Load:
                 await self._deliver(line, self._again.popleft(), variant=2)
                 continue
             number = self.ledger.open()
+            numbers = [number]
+            if self._retries and self._events.batch_key(number) is not None:
+                numbers += [self.ledger.open() for _ in range(BATCH_EVENTS - 1)]
             if self._rate is not None:
                 await asyncio.sleep(self._started + number / self._rate - time.monotonic())
+            if len(numbers) > 1:
+                await self._deliver_batch(line, numbers)
+                continue
             await self._deliver(line, number, variant=0)
             if self._retries and number % _AGAIN_EVERY == 0 and self._events.key(number) is not None:
                 self._again.append(number)
@@ -107,6 +115,33 @@ class Load:
                 self.gave_up += 1
                 return
             variant += attempt % 2  # the same bytes, and sometimes others of the same event
+            await asyncio.sleep(_BACKOFF_SECONDS[min(attempt, len(_BACKOFF_SECONDS) - 1)])
+
+    async def _deliver_batch(self, line: "_Line", numbers: list[int]) -> None:
+        """As an array or as lines; a retry is of the whole batch."""
+        self.batches += 1
+        key, as_lines = self._events.batch_key(numbers[0]), self.batches % 2 == 0
+        target = self._target._replace(path=f"{self._target.path}/batch")
+        content_type = "application/x-ndjson" if as_lines else "application/json"
+        give_up = time.monotonic() + GIVE_UP_SECONDS
+        for attempt in range(1_000_000):
+            connection = await line.connected(give_up)
+            if connection is None or time.monotonic() > give_up:
+                self.gave_up += len(numbers)
+                return
+            variant = _ONE_LINE_VARIANTS[attempt % 3] if as_lines else attempt
+            bodies = [self._events.body(number, variant) for number in numbers]
+            body = b"\n".join(bodies) if as_lines else b"[" + b",".join(bodies) + b"]"
+            answer = await connection.send(target.request(body, key, content_type))
+            if answer.status in (200, 207):
+                results = json.loads(answer.body)["results"]
+                statuses = [result["status"] for result in results]
+            else:
+                statuses = [answer.status] * len(numbers)
+            for number, status in zip(numbers, statuses, strict=True):
+                self._enter(number, attempt, answer._replace(status=status, body=self._events.id(number)))
+            if not any(status == CUT or status >= 500 for status in statuses):
+                return
             await asyncio.sleep(_BACKOFF_SECONDS[min(attempt, len(_BACKOFF_SECONDS) - 1)])
 
     def _enter(self, number: int, attempt: int, answer: Answer) -> None:
