@@ -15,6 +15,7 @@ import ssl
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 
 from common import __version__, amqp, config, lifecycle, workers
 from common.api import Api, Counters
@@ -27,6 +28,7 @@ from common.publisher import Publisher
 log = logging.getLogger("predlog.producer")
 
 SWEEP_SECONDS = 0.1
+WORKER_LISTENS_SECONDS = 2.0  # after its start at the latest: without a broker, somebody must say so
 FILES_BESIDE_CONNECTIONS = 64
 BUFFERED_BYTES = 256 * 1024 * 1024  # of all requests that are still arriving
 
@@ -113,11 +115,14 @@ async def serve(
         except (OSError, ssl.SSLError) as error:
             log.error("the new TLS certificate cannot be used (%s); the old one stays", error)
 
+    is_up = asyncio.Event()
+
     async def prepare(link: amqp.Link) -> None:
         await amqp.declare(link.channel, settings.queue_name, amqp.QUEUE_ARGUMENTS)
         link.lane.on_confirms = publisher.confirms
         link.lane.on_blocked = on_blocked
         publisher.link_up(link.lane, link.frame_max)
+        is_up.set()
 
     def on_blocked(reason: str) -> None:
         publisher.blocked = reason
@@ -136,15 +141,19 @@ async def serve(
             api.tick()
 
     loop.add_signal_handler(signal.SIGHUP, reload_certificate)
-    bound = await server.listen(
-        settings.http_host, settings.http_port if port is None else port, tls, reuse_port=port is not None
-    )
-    log.info("POST to %s://%s:%d/process, pages at /docs", "https" if tls else "http", settings.http_host, bound)
     ticker = asyncio.create_task(tick())
     link = asyncio.create_task(
         amqp.keep_up(settings.amqp_url, "producer", prepare, on_down, high_water_bytes=settings.max_unconfirmed_bytes)
     )
     try:
+        if port is not None:  # the other workers listen: no client needs one that has no broker yet
+            with suppress(TimeoutError):
+                async with asyncio.timeout(WORKER_LISTENS_SECONDS):
+                    await is_up.wait()
+        bound = await server.listen(
+            settings.http_host, settings.http_port if port is None else port, tls, reuse_port=port is not None
+        )
+        log.info("POST to %s://%s:%d/process, pages at /docs", "https" if tls else "http", settings.http_host, bound)
         await lifecycle.first_of(stop, ticker, link)
         log.info("stopping: %d event(s) under way", publisher.unconfirmed)
         publisher.draining = True
