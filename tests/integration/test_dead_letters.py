@@ -156,9 +156,9 @@ async def test_a_queue_of_dead_letters_that_was_deleted_is_declared_again(
 
 
 async def test_burying_waits_for_a_broker_that_is_not_there_yet(
-    broker: RabbitMQ, letters: DeadLetters, dead: str, monkeypatch: pytest.MonkeyPatch
+    broker: RabbitMQ, letters: DeadLetters, dead: str, monkeypatch: pytest.MonkeyPatch, nobodys_port: int
 ) -> None:
-    monkeypatch.setattr(letters, "_url", "amqp://guest:guest@127.0.0.1:1/")
+    monkeypatch.setattr(letters, "_url", f"amqp://guest:guest@127.0.0.1:{nobodys_port}/")
     burial = asyncio.ensure_future(letters.bury(message(b"x"), "why"))
     await asyncio.sleep(0.3)
     assert not burial.done()
@@ -417,13 +417,13 @@ COMMANDS: list[Callable[[ConsumerSettings], Awaitable[int]]] = [
 
 @pytest.mark.parametrize("command", COMMANDS, ids=["show", "replay", "export"])
 async def test_what_is_wrong_is_said_in_one_line_and_no_queue_is_no_dead_letters(
-    broker: RabbitMQ, queue_name: str, command: Callable[[ConsumerSettings], Awaitable[int]]
+    broker: RabbitMQ, queue_name: str, command: Callable[[ConsumerSettings], Awaitable[int]], nobodys_port: int
 ) -> None:
     def at(url: str) -> ConsumerSettings:
         return ConsumerSettings(amqp_url=url, queue_name=queue_name)
 
-    with pytest.raises(StartupError, match=r"^no broker at amqp://guest:.*:1/ "):
-        await command(at("amqp://guest:guest@127.0.0.1:1/"))
+    with pytest.raises(StartupError, match=rf"^no broker at amqp://guest:.*:{nobodys_port}/ "):
+        await command(at(f"amqp://guest:guest@127.0.0.1:{nobodys_port}/"))
     with pytest.raises(StartupError, match="refused user or password"):
         await command(at(broker.url.replace("guest:guest", "guest:wrong")))
     assert await command(at(broker.url)) == 0

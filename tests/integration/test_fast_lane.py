@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import random
+import socket
 import ssl
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -205,6 +207,11 @@ def tls_broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Rabbi
         f"ssl_options.certfile = {folder}/cert.pem\nssl_options.keyfile = {folder}/key.pem\n"
     )
     with node:
+        deadline = time.monotonic() + 20
+        with socket.socket() as probe:  # the TLS listener comes a moment after the other
+            while probe.connect_ex(("127.0.0.1", port)):
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
         yield node, f"amqps://guest:guest@127.0.0.1:{port}/", folder / "ca.pem"
 
 

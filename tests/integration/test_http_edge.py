@@ -268,8 +268,8 @@ def test_a_stop_answers_every_pipelined_request_and_waits_for_no_half_sent_one(p
     assert time.monotonic() - began < 15
 
 
-def test_memory_is_bounded_while_the_broker_is_away(producer: Start) -> None:
-    service = producer(wait=False, AMQP_URL="amqp://127.0.0.1:1/")
+def test_memory_is_bounded_while_the_broker_is_away(producer: Start, nobodys_port: int) -> None:
+    service = producer(wait=False, AMQP_URL=f"amqp://127.0.0.1:{nobodys_port}/")
     wait_for(lambda: call_status(service, b"") == 422)
     body = json.dumps({**EVENT, "client_id": "x" * 200_000}).encode()
     statm = Path(f"/proc/{service.process.pid}/statm")

@@ -40,10 +40,9 @@ def test_large_frames_and_pipelining_go_through(producer: Start, consumer: Start
     assert done.returncode == 0, done.stderr
 
 
-def test_a_producer_that_is_not_there_is_one_line() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.load", "--url", "http://127.0.0.1:1"], cwd=ROOT, capture_output=True, text=True
-    )
+def test_a_producer_that_is_not_there_is_one_line(nobodys_port: int) -> None:
+    command = [sys.executable, "-m", "tests.load", "--url", f"http://127.0.0.1:{nobodys_port}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert "is the producer running?" in done.stderr
     assert "Traceback" not in done.stderr

@@ -122,11 +122,11 @@ def test_no_answer_in_time_is_a_cut_and_the_wait_is_bounded(monkeypatch: pytest.
     assert time.monotonic() - started < 3
 
 
-def test_a_producer_that_is_away_is_waited_for_and_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_producer_that_is_away_is_waited_for_and_given_up(monkeypatch: pytest.MonkeyPatch, nobodys_port: int) -> None:
     monkeypatch.setattr(generator, "GIVE_UP_SECONDS", 0.3)
 
     async def run() -> Load:
-        load = Load(Target("127.0.0.1", 1, "/process"), EVENTS, count=1, concurrency=1)
+        load = Load(Target("127.0.0.1", nobodys_port, "/process"), EVENTS, count=1, concurrency=1)
         await load.run()
         return load
 
