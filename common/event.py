@@ -30,7 +30,8 @@ LOW_PROB_TAG = "low_prob"
 # commas, brackets and braces that open), so a full batch of `max_preds` predictions may have 8 tags in each.
 VALUES_PER_PRED = 12
 SPARE_VALUES = 10_000
-# The second, exact reading of a refused document is several times slower than the first: not for a hostile 8 MiB.
+# The second, exact reading of a refused document is many times slower than the first where numbers are long: strings
+# aside, it reads no more than this.
 EXACT_READING_BYTES = 1 << 18
 MAX_NUMBER_CHARS = 1000
 # The answer to a document with more faults names this many, and says so.
@@ -143,9 +144,9 @@ _EVENT: Shape = {
 class _Walk:
     """Reads a document by its shape, and collects every fault on the way."""
 
-    def __init__(self, max_preds: int | None, loc: tuple[str | int, ...]) -> None:
+    def __init__(self, max_preds: int | None) -> None:
         self.max_preds = max_preds
-        self.loc: list[str | int] = list(loc)
+        self.loc: list[str | int] = ["body"]
         self.faults: list[Fault] = []
 
     def read(self, value: Any, shape: Shape) -> Any:
@@ -189,8 +190,8 @@ def _too_long(limit: int, length: int) -> str:
     return f"List should have at most {limit} item{'' if limit == 1 else 's'} after validation, not {length}"
 
 
-def _validate_carefully(document: object, max_preds: int | None, loc: tuple[str | int, ...]) -> Event:
-    walk = _Walk(max_preds, loc)
+def _validate_carefully(document: object, max_preds: int | None) -> Event:
+    walk = _Walk(max_preds)
     event: Event = walk.read(document, _EVENT)
     if walk.faults:
         raise InvalidEvent(walk.faults)
@@ -231,21 +232,21 @@ def _validate_quickly(document: Any, max_preds: int | None) -> Event | None:
     }
 
 
-def validate(document: object, max_preds: int | None = None, loc: tuple[str | int, ...] = ("body",)) -> Event:
+def validate(document: object, max_preds: int | None = None) -> Event:
     """The event in normal form. `document` is as `loads` gives it; its lists of tags are shared, not copied.
 
-    Raises InvalidEvent with every fault (the first MAX_FAULTS of them), each `loc` beginning with `loc`.
+    Raises InvalidEvent with every fault (the first MAX_FAULTS of them).
     """
     event = _validate_quickly(document, max_preds)
-    return event if event is not None else _validate_carefully(document, max_preds, loc)
+    return event if event is not None else _validate_carefully(document, max_preds)
 
 
 def decode(body: bytes, max_preds: int | None = None) -> Event:
     """`loads` and `validate`, with a bound on the work when `max_preds` is given. Raises InvalidEvent with every fault.
 
-    What orjson cannot tell is read a second time, as FastAPI would (up to EXACT_READING_BYTES): so an integer id of
-    more than 64 bits keeps its digits, and NaN, 1e999 or a lone surrogate is named by where it is. What `loads` cannot
-    read is never accepted, though.
+    What orjson cannot tell is read a second time, as FastAPI would (up to EXACT_READING_BYTES outside of strings): so
+    an integer id of more than 64 bits keeps its digits, and NaN, 1e999 or a lone surrogate is named by where it is.
+    What `loads` cannot read is never accepted, though.
     """
     if max_preds is not None:
         _bound_values(body, VALUES_PER_PRED * max_preds + SPARE_VALUES)
@@ -254,14 +255,14 @@ def decode(body: bytes, max_preds: int | None = None) -> Event:
     except InvalidEvent as refusal:
         exact = _read_exactly(body, otherwise=None) if body else None
         if exact is not None:
-            _validate_carefully(exact, max_preds, ("body",))
+            _validate_carefully(exact, max_preds)
         raise refusal from None
     event = _validate_quickly(document, max_preds)
     if event is not None:
         return event
     if _NINETEEN_DIGITS in body.translate(_DIGITS_TO_ZERO):
         document = _read_exactly(body, otherwise=document)
-    return _validate_carefully(document, max_preds, ("body",))
+    return _validate_carefully(document, max_preds)
 
 
 # The shortest integer of more than 64 bits.
@@ -271,7 +272,9 @@ _DIGITS_TO_ZERO = bytes.maketrans(b"123456789", b"000000000")
 
 def _read_exactly(body: bytes, otherwise: object) -> object:
     if len(body) > EXACT_READING_BYTES:
-        return otherwise
+        outside = _outside_strings(body, EXACT_READING_BYTES)
+        if outside is None or len(outside) > EXACT_READING_BYTES:
+            return otherwise
     try:
         return json.loads(body.decode("utf-8-sig"))
     except json.JSONDecodeError as error:
@@ -287,15 +290,21 @@ def _bound_values(body: bytes, limit: int) -> None:
     if len(body) <= limit:
         return
     count = _count_values(body)
-    if count > limit and b"\\" not in body and body.count(b'"') <= 2 * limit:
-        # Outside strings only: a frame may be the text of an array of pixels.
-        count = _count_values(b"".join(body.split(b'"')[::2]))
+    if count > limit:  # a frame may be the text of an array of pixels
+        outside = _outside_strings(body, limit)
+        count = limit + 1 if outside is None else _count_values(outside)
     if count > limit:
         raise InvalidEvent([_fault(["body"], "json_too_large", f"Body should hold at most {limit} JSON values")])
 
 
 def _count_values(text: bytes) -> int:
     return len(text) - len(text.translate(None, b",[{"))
+
+
+def _outside_strings(body: bytes, most_strings: int) -> bytes | None:
+    """A JSON document without what is in its strings; None when they are too many. Right up to the first fault."""
+    body = body.replace(rb"\\", b"").replace(rb"\"", b"")
+    return b"".join(body.split(b'"')[::2]) if body.count(b'"') <= 2 * most_strings else None
 
 
 def normalise(body: bytes, max_preds: int) -> bytes:
@@ -306,35 +315,58 @@ def normalise(body: bytes, max_preds: int) -> bytes:
 def normalise_batch(body: bytes, lines: bool, max_preds: int) -> list[bytes | InvalidEvent]:
     """The events of a JSON array, or of NDJSON when `lines`: each in normal form, or its faults.
 
-    A fault's `loc` is body, position, …. `max_preds` bounds the events, and the predictions of all of them; MAX_FAULTS
-    the faults of all of them. Raises InvalidEvent when the whole cannot be read, or goes beyond a bound.
+    A fault's `loc` is body, position, …. `max_preds` bounds the events, and the predictions of each; beyond MAX_FAULTS
+    an event has one fault that stands for its own. Raises InvalidEvent when the whole cannot be read, or is too much.
     """
     _bound_values(body, VALUES_PER_PRED * max_preds + SPARE_VALUES)
-    documents: list[Any] = [line for line in body.split(b"\n") if line.strip()] if lines else loads(body)
-    if type(documents) is not list:
-        raise InvalidEvent([_fault(["body"], "list_type")])
-    if len(documents) > max_preds:
-        raise InvalidEvent([_fault(["body"], "too_long", _too_long(max_preds, len(documents)))])
+    items = [line for line in body.split(b"\n") if line.strip()] if lines else _array_items(body)
+    if len(items) > max_preds:
+        raise InvalidEvent([_fault(["body"], "too_long", _too_long(max_preds, len(items)))])
     normal: list[bytes | InvalidEvent] = []
-    preds = faults = 0
-    for position, document in enumerate(documents):
+    faults = 0
+    for position, item in enumerate(items):
         try:
-            event = decode(document, max_preds) if lines else validate(document, max_preds, ("body", position))
-        except InvalidEvent as error:
-            if lines:
-                for fault in error.faults:
-                    fault["loc"] = ["body", position, *cast(list[Any], fault["loc"])[1:]]
-            faults += len(error.faults)
-            if faults > MAX_FAULTS:
-                message = f"A batch should have at most {MAX_FAULTS} faults"
-                raise InvalidEvent([_fault(["body"], "too_many_faults", message)]) from None
-            normal.append(InvalidEvent(error.faults))  # without the traceback, whose frames would all stay alive
-        else:
-            preds += len(event["data"]["preds"])
-            if preds > max_preds:
-                raise InvalidEvent([_fault(["body"], "too_long", _too_long(max_preds, preds))])
+            event = decode(item, max_preds) if type(item) is bytes else validate(item, max_preds)
             normal.append(orjson.dumps(event))
+        except InvalidEvent as error:
+            own = error.faults
+            for fault in own:
+                fault["loc"] = ["body", position, *cast(list[Any], fault["loc"])[1:]]
+            faults += len(own)
+            if faults > MAX_FAULTS:
+                message = f"Only the first {MAX_FAULTS} faults are listed"
+                own = [_fault(["body", position], "too_many_faults", message)]
+            normal.append(InvalidEvent(own))  # without the traceback, whose frames would all stay alive
     return normal
+
+
+def _array_items(body: bytes) -> list[Any]:
+    """The items of a JSON array; as texts, for `decode` to judge one by one, when orjson's reading is not exact.
+
+    Raises InvalidEvent for what is no array.
+    """
+    try:
+        items = loads(body)
+    except InvalidEvent:
+        texts = _exact_texts(body) if body else None
+        if texts is None:
+            raise
+        return texts
+    if type(items) is not list:
+        raise InvalidEvent([_fault(["body"], "list_type")])
+    if _NINETEEN_DIGITS in body.translate(_DIGITS_TO_ZERO):
+        return _exact_texts(body) or items
+    return items
+
+
+def _exact_texts(body: bytes) -> list[Any] | None:
+    exact = _read_exactly(body, otherwise=None)
+    if type(exact) is not list:
+        return None
+    try:
+        return [json.dumps(item).encode() for item in exact]
+    except RecursionError:
+        return None
 
 
 def reason(faults: list[Fault]) -> str:

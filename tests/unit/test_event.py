@@ -279,7 +279,7 @@ def test_any_document_is_answered_as_fastapi_answers_it(reference: Reference, do
 def test_the_quick_and_the_careful_reading_agree(document: Any) -> None:
     quick = event._validate_quickly(document, MAX_PREDS)
     if quick is not None:
-        assert repr(quick) == repr(event._validate_carefully(document, MAX_PREDS, ("body",)))
+        assert repr(quick) == repr(event._validate_carefully(document, MAX_PREDS))
 
 
 # --- what is an event ---
@@ -352,12 +352,6 @@ def test_only_ids_and_created_at_take_an_integer(member: str) -> None:
 def test_the_number_of_predictions_is_bounded() -> None:
     assert faults_of(with_preds(*[a_pred()] * MAX_PREDS)) == []
     assert faults_of(with_preds(*[{}] * (MAX_PREDS + 1))) == [("body.data.preds", "too_long")]
-
-
-def test_validate_names_the_faults_below_the_place_it_is_given() -> None:
-    with pytest.raises(InvalidEvent) as caught:
-        event.validate({}, loc=("line", 3))
-    assert caught.value.faults[0] == {"loc": ["line", 3, "device_id"], "msg": "Field required", "type": "missing"}
 
 
 # --- JSON ---
@@ -538,11 +532,6 @@ def test_a_batch_gives_each_event_its_own_outcome(lines: bool) -> None:
         pytest.param(b"[", "json_invalid", id="no JSON"),
         pytest.param(b"", "missing", id="nothing"),
         pytest.param(json.dumps([an_event()] * 101).encode(), "too_long", id="too many events"),
-        pytest.param(
-            json.dumps([with_preds(a_pred())] * 50 + [with_preds(*[a_pred()] * 51)]).encode(),
-            "too_long",
-            id="too many predictions",
-        ),
     ],
 )
 def test_a_batch_that_cannot_be_taken_is_refused_whole(body: bytes, kind: str) -> None:
@@ -551,8 +540,46 @@ def test_a_batch_that_cannot_be_taken_is_refused_whole(body: bytes, kind: str) -
     assert [(fault["loc"][0], fault["type"]) for fault in caught.value.faults] == [("body", kind)]  # type: ignore[index]
 
 
-def test_a_batch_with_too_many_faults_is_refused_whole() -> None:
-    body = b"\n".join([b"{}"] * 2501)
-    with pytest.raises(InvalidEvent) as caught:
-        event.normalise_batch(body, True, 10_000)
-    assert [fault["type"] for fault in caught.value.faults] == ["too_many_faults"]
+def test_beyond_the_most_faults_an_event_of_a_batch_has_one_that_says_so() -> None:
+    *bad, good = event.normalise_batch(b"\n".join([b"{}"] * 2501 + [event.dumps(an_event())]), True, 10_000)
+    assert good == event.dumps(an_event())
+    faults = [item.faults for item in bad if isinstance(item, InvalidEvent)]
+    assert len(faults) == 2501
+    assert {len(own) for own in faults[:500]} == {4}
+    assert {tuple(own[0]) for own in faults[500:]} == {("loc", "msg", "type")}
+    assert [own[0]["loc"] for own in faults[500:]] == [["body", position] for position in range(500, 2501)]
+
+
+def test_the_predictions_of_a_batch_are_bounded_for_each_event_only() -> None:
+    bodies = event.normalise_batch(json.dumps([with_preds(*[a_pred()] * 6)] * 50).encode(), False, MAX_PREDS)
+    assert len([body for body in bodies if isinstance(body, bytes)]) == 50
+
+
+ONE_BY_ONE = [
+    '{"device_id":"a"}',
+    json.dumps({**an_event(), "device_id": 2**70}),
+    json.dumps({**an_event(), "device_id": 10**300}),
+    json.dumps(with_preds(a_pred(prob=float("nan")))),
+    json.dumps(with_preds(a_pred(image_frame="\ud800"))),
+    json.dumps({**an_event(), "unknown": float("inf")}),
+    json.dumps(an_event()),
+]
+
+
+@pytest.mark.parametrize("lines", [False, True])
+@pytest.mark.parametrize("frame_bytes", [10, 400_000])
+def test_each_event_of_a_batch_is_judged_as_it_would_be_alone(lines: bool, frame_bytes: int) -> None:
+    alone: list[object] = []
+    documents = [*ONE_BY_ONE, json.dumps(with_preds(a_pred(image_frame="1,[" * (frame_bytes // 3) + '\\"')))]
+    for text in documents:
+        try:
+            alone.append(event.normalise(text.encode(), MAX_PREDS))
+        except InvalidEvent as error:
+            alone.append([(fault["loc"][1:], fault["type"]) for fault in error.faults])  # type: ignore[index]
+    body = "\n".join(documents) if lines else f"[{','.join(documents)}]"
+    together = event.normalise_batch(body.encode(), lines, MAX_PREDS)
+    assert [
+        [(fault["loc"][2:], fault["type"]) for fault in item.faults] if isinstance(item, InvalidEvent) else item  # type: ignore[index]
+        for item in together
+    ] == alone
+    assert sum(isinstance(item, bytes) for item in together) == 4
