@@ -170,6 +170,9 @@ class Consumer:
             task.cancel()
         self._counters.metrics.values[self._counters.reconnects] += 1.0
 
+    def on_trouble(self, reason: str) -> None:
+        self.down = reason
+
     def on_deliveries(self, deliveries: list[Delivery]) -> None:
         values, counters = self._counters.metrics.values, self._counters
         values[counters.deliveries] += len(deliveries)
@@ -441,7 +444,9 @@ async def serve(settings: ConsumerSettings) -> None:
 
         running = asyncio.create_task(consumer.run())
         ticker = asyncio.create_task(tick())
-        link = asyncio.create_task(amqp.keep_up(settings.amqp_url, "consumer", consumer.prepare, consumer.on_down))
+        link = asyncio.create_task(
+            amqp.keep_up(settings.amqp_url, "consumer", consumer.prepare, consumer.on_down, consumer.on_trouble)
+        )
         try:
             await lifecycle.first_of(stop, running, ticker, link)
             log.info("stopping")

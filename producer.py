@@ -28,9 +28,13 @@ from common.publisher import Publisher
 log = logging.getLogger("predlog.producer")
 
 SWEEP_SECONDS = 0.1
-WORKER_LISTENS_SECONDS = 2.0  # after its start at the latest: without a broker, somebody must say so
+REPLACEMENT_LISTENS_SECONDS = 2.0  # after its start at the latest
 FILES_BESIDE_CONNECTIONS = 64
 BUFFERED_BYTES = 256 * 1024 * 1024  # of all requests that are still arriving
+
+
+def _no_passphrase() -> str:
+    raise OSError("the key has a passphrase, and nobody to ask for it: store it without one")
 
 
 def _tls(settings: ProducerSettings) -> ssl.SSLContext | None:
@@ -40,8 +44,8 @@ def _tls(settings: ProducerSettings) -> ssl.SSLContext | None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.set_alpn_protocols(["http/1.1"])
     try:
-        context.load_cert_chain(settings.tls_cert, settings.tls_key)
-    except (OSError, ssl.SSLError) as error:
+        context.load_cert_chain(settings.tls_cert, settings.tls_key, _no_passphrase)
+    except OSError as error:  # ssl.SSLError is one
         raise StartupError(
             f"cannot use TLS_CERT {settings.tls_cert} with TLS_KEY {settings.tls_key}: {error}"
         ) from None
@@ -74,8 +78,12 @@ async def serve(
     rows: Sequence[Sequence[float]] = (),
     port: int | None = None,
     alive_fd: int | None = None,
+    replaces: bool = False,
 ) -> None:
-    """Run one producer until a signal, then drain. `port` is one reserved for several workers to share."""
+    """Run one producer until a signal, then drain. `port` is one reserved for several workers to share.
+
+    One that `replaces` another listens once it has its broker: the other workers are there for the clients.
+    """
     counters.metrics.values[counters.start_time] = time.time()
     loop = asyncio.get_running_loop()
     stop = lifecycle.on_stop()
@@ -110,10 +118,11 @@ async def serve(
         if tls is None:
             return
         try:
-            tls.load_cert_chain(settings.tls_cert, settings.tls_key)
+            _tls(settings)  # first into another context: OpenSSL takes a certificate before it looks at the key
+            tls.load_cert_chain(settings.tls_cert, settings.tls_key, _no_passphrase)
             log.info("TLS certificate loaded again")
-        except (OSError, ssl.SSLError) as error:
-            log.error("the new TLS certificate cannot be used (%s); the old one stays", error)
+        except (OSError, StartupError) as error:
+            log.error("%s; the old one stays", error)
 
     is_up = asyncio.Event()
 
@@ -135,6 +144,9 @@ async def serve(
         publisher.link_down(reason)
         counters.metrics.values[counters.reconnects] += 1.0
 
+    def on_trouble(reason: str) -> None:
+        publisher.down = reason
+
     async def tick() -> None:
         while True:
             await asyncio.sleep(SWEEP_SECONDS)
@@ -143,17 +155,18 @@ async def serve(
     loop.add_signal_handler(signal.SIGHUP, reload_certificate)
     ticker = asyncio.create_task(tick())
     link = asyncio.create_task(
-        amqp.keep_up(settings.amqp_url, "producer", prepare, on_down, high_water_bytes=settings.max_unconfirmed_bytes)
+        amqp.keep_up(settings.amqp_url, "producer", prepare, on_down, on_trouble, settings.max_unconfirmed_bytes)
     )
     try:
-        if port is not None:  # the other workers listen: no client needs one that has no broker yet
+        if replaces:
             with suppress(TimeoutError):
-                async with asyncio.timeout(WORKER_LISTENS_SECONDS):
-                    await is_up.wait()
+                async with asyncio.timeout(REPLACEMENT_LISTENS_SECONDS):
+                    await lifecycle.first_of(is_up, ticker, link)
         bound = await server.listen(
             settings.http_host, settings.http_port if port is None else port, tls, reuse_port=port is not None
         )
-        log.info("POST to %s://%s:%d/process, pages at /docs", "https" if tls else "http", settings.http_host, bound)
+        host = f"[{settings.http_host}]" if ":" in settings.http_host else settings.http_host
+        log.info("POST to %s://%s:%d/process, pages at /docs", "https" if tls else "http", host, bound)
         await lifecycle.first_of(stop, ticker, link)
         log.info("stopping: %d event(s) under way", publisher.unconfirmed)
         publisher.draining = True
@@ -175,7 +188,8 @@ async def serve(
 
 def main(argv: Sequence[str], environ: dict[str, str]) -> int:
     try:
-        settings = config.parse(ProducerSettings, "producer.py", __doc__.partition(".")[0] + ".", argv, environ)
+        what = "Takes events over HTTP, answers 200 once RabbitMQ has them on disk."
+        settings = config.parse(ProducerSettings, "producer.py", what, argv, environ)
         lifecycle.set_up_logging("producer", settings.log_level, settings.log_format)
         log.info("predlog %s producer: %s", __version__, config.describe(settings))
         counters = Counters()
@@ -187,9 +201,10 @@ def main(argv: Sequence[str], environ: dict[str, str]) -> int:
         return lifecycle.fail("producer", error)
     rows = workers.shared_rows(settings.workers, counters.metrics.size)
 
-    def work(index: int, alive_fd: int) -> int:
+    def work(index: int, alive_fd: int, replaces: bool) -> int:
         counters.metrics.bind(rows[index])
-        return lifecycle.run("producer", lambda: serve(settings, counters, rows, port.getsockname()[1], alive_fd))
+        shared_port = port.getsockname()[1]
+        return lifecycle.run("producer", lambda: serve(settings, counters, rows, shared_port, alive_fd, replaces))
 
     return workers.supervise(settings.workers, work, settings.shutdown_timeout_ms / 1000)
 

@@ -183,12 +183,14 @@ async def keep_up(
     name: str,
     prepare: Callable[[Link], Awaitable[None]],
     on_down: Callable[[str], None],
+    on_trouble: Callable[[str], None] = lambda trouble: None,
     high_water_bytes: int = 2**20,
 ) -> None:
     """Connect, `prepare` the link, wait until it is lost, call `on_down`, and again, until cancelled.
 
     Raises StartupError if the first connection fails for a reason that waiting does not mend. `on_down` hears of every
-    link that was opened, with the reason, also when `prepare` failed; the link is closed by then.
+    link that was opened, with the reason, also when `prepare` failed; the link is closed by then. `on_trouble` hears
+    why there is no link, of each attempt.
     """
     attempt, said, first = 0, "", True
     loop = asyncio.get_running_loop()
@@ -225,6 +227,7 @@ async def keep_up(
             raise asyncio.CancelledError
         if link is not None:
             on_down(trouble)
+        on_trouble(trouble)
         if trouble != said:
             log.warning("%s: %s", name, trouble)
         said = trouble

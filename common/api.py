@@ -35,6 +35,7 @@ _KNOWN_METHODS = frozenset(
     {b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS", b"TRACE", b"CONNECT", b"QUERY"}
 )
 _PAGES = frozenset({b"/metrics", b"/openapi.json", b"/docs"})
+_OTHER = b"other"  # what stands for every other path
 STATUSES = (200, 207, 400, 401, 404, 405, 408, 413, 414, 415, 417, 422, 431, 500, 501, 503, 504, 505)
 _REFUSALS = ("draining", "broker_away", "broker_blocked", "window_full", "nacked")
 
@@ -44,13 +45,12 @@ class Counters:
 
     def __init__(self) -> None:
         self.metrics = m = Metrics()
-        routes = [path.decode() for path in METHODS] + ["other"]
         self.requests = {
-            (route, status): m.counter(
-                "predlog_http_requests_total", "Requests answered.", route=route, status=str(status)
-            )
-            for route in routes
-            for status in STATUSES
+            path: {
+                status: m.counter("predlog_http_requests_total", "Requests answered.", route=route, status=str(status))
+                for status in STATUSES
+            }
+            for path, route in [(path, path.decode()) for path in METHODS] + [(_OTHER, "other")]
         }
         self.refusals = {
             reason: m.counter("predlog_refusals_total", "Events refused for now (503), by reason.", reason=reason)
@@ -123,11 +123,13 @@ class _Batch:
                 # No key has a NUL: this one is no other request's.
                 key = None if self._key is None else b"%b\x00%d" % (self._key, position)
                 try:
-                    self._api.publish(item, key, _BatchItem(self, position, item))
+                    self._api.publish(item, key, _BatchItem(self._api, self, position, item))
                 except Unavailable as error:
                     if self._under_way and error.reason == "window_full":
                         return
-                    self._results[position] = {"status": error.status, "detail": str(error)}
+                    self._refuse(position, error)
+                except HttpError as error:
+                    self._refuse(position, error)
                 else:
                     self._under_way += 1
             self._next += 1
@@ -136,8 +138,22 @@ class _Batch:
             status = 200 if accepted == len(self._events) else 207
             self._exchange.answer(status, event.dumps({"accepted": accepted, "results": self._results}))
 
-    def settle(self, position: int, result: dict[str, object]) -> None:
-        self._results[position] = result
+    def accept(self, position: int) -> None:
+        """An event is confirmed."""
+        self._results[position] = {"status": 200}
+        self._settled()
+
+    def fail(self, position: int, error: HttpError | Unavailable) -> None:
+        """An event that was published is not accepted, or its outcome is unknown."""
+        self._refuse(position, error)
+        self._settled()
+
+    def _refuse(self, position: int, error: HttpError | Unavailable) -> None:
+        if isinstance(error, Unavailable):
+            self._api.on_refusal(error.reason)
+        self._results[position] = {"status": error.status, "detail": str(error)}
+
+    def _settled(self) -> None:
         self._under_way -= 1
         self.go_on()
 
@@ -145,19 +161,20 @@ class _Batch:
 class _BatchItem:
     """Who waits for the confirm of one event of a batch."""
 
-    __slots__ = ("_batch", "_body", "_position")
+    __slots__ = ("_api", "_batch", "_body", "_position")
 
-    def __init__(self, batch: _Batch, position: int, body: bytes) -> None:
+    def __init__(self, api: Api, batch: _Batch, position: int, body: bytes) -> None:
+        self._api = api
         self._batch = batch
         self._position = position
         self._body = body
 
     def confirmed(self, seconds: float) -> None:
-        self._batch._api.count_event(self._body, seconds)
-        self._batch.settle(self._position, {"status": 200})
+        self._api.count_event(self._body, seconds)
+        self._batch.accept(self._position)
 
     def failed(self, error: HttpError | Unavailable) -> None:
-        self._batch.settle(self._position, {"status": error.status, "detail": str(error)})
+        self._batch.fail(self._position, error)
 
 
 def random_uuids() -> Iterator[bytes]:
@@ -231,7 +248,6 @@ class Api:
         """Answer a request, now or when its events have their outcome."""
         head = request.head
         path = head.path
-        exchange.route = path.decode("latin-1") if path in METHODS else "other"
         self.check(head)
         if path == b"/process":
             self._process(request, exchange)
@@ -242,7 +258,7 @@ class Api:
         elif path == b"/readyz":
             trouble = self._publisher.trouble()
             if trouble is not None:
-                raise HttpError(503, str(trouble), (("Retry-After", "1"),))
+                raise HttpError(503, trouble.why, (("Retry-After", "1"),))
             exchange.answer(200, b'{"status":"ready"}')
         elif path == b"/metrics":
             self._set_gauges()
@@ -289,8 +305,9 @@ class Api:
 
     def on_answer(self, exchange: Exchange, status: int) -> None:
         counters = self._counters
-        counters.metrics.values[counters.requests[exchange.route or "other", status]] += 1.0
-        if exchange.route == "/process":
+        path = _OTHER if exchange.head is None or exchange.head.path not in METHODS else exchange.head.path
+        counters.metrics.values[counters.requests[path][status]] += 1.0
+        if path == b"/process":
             counters.request_seconds.observe(self._now() - exchange.began)
 
     def on_refusal(self, reason: str) -> None:

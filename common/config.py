@@ -7,6 +7,7 @@ the flag the same with dashes; a flag wins over the variable.
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -21,8 +22,11 @@ LOG_FORMATS = ("text", "json")
 SECRETS = frozenset({"amqp_url", "api_token"})
 
 
+_MOST = 2**40  # of any whole number: no clock, socket or buffer takes what is beyond
+
+
 def _setting(
-    default: Any, text: str, *, low: float = -math.inf, high: float = math.inf, choices: tuple[str, ...] = ()
+    default: Any, text: str, *, low: float = -math.inf, high: float = _MOST, choices: tuple[str, ...] = ()
 ) -> Any:
     return field(default=default, metadata={"help": text, "low": low, "high": high, "choices": choices})
 
@@ -36,7 +40,9 @@ class Settings:
     )
     rabbitmq_host: str = _setting("", "broker host, used when AMQP_URL is not set")
     queue_name: str = _setting("predictions", "queue of events; its dead letters go to <name>.dead")
-    log_level: str = _setting("info", "least severe level that is logged", choices=LOG_LEVELS)
+    log_level: str = _setting(
+        "info", "least severe level that is logged: debug, info, warning or error", choices=LOG_LEVELS
+    )
     log_format: str = _setting("text", "text for people, json for machines", choices=LOG_FORMATS)
     shutdown_timeout_ms: int = _setting(10_000, "how long a stop may take to finish accepted work, ms", low=0)
 
@@ -113,7 +119,7 @@ def _convert(name: str, kind: type, text: str, meta: Mapping[str, Any]) -> Any:
     if not meta["low"] <= value <= meta["high"]:
         if value < meta["low"]:
             raise bad(f"at least {meta['low']}")
-        raise bad(f"at most {meta['high']}" if not math.isnan(value) else "a number")
+        raise bad(f"at most {meta['high']}" if value == value else "a number")
     return value
 
 
@@ -125,14 +131,16 @@ def parser_for(cls: type[Settings], prog: str, description: str) -> argparse.Arg
     parser = argparse.ArgumentParser(
         prog=prog,
         description=description,
-        epilog="Each flag is also an environment variable: --http-port is HTTP_PORT.",
+        epilog="Each flag is also an environment variable: --queue-name is QUEUE_NAME.",
     )
     for item in fields(cls):
         text = item.metadata["help"]
         if item.name != "amqp_url":
             shown = int(item.default) if isinstance(item.default, bool) else item.default
             text += f" (default {shown if shown != '' else 'none'})"
-        parser.add_argument("--" + item.name.replace("_", "-"), metavar="VALUE", help=text.replace("%", "%%"))
+        switch: dict[str, Any] = {"nargs": "?", "const": "1"} if item.type == "bool" else {}
+        flag = "--" + item.name.replace("_", "-")
+        parser.add_argument(flag, metavar="VALUE", help=text.replace("%", "%%"), **switch)
     return parser
 
 
@@ -146,26 +154,37 @@ def load(cls: type[S], flags: argparse.Namespace, environ: Mapping[str, str]) ->
         if not text:
             continue
         values[item.name] = _convert(item.name, _KINDS[str(item.type)], text, item.metadata)
-    if not values.get("amqp_url"):
-        host = values.get("rabbitmq_host") or ""
-        values["amqp_url"] = f"amqp://guest:guest@{host}:5672/" if host else DEFAULT_AMQP_URL
-    _check_amqp_url(values["amqp_url"])
     for name in ("http_host", "health_host", "rabbitmq_host"):
         _check_host(name.upper(), values.get(name, ""))
-    if not 0 < len(values.get("queue_name", "predictions").encode()) <= 250:
-        raise SettingError("QUEUE_NAME must have 1 to 250 bytes (AMQP allows 255, '.dead' takes 5)")
+    if not values.get("amqp_url"):
+        host = values.get("rabbitmq_host") or "localhost"
+        values["amqp_url"] = f"amqp://guest:guest@{f'[{host}]' if ':' in host else host}:5672/"
+    _check_amqp_url(values["amqp_url"])
+    try:
+        name_bytes = len(values.get("queue_name", "predictions").encode())
+    except UnicodeEncodeError:  # bytes of the environment that are not UTF-8
+        name_bytes = 0
+    if not 0 < name_bytes <= 250:
+        raise SettingError("QUEUE_NAME must be 1 to 250 bytes of UTF-8 (AMQP allows 255, '.dead' takes 5)")
     if bool(values.get("tls_cert")) != bool(values.get("tls_key")):
         raise SettingError("TLS_CERT and TLS_KEY go together: set both, or none")
     if not all(33 <= ord(c) <= 126 for c in values.get("api_token", "").replace(",", "")):
         raise SettingError("API_TOKEN must be visible ASCII characters, several tokens separated by commas")
+    has_token = bool(values.get("api_token", "").strip(","))
+    if values.get("api_token") and not has_token:
+        raise SettingError("API_TOKEN has commas, but no token: set one, or leave it empty")
+    if values.get("protect_pages") and not has_token:
+        raise SettingError("PROTECT_PAGES needs an API_TOKEN: without one, the pages are open to all")
     return cls(**values)
 
 
 def _check_host(name: str, host: str) -> None:
     try:
         host.encode("idna")
-    except UnicodeError:
-        raise SettingError(f"{name} is no host name or address") from None
+        if ":" in host or any(char in "@/?#[] \t\r\n" for char in host):
+            ipaddress.IPv6Address(host)
+    except ValueError:  # UnicodeError is one
+        raise SettingError(f"{name} is {host!r}, but must be a host name or address, without a port") from None
 
 
 def _check_amqp_url(url: str) -> None:

@@ -24,13 +24,14 @@ class InvalidEvent(Exception):
 
 
 class Unavailable(Exception):
-    """The event was not accepted, and a retry may be: 503. `reason` is one word for metrics, `str()` a sentence."""
+    """The event was not accepted, and a retry may be: 503. `reason` is one word for metrics, `why` is for a person."""
 
     status = 503
 
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(detail)
+    def __init__(self, reason: str, why: str) -> None:
+        super().__init__(f"{why}; nothing was accepted, try again")
         self.reason = reason
+        self.why = why
 
 
 class Fatal(Exception):

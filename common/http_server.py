@@ -25,8 +25,11 @@ from common.http1 import Head, Request, RequestParser
 log = logging.getLogger("predlog.http")
 
 JSON = b"application/json"
-LINGER_SECONDS = 2.0  # how long a refused client may finish talking, so that its kernel does not drop our answer
+# How long a refused client may finish talking, and how much beyond the largest body: so that its kernel does not drop
+# our answer, and a client that reads only when all is sent gets it.
+LINGER_SECONDS = 5.0
 LINGER_BYTES = 1 << 20
+DRAINED_LINGER_SECONDS = 1.0
 SLOWEST_BODY_BYTES_PER_SECOND = 16_000
 HANDSHAKE_SECONDS = 10.0
 
@@ -48,14 +51,14 @@ class ServerLimits:
 class Exchange:
     """One request and its answer, which may come at any time, once."""
 
-    __slots__ = ("_connection", "began", "close", "head", "response", "route")
+    __slots__ = ("_connection", "began", "close", "head", "refused", "response")
 
-    def __init__(self, connection: Connection, head: Head | None, began: float) -> None:
+    def __init__(self, connection: Connection, head: Head | None, began: float, refused: bool = False) -> None:
         self._connection = connection
-        self.head = head  # None: the request could not be read
+        self.head = head  # None: it could not be read
         self.began = began
-        self.route = ""
-        self.close = head is None or not head.keep_alive
+        self.refused = refused  # before the request was complete
+        self.close = head is None or refused or not head.keep_alive
         self.response: bytes | None = None
 
     def answer(self, status: int, body: bytes, content_type: bytes = JSON, extra: bytes = b"") -> None:
@@ -151,7 +154,7 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._lingering is not None:
             self._drained += len(data)
-            if self._drained > LINGER_BYTES and self.transport is not None:
+            if self._drained > self.server.limits.request.body_bytes + LINGER_BYTES and self.transport is not None:
                 self.transport.abort()
             return
         self._parser.receive_data(data)
@@ -160,6 +163,8 @@ class Connection(asyncio.Protocol):
     def eof_received(self) -> bool:
         # A half-close is a client's way to say that this was its last request: it still gets its answers.
         self._eof = True
+        if self.transport is None or self.transport.get_extra_info("sslcontext") is not None:
+            return False  # asyncio has no half-closed TLS
         return bool(self.exchanges)
 
     def _pump(self) -> None:
@@ -245,7 +250,7 @@ class Connection(asyncio.Protocol):
 
     def _refuse(self, error: HttpError | InvalidEvent | Unavailable) -> None:
         """Answer what cannot be read, behind the answers still due, and close then."""
-        exchange = Exchange(self, None, self.server.now())
+        exchange = Exchange(self, self._parser.head, self.server.now(), refused=True)
         self.exchanges.append(exchange)
         exchange.fail(error)
 
@@ -265,7 +270,7 @@ class Connection(asyncio.Protocol):
                     self._account_unsent(transport.get_write_buffer_size())
                 if transport.is_closing():
                     return False
-                self._finish(polite=exchange.head is not None and self._parser.idle)
+                self._finish(polite=not exchange.refused and self._parser.idle)
                 return False
         transport.write(answers[0] if len(answers) == 1 else b"".join(answers))
         if self._stuck_since is not None:
@@ -273,7 +278,7 @@ class Connection(asyncio.Protocol):
         if not self._partial:
             self._since = self.server.now()
         if (self._eof or self.server.draining) and not exchanges:
-            if self._parser.idle:
+            if self._parser.idle or (self._eof and self._partial):
                 transport.close()
                 return False
             if self.server.draining and self._partial:
@@ -351,6 +356,8 @@ class Connection(asyncio.Protocol):
 
     def drain(self) -> None:
         """Close when nothing is under way; else the last answer does it."""
+        if self._lingering is not None:
+            self._lingering = min(self._lingering, self.server.now() + DRAINED_LINGER_SECONDS)
         if self.transport is None or self.exchanges or self._lingering is not None:
             return
         if self._partial:

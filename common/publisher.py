@@ -6,6 +6,8 @@ went down are held and published again, with the same message_id, on the next on
 
 from __future__ import annotations
 
+import re
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from itertools import takewhile
@@ -13,6 +15,9 @@ from typing import Protocol, cast
 
 from common.errors import HttpError, Unavailable
 from common.frames import Confirm, PublishEncoder, packed_seconds
+
+# What RabbitMQ (3.8 and later: max_message_size) closes the channel with.
+_TOO_LARGE = re.compile(r"larger than configured max size (\d+)")
 
 
 class Lane(Protocol):
@@ -71,6 +76,7 @@ class Publisher:
         self._held: deque[_Entry] = deque()  # of a lost link, oldest first
         self._next_tag = 1
         self._confirmed_at = 0.0
+        self._most_body_bytes = sys.maxsize  # that the broker takes, as far as it has said so
         self._stamp_second = -1
         self._stamp = b""
 
@@ -82,26 +88,24 @@ class Publisher:
     def trouble(self) -> Unavailable | None:
         """Why no event could be accepted now; None if one could."""
         if self.draining:
-            return Unavailable("draining", "the server is shutting down; try again on another one or later")
+            return Unavailable("draining", "the server is shutting down")
         if self._lane is None:
-            return Unavailable("broker_away", f"no broker: {self.down}; nothing was accepted, try again")
+            return Unavailable("broker_away", f"no broker: {self.down}")
         if self.blocked:
-            return Unavailable(
-                "broker_blocked", f"the broker takes no messages now ({self.blocked}); nothing was accepted, try again"
-            )
+            return Unavailable("broker_blocked", f"the broker takes no messages now ({self.blocked})")
         if (
             self._lane.congested
             or self.unconfirmed_bytes >= self._max_unconfirmed_bytes
             or self.unconfirmed >= self._max_unconfirmed
         ):
-            return Unavailable(
-                "window_full", "too many events wait for the broker's confirm; nothing was accepted, try again"
-            )
+            return Unavailable("window_full", "too many events wait for the broker's confirm")
         return None
 
     def publish(self, body: bytes, message_id: bytes, waiter: Waiter) -> None:
-        """Send one event; the waiter hears the outcome. Raises Unavailable, and then has sent nothing."""
+        """Send one event; the waiter hears the outcome. Raises Unavailable or HttpError, and then has sent nothing."""
         lane = self._lane
+        if len(body) > self._most_body_bytes:
+            raise self._too_large()
         if (
             lane is None
             or self.blocked
@@ -136,10 +140,26 @@ class Publisher:
             self._send(lane, entry)
 
     def link_down(self, reason: str) -> None:
-        """The channel is gone, and with it what it would have confirmed: hold it all for the next one."""
+        """The channel is gone, and with it what it would have confirmed: hold it for the next one.
+
+        But not an event that the broker closed the channel for: it would close the next one, too.
+        """
         self._lane, self.down, self.blocked = None, reason, ""
         self._held.extend(self._sent.values())
         self._sent = {}
+        refusal = _TOO_LARGE.search(reason)
+        self._most_body_bytes = int(refusal[1]) if refusal else sys.maxsize
+        if refusal:
+            held, self._held = self._held, deque()
+            for entry in held:
+                if len(entry.body) <= self._most_body_bytes:
+                    self._held.append(entry)
+                    continue
+                self.unconfirmed_bytes -= len(entry.body)
+                entry.waiter.failed(_unknown() if entry.sent_before else self._too_large())
+
+    def _too_large(self) -> HttpError:
+        return HttpError(413, f"the broker takes no event longer than {self._most_body_bytes} bytes")
 
     def confirms(self, confirms: Sequence[Confirm]) -> None:
         """Match confirms, in any order; `multiple` covers every tag not yet confirmed up to its own."""
@@ -160,7 +180,7 @@ class Publisher:
         elif entry.sent_before:  # what became of the first copy is not known
             entry.waiter.failed(_unknown())
         else:
-            entry.waiter.failed(Unavailable("nacked", "the broker could not take the event; try again"))
+            entry.waiter.failed(Unavailable("nacked", "the broker could not take the event"))
 
     # Time
 

@@ -52,8 +52,8 @@ def reserve_port(host: str, port: int) -> socket.socket:
         raise StartupError(f"cannot listen on {host}:{port}: {why}; stop the other program, or set HTTP_PORT") from None
 
 
-def supervise(count: int, work: Callable[[int, int], int], shutdown_seconds: float) -> int:
-    """Fork `count` workers, each running `work(index, alive_fd)` to its exit code, until a signal stops them all.
+def supervise(count: int, work: Callable[[int, int, bool], int], shutdown_seconds: float) -> int:
+    """Fork `count` workers, each running `work(index, alive_fd, replaces)` to its exit code, until a signal stops all.
 
     `alive_fd` becomes readable when the supervisor is gone, however it went. A worker that dies is replaced. One that
     ends by itself within EARLY_SECONDS of the start ends everything with its exit code. SIGHUP is passed on.
@@ -63,7 +63,7 @@ def supervise(count: int, work: Callable[[int, int], int], shutdown_seconds: flo
     began = time.monotonic()
     workers: dict[int, int] = {}
 
-    def fork(index: int) -> None:
+    def fork(index: int, replaces: bool) -> None:
         pid = os.fork()
         if pid:
             workers[pid] = index
@@ -72,14 +72,14 @@ def supervise(count: int, work: Callable[[int, int], int], shutdown_seconds: flo
         signal.pthread_sigmask(signal.SIG_SETMASK, old_mask)
         code = 1
         try:
-            code = work(index, alive_read)
+            code = work(index, alive_read, replaces)
         except BaseException:
             log.exception("worker %d failed", index)
         finally:
             os._exit(code)
 
     for index in range(count):
-        fork(index)
+        fork(index, replaces=False)
     exit_code, kill_at = 0, None
     due: list[tuple[float, int]] = []  # restarts: when, which
     while workers or (due and kill_at is None):
@@ -105,7 +105,7 @@ def supervise(count: int, work: Callable[[int, int], int], shutdown_seconds: flo
         if kill_at is None:
             for when, index in [item for item in due if item[0] <= now]:
                 due.remove((when, index))
-                fork(index)
+                fork(index, replaces=True)
         elif now >= kill_at and workers:
             log.error("%d worker(s) did not stop in time; killed", len(workers))
             _tell(workers, signal.SIGKILL)

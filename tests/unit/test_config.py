@@ -55,7 +55,11 @@ def test_rabbitmq_host_is_the_original_s_way_and_amqp_url_wins() -> None:
         ("HTTP_PORT", "http"), ("HTTP_PORT", "65536"), ("HTTP_PORT", "-1"), ("WORKERS", "0"), ("LOG_LEVEL", "loud"),
         ("MAX_BODY_BYTES", "8MiB"), ("API_TOKEN", "two words"), ("AMQP_URL", "localhost:5672"), ("AMQP_URL", "amqp://h:x/"),
         ("AMQP_URL", "http://h/"), ("TLS_CERT", "only-this.pem"), ("PROTECT_PAGES", "maybe"), ("QUEUE_NAME", "q" * 251),
-        ("HTTP_HOST", "a..b"), ("AMQP_URL", "amqp://a..b/"),
+        ("HTTP_HOST", "a..b"), ("AMQP_URL", "amqp://a..b/"), ("RABBITMQ_HOST", "localhost:5673"),
+        ("RABBITMQ_HOST", "a b"), ("RABBITMQ_HOST", "user@host"), ("RABBITMQ_HOST", "host/x"),
+        ("HTTP_HOST", "127.0.0.1:80"),
+        ("CONFIRM_TIMEOUT_MS", "9" * 400), ("MAX_UNCONFIRMED_BYTES", "9" * 30), ("QUEUE_NAME", "\udcff"),
+        ("API_TOKEN", ","), ("PROTECT_PAGES", "1"),
     ],
 )  # fmt: skip
 def test_a_bad_value_is_one_line_that_names_the_variable(name: str, value: str) -> None:
@@ -64,6 +68,15 @@ def test_a_bad_value_is_one_line_that_names_the_variable(name: str, value: str) 
     assert name in str(error.value)
     assert "\n" not in str(error.value)
     assert error.value.exit_code == 2
+
+
+def test_an_ipv6_address_is_a_broker_host() -> None:
+    assert producer(RABBITMQ_HOST="::1").amqp_url == "amqp://guest:guest@[::1]:5672/"
+
+
+def test_a_switch_needs_no_value() -> None:
+    assert config.parse(ConsumerSettings, "prog", "", ["--rotate-gzip"], {}).rotate_gzip
+    assert not config.parse(ConsumerSettings, "prog", "", ["--rotate-gzip", "0"], {}).rotate_gzip
 
 
 @pytest.mark.parametrize("value", ["nan", "high", "inf"])

@@ -53,7 +53,7 @@ def lines(process: subprocess.Popen[str], count: int) -> list[str]:
 
 def test_a_worker_that_raises_is_logged_with_its_traceback_and_gives_exit_code_1(supervise: Supervise) -> None:
     supervisor = supervise("""
-def work(index, alive_fd):
+def work(index, alive_fd, replaces):
     if index == 1:
         raise ValueError("a bug in a worker")
     time.sleep(60)
@@ -66,7 +66,7 @@ def work(index, alive_fd):
 
 def test_workers_that_had_to_be_killed_are_said_and_give_exit_code_1(supervise: Supervise) -> None:
     supervisor = supervise("""
-def work(index, alive_fd):
+def work(index, alive_fd, replaces):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     say("ready")
     time.sleep(60)
@@ -79,7 +79,7 @@ def work(index, alive_fd):
 
 def test_workers_that_stop_in_time_give_exit_code_0(supervise: Supervise) -> None:
     supervisor = supervise("""
-def work(index, alive_fd):
+def work(index, alive_fd, replaces):
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     say("ready")
     signal.sigwait({signal.SIGTERM})
@@ -93,7 +93,7 @@ def work(index, alive_fd):
 
 def test_sighup_is_passed_on_to_every_worker(supervise: Supervise) -> None:
     supervisor = supervise("""
-def work(index, alive_fd):
+def work(index, alive_fd, replaces):
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     say("ready")
     signal.sigwait({signal.SIGHUP})
@@ -108,18 +108,19 @@ def work(index, alive_fd):
     supervisor.wait(10)
 
 
-def test_a_dead_worker_is_replaced(supervise: Supervise) -> None:
+def test_a_dead_worker_is_replaced_and_the_new_one_knows_it(supervise: Supervise) -> None:
     supervisor = supervise("""
 workers.RESTART_SECONDS = 0.01
-def work(index, alive_fd):
-    say(index, os.getpid())
+def work(index, alive_fd, replaces):
+    say(index, os.getpid(), replaces)
     time.sleep(60)
 """)
     before = lines(supervisor, 2)
-    index, pid = before[1].split()
+    index, pid, replaces = before[1].split()
+    assert replaces == "False"
     subprocess.run(["kill", "-KILL", pid], check=True)
-    again, new_pid = lines(supervisor, 1)[0].split()
-    assert again == index
+    again, new_pid, replaces = lines(supervisor, 1)[0].split()
+    assert (again, replaces) == (index, "True")
     assert new_pid != pid
     supervisor.terminate()
     supervisor.wait(10)
@@ -127,7 +128,7 @@ def work(index, alive_fd):
 
 def test_every_worker_hears_of_a_killed_supervisor_through_alive_fd(supervise: Supervise) -> None:
     supervisor = supervise("""
-def work(index, alive_fd):
+def work(index, alive_fd, replaces):
     early = select.select([alive_fd], [], [], 0)[0]
     say("ready" if not early else "too early")
     select.select([alive_fd], [], [], 20)
