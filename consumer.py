@@ -35,9 +35,18 @@ T = TypeVar("T")
 HELD_BACK_BYTES = 64 * 1024 * 1024  # of deliveries in memory; beyond it the broker's socket is not read
 RETRY_FIRST_SECONDS, RETRY_MOST_SECONDS = 0.1, 5.0
 STANDBY_POLL_SECONDS = 0.25
+POISON_KINDS = ("not_json", "not_an_event")
 IDLE_SECONDS = 1.0
 # A producer that reconnects publishes all that is unconfirmed (4,096 by default) again.
 LEAST_DEDUP_WINDOW = 16_384
+
+
+class Poison(NamedTuple):
+    """A message that can never become rows."""
+
+    delivery: Delivery
+    kind: str  # for metrics: one of POISON_KINDS
+    reason: str  # for a person
 
 
 class Prepared(NamedTuple):
@@ -48,7 +57,7 @@ class Prepared(NamedTuple):
     ids: list[bytes]  # of the messages in `data`, 16 bytes each
     stored: list[int]  # delivery tags to ack once `data` is safe, ascending; duplicates are among them
     duplicates: int
-    poison: list[tuple[Delivery, str]]  # what can never become rows, and why
+    poison: list[Poison]
 
 
 def rows_of(deliveries: Sequence[Delivery], seen: Callable[[bytes], bool], low_prob_threshold: float) -> Prepared:
@@ -58,20 +67,20 @@ def rows_of(deliveries: Sequence[Delivery], seen: Callable[[bytes], bool], low_p
     for delivery in deliveries:
         try:
             message_id = frames.message_id(delivery.header)
-            if message_id is not None:
-                digest = event.digest(message_id)
-                if digest in fresh or seen(digest):
-                    duplicates += 1
-                    stored.append(delivery.delivery_tag)
-                    continue
             text, count = event.rows_of(delivery.body, low_prob_threshold)
         except InvalidEvent as error:
-            poison.append((delivery, event.reason(error.faults)))
+            kind = "not_json" if event.is_no_json(error.faults) else "not_an_event"
+            poison.append(Poison(delivery, kind, event.reason(error.faults)))
             continue
         except frames.FrameError as error:
-            poison.append((delivery, str(error)))
+            poison.append(Poison(delivery, "not_an_event", str(error)))
             continue
         if message_id is not None:
+            digest = event.digest(message_id)
+            if digest in fresh or seen(digest):
+                duplicates += 1
+                stored.append(delivery.delivery_tag)
+                continue
             fresh[digest] = None
         texts.append(text)
         rows += count
@@ -91,9 +100,10 @@ class Counters:
         self.duplicates = m.counter(
             "predlog_duplicates_total", "Messages dropped because their rows are in the CSV already."
         )
-        self.dead_letters = m.counter(
-            "predlog_dead_letters_total", "Messages moved to the dead letters, by reason.", reason="not_an_event"
-        )
+        self.dead_letters = {
+            kind: m.counter("predlog_dead_letters_total", "Messages moved to the dead letters, by reason.", reason=kind)
+            for kind in POISON_KINDS
+        }
         self.rows = m.counter("predlog_rows_total", "Rows committed to the CSV.")
         self.batch_rows = m.histogram("predlog_batch_rows", "Rows in a batch.", BATCH_ROWS)
         self.write_seconds = m.histogram("predlog_write_seconds", "Writing a batch to the CSV.", LATENCY_SECONDS)
@@ -131,7 +141,9 @@ class Consumer:
         self._thread = thread  # the only one that touches the store
         self._counters = counters
         self._loop = asyncio.get_running_loop()
-        self._pending = batch.Pending(settings.batch_max_rows, settings.flush_interval_ms / 1000)
+        self._pending = batch.Pending(
+            settings.batch_max_rows, settings.prefetch_count, settings.flush_interval_ms / 1000
+        )
         self._link: amqp.Link | None = None
         self._consumer_tag = ""
         self._held: dict[int, float] = {}  # delivery tags on their way to the dead letters, and since when
@@ -139,6 +151,8 @@ class Consumer:
         self._dead_letters = dead_letters.DeadLetters(settings.amqp_url, settings.queue_name)
         self._in_store: tuple[int, float] | None = None  # messages in the batch being stored, and since when
         self._wake = asyncio.Event()
+        self._can_store = asyncio.Event()
+        self._can_store.set()
         self._draining = False
         self._reopen_due = False
         self._rotation_trouble = False
@@ -150,6 +164,8 @@ class Consumer:
         settings = self._settings
         await amqp.declare(link.channel, settings.queue_name, amqp.QUEUE_ARGUMENTS)
         await amqp.declare(link.channel, amqp.dead_letter_queue(settings.queue_name), amqp.DEAD_LETTER_ARGUMENTS)
+        # RabbitMQ cuts a link that is not read for half a minute: in trouble, the next one takes nothing until it ends.
+        await self._can_store.wait()
         if self._draining:
             return  # nothing new; the link is only kept up
         async with asyncio.timeout(amqp.CONNECT_TIMEOUT_SECONDS):
@@ -246,11 +262,14 @@ class Consumer:
                 if not self.trouble:
                     log.error("cannot store: %s; nothing is acked, trying on", trouble)
                 self.trouble = trouble
+                if not self._draining:
+                    self._can_store.clear()
                 await asyncio.sleep(delay)
                 delay = min(2 * delay, RETRY_MOST_SECONDS)
         if self.trouble:
             log.info("storing again")
             self.trouble = ""
+            self._can_store.set()
         counters.metrics.values[counters.rows] += prepared.rows
         counters.batch_rows.observe(prepared.rows)
         counters.write_seconds.observe(timing.write_seconds)
@@ -265,13 +284,13 @@ class Consumer:
         if link is not None and link is self._link and link.lane.lost is None:
             link.lane.send([frames.acks(batch.acks(tags, self._held))])
 
-    def _bury(self, link: amqp.Link | None, poison: Sequence[tuple[Delivery, str]]) -> None:
+    def _bury(self, link: amqp.Link | None, poison: Sequence[Poison]) -> None:
         if link is not self._link:
             return  # they come again, on the new link
-        for delivery, reason in poison:
-            log.warning("a message that is not an event goes to the dead letters: %s", reason)
-            self._held[delivery.delivery_tag] = self._loop.time()
-            task = asyncio.create_task(self._bury_one(link, delivery, reason))
+        for each in poison:
+            log.warning("a message that is not an event goes to the dead letters: %s", each.reason)
+            self._held[each.delivery.delivery_tag] = self._loop.time()
+            task = asyncio.create_task(self._bury_one(link, each))
             self._burials.add(task)
             task.add_done_callback(self._buried)
 
@@ -282,12 +301,13 @@ class Consumer:
             if self._link is not None:
                 self._link.lane.fail("a message could not be buried")
 
-    async def _bury_one(self, link: amqp.Link | None, delivery: Delivery, reason: str) -> None:
-        await self._dead_letters.bury(delivery, reason)
-        self._counters.metrics.values[self._counters.dead_letters] += 1.0
-        if link is self._link and self._held.pop(delivery.delivery_tag, None) is not None:
+    async def _bury_one(self, link: amqp.Link | None, poison: Poison) -> None:
+        await self._dead_letters.bury(poison.delivery, poison.reason)
+        self._counters.metrics.values[self._counters.dead_letters[poison.kind]] += 1.0
+        tag = poison.delivery.delivery_tag
+        if link is self._link and self._held.pop(tag, None) is not None:
             assert link is not None
-            link.lane.send([frames.ack(delivery.delivery_tag, False)])
+            link.lane.send([frames.ack(tag, False)])
 
     # Watching, and the end
 
@@ -323,6 +343,7 @@ class Consumer:
     async def drain(self, running: asyncio.Task[None]) -> None:
         """Take no more deliveries; store, ack and bury what is here."""
         link, self._draining = self._link, True
+        self._can_store.set()
         if link is not None and link.lane.lost is None:
             try:
                 # No answer wanted: it would come behind all deliveries under way, and not at all while held back.
@@ -373,7 +394,8 @@ async def _opened(open_store: Callable[[], Awaitable[Store]], health: Health, st
         except DiskTrouble as error:
             if not in_trouble:
                 log.error("cannot store: %s; trying on", error)
-            health.no_consumer, in_trouble = f"cannot store: {error}", True
+            in_trouble = True
+            health.cannot_store(str(error))
         try:
             await asyncio.wait_for(stop.wait(), delay)
             return None
@@ -388,6 +410,11 @@ class Health:
         self.consumer: Consumer | None = None
         self.no_consumer = "standby: another consumer owns the CSV"  # why there is none yet
         self._counters = counters
+
+    def cannot_store(self, trouble: str) -> None:
+        """Before there is a consumer, which tells its own troubles."""
+        self.no_consumer = f"cannot store: {trouble}"
+        self._counters.metrics.values[self._counters.store_ok] = 0.0
 
     def handle(self, request: Request, exchange: Exchange) -> None:
         self.check(request.head)
@@ -419,6 +446,7 @@ async def serve(settings: ConsumerSettings) -> None:
     loop.add_signal_handler(signal.SIGHUP, lambda: None)  # a standby has no file to open again
     counters = Counters()
     counters.metrics.values[counters.start_time] = time.time()
+    counters.metrics.values[counters.store_ok] = 1.0  # on standby nothing speaks against it
     health = Health(counters)
     server = HttpServer(_HEALTH_LIMITS, health.handle, health.check)
     if settings.health_port:
@@ -455,9 +483,7 @@ async def serve(settings: ConsumerSettings) -> None:
             except TimeoutError:
                 log.warning("not everything could be stored in time; the broker keeps it")
         finally:
-            for task in (running, ticker, link):
-                task.cancel()
-            await asyncio.wait({running, ticker, link})
+            await lifecycle.end(running, ticker, link)
             await consumer.close()
             await loop.run_in_executor(thread, store.close)
             server.abort()
@@ -481,7 +507,7 @@ def main(argv: Sequence[str], environ: dict[str, str]) -> int:
         return lifecycle.run("consumer", lambda: dead_letter_commands.show(settings))
     if flags.replay_dead_letters:
         return lifecycle.run("consumer", lambda: dead_letter_commands.replay(settings))
-    if flags.export_dead_letters:
+    if flags.export_dead_letters is not None:
         return lifecycle.run("consumer", lambda: dead_letter_commands.export(settings, flags.export_dead_letters))
     log.info("predlog %s consumer: %s", __version__, config.describe(settings))
     return lifecycle.run("consumer", lambda: serve(settings))

@@ -180,9 +180,7 @@ async def serve(
             await asyncio.sleep(0.1)  # for those answers to leave
     finally:
         server.abort()
-        ticker.cancel()
-        link.cancel()
-        await asyncio.wait({link})
+        await lifecycle.end(ticker, link)
     log.info("stopped")
 
 

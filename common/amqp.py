@@ -94,6 +94,12 @@ async def _reap(connection: AbstractConnection) -> None:
         log.debug("while closing: %r", error)
 
 
+async def closed() -> None:
+    """Wait until aiormq's tasks of every closed link have ended. At the end of a process: else asyncio reports them."""
+    if _reapings:
+        await asyncio.wait(_reapings)
+
+
 def cancelled() -> bool:
     """Whether the running task really was cancelled: aiormq may report a loss as CancelledError as well."""
     task = asyncio.current_task()

@@ -13,12 +13,13 @@ FULL_BYTES = 16 * 1024 * 1024  # a batch of large events is full long before it 
 class Pending:
     """Deliveries that wait for the next batch. Times are seconds of any one clock."""
 
-    def __init__(self, batch_max_rows: int, flush_interval_seconds: float) -> None:
+    def __init__(self, batch_max_rows: int, prefetch_count: int, flush_interval_seconds: float) -> None:
         self.deliveries: list[Delivery] = []
         self.bytes = 0
         self.rows = 0  # exact for events of our producer
         self.since = 0.0  # when the oldest of them came
         self._batch_max_rows = batch_max_rows
+        self._prefetch_count = prefetch_count
         self._flush_interval = flush_interval_seconds
 
     def add(self, deliveries: Sequence[Delivery], now: float) -> None:
@@ -32,8 +33,12 @@ class Pending:
 
     @property
     def full(self) -> bool:
-        """No need to wait for more."""
-        return self.rows >= self._batch_max_rows or self.bytes >= FULL_BYTES
+        """No need to wait for more, or nothing more will come before an ack."""
+        return (
+            self.rows >= self._batch_max_rows
+            or self.bytes >= FULL_BYTES
+            or len(self.deliveries) >= self._prefetch_count
+        )
 
     def due_in(self, now: float) -> float | None:
         """Seconds until the batch must be flushed; 0 at once, None while there is nothing to flush."""

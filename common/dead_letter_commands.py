@@ -39,7 +39,7 @@ async def show(settings: ConsumerSettings) -> int:
     dead = amqp.dead_letter_queue(settings.queue_name)
     async with _connection(settings.amqp_url) as source:
         if count := await _ready(source, dead):
-            await _pour(_look(source, dead, count), table_row, sys.stdout.buffer, "stdout", TABLE_HEAD)
+            await _pour(_look(source, dead, count), count, table_row, sys.stdout.buffer, "stdout", TABLE_HEAD)
         else:
             print(f"no dead letters in '{dead}'")
     return 0
@@ -52,13 +52,14 @@ async def export(settings: ConsumerSettings, path: str) -> int:
     """
     dead = amqp.dead_letter_queue(settings.queue_name)
     async with _connection(settings.amqp_url) as source:
-        pages = _look(source, dead, await _ready(source, dead) or 0)
+        count = await _ready(source, dead) or 0
+        pages = _look(source, dead, count)
         if path == "-":
-            await _pour(pages, json_line, sys.stdout.buffer, "stdout")
+            await _pour(pages, count, json_line, sys.stdout.buffer, "stdout")
             return 0
         with _replacing(path) as out:
-            written = await _pour(pages, json_line, out, path)
-    print(f"exported {written} from '{dead}' to {path}")
+            await _pour(pages, count, json_line, out, path)
+    print(f"exported {count} from '{dead}' to {path}")
     return 0
 
 
@@ -132,6 +133,7 @@ async def _connection(url: str) -> AsyncIterator[amqp.Link]:
         raise StartupError(f"lost the broker at {masked_url(url)}: {why}") from None
     finally:
         await link.close()
+        await amqp.closed()
 
 
 async def _ready(link: amqp.Link, queue_name: str) -> int | None:
@@ -218,9 +220,12 @@ async def _never_called(_: DeliveredMessage) -> None: ...
 
 
 async def _pour(
-    pages: Pages, line: Callable[[frames.Delivery], bytes], out: BinaryIO, name: str, head: bytes = b""
-) -> int:
-    """Write a line for each letter; how many. In a thread: a pager may stop reading, and heartbeats must go on."""
+    pages: Pages, count: int, line: Callable[[frames.Delivery], bytes], out: BinaryIO, name: str, head: bytes = b""
+) -> None:
+    """Write a line for each of `count` letters, or for as many as whoever reads stdout wants. Raises StartupError.
+
+    In a thread: a pager may stop reading, and heartbeats must go on.
+    """
 
     def write(data: bytes) -> None:
         out.write(data)
@@ -234,11 +239,12 @@ async def _pour(
             except OSError as error:
                 if isinstance(error, BrokenPipeError) and out is sys.stdout.buffer:  # `| head` has enough
                     os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
-                    break
+                    return
                 raise StartupError(f"cannot write {name}: {error.strerror}") from None
             written += len(page)
             head = b""
-    return written
+    if written < count:
+        raise StartupError(f"only {written} of {count} dead letters: another reader holds the others; try again later")
 
 
 @contextmanager

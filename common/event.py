@@ -369,6 +369,12 @@ def _exact_texts(body: bytes) -> list[Any] | None:
         return None
 
 
+def is_no_json(faults: list[Fault]) -> bool:
+    """Whether these are the faults of a document that is not JSON, or empty."""
+    first = faults[0]
+    return first["type"] == "json_invalid" or (first["type"], first["loc"]) == ("missing", ["body"])
+
+
 def reason(faults: list[Fault]) -> str:
     """One short line for a person: the first fault, and how many there are. It holds nothing of the document's text."""
     first = faults[0]
@@ -394,12 +400,10 @@ def digest(message_id: str | bytes) -> bytes:
     """The 16 bytes a message id is remembered by: its own when it is 32 hex digits, else a digest of it."""
     text = message_id.encode(errors="surrogateescape") if isinstance(message_id, str) else message_id
     if len(text) == 32:
-        try:
+        with suppress(ValueError):
             own = bytes.fromhex(text.decode())
-        except ValueError:
-            own = b""
-        if len(own) == 16:  # fewer when there was white space, which fromhex passes over
-            return own
+            if own.hex().encode() == text:  # fromhex passes over white space, and takes capitals
+                return own
     return blake2b(text, digest_size=16, person=b"predlog-digest").digest()
 
 
@@ -407,8 +411,8 @@ def digest(message_id: str | bytes) -> bytes:
 
 
 def row_count(body: bytes) -> int:
-    """How many rows the event in `body` makes. Right only for normal form, where a quote inside a string is escaped."""
-    return body.count(b'"prob":')
+    """How many rows the event in `body` makes: exact for normal form, where a quote in a string is escaped."""
+    return body.count(b'"prob":') or body.count(b'"prob"')
 
 
 def rows_of(body: bytes, low_prob_threshold: float) -> tuple[str, int]:

@@ -32,7 +32,7 @@ class FileState:
     committed_bytes: int
     chunk_offset: int
     chunk_crc32: int
-    started_at: float  # Unix time at which the file was begun or taken over
+    started_at: float  # Unix time of its first row, or at which the file was begun or taken over
 
 
 class JournalCorrupt(Exception):

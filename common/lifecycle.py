@@ -98,6 +98,9 @@ def run(prog: str, main: Callable[[], Coroutine[Any, Any, int | None]]) -> int:
 
 def fail(prog: str, error: Fatal) -> int:
     """Say why the process ends, on one line; the exit code."""
+    if any(isinstance(handler.formatter, JsonFormatter) for handler in logging.getLogger().handlers):
+        log.critical("%s", error)
+        return error.exit_code
     print(f"{prog}: {escaped(str(error))}", file=sys.stderr, flush=True)
     return error.exit_code
 
@@ -122,6 +125,13 @@ def on_stop() -> asyncio.Event:
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     loop.add_signal_handler(signal.SIGINT, interrupted)
     return stop
+
+
+async def end(*tasks: asyncio.Task[Any]) -> None:
+    """Cancel, and wait until all have ended, however they did."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def first_of(stop: asyncio.Event, *tasks: asyncio.Task[Any]) -> None:

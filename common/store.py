@@ -133,7 +133,7 @@ class Store:
 
     @property
     def started_at(self) -> float:
-        """Unix time at which the current CSV was begun (or taken over), also across restarts."""
+        """Unix time of the first row of the current CSV, or of its beginning (or taking over), also across restarts."""
         return self._state.started_at
 
     def seen(self, id: bytes) -> bool:
@@ -168,6 +168,9 @@ class Store:
             end = state.committed_bytes + len(data)
             chunk = memoryview(data)[-CHUNK_BYTES:]
             state = replace(state, committed_bytes=end, chunk_offset=end - len(chunk), chunk_crc32=zlib.crc32(chunk))
+            if not self.has_rows:  # its age counts from its first row
+                began_at = round(time.time(), 3) if self._synced is None else self._synced.started_at
+                state = replace(state, started_at=began_at)
         if self._synced not in (None, state):
             raise ValueError("the batch before is not committed yet")
         self._synced = state  # from here on the rows stay: the commit may be on disk even when it fails

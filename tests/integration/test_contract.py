@@ -270,6 +270,20 @@ def test_expect_100_continue_is_sent_for_a_welcome_body_and_refused_bodies_are_n
 
 
 @pytest.mark.parametrize("which", ["producer", "consumer"])
+def test_why_there_is_no_broker_is_told_in_words(which: str, request: pytest.FixtureRequest, nobodys_port: int) -> None:
+    start: Callable[..., Service] = request.getfixturevalue(which)
+    service = start(wait=False, AMQP_URL=f"amqp://127.0.0.1:{nobodys_port}/")
+    deadline = time.monotonic() + 20
+    while "no broker at" not in service.log():
+        assert time.monotonic() < deadline, service.log()
+        time.sleep(0.05)
+    status, _, answer = call(service, "GET", "/readyz")
+    assert status == 503
+    assert "Connection refused" in answer["detail"]
+    assert "nothing was accepted" not in answer["detail"]
+
+
+@pytest.mark.parametrize("which", ["producer", "consumer"])
 @pytest.mark.parametrize(
     ("settings", "code", "words"),
     [
@@ -288,6 +302,22 @@ def test_what_waiting_does_not_mend_ends_the_process_with_one_clear_line(
     assert words in log.splitlines()[-1]
     assert "Traceback" not in log
     assert "wrong" not in log
+
+
+def test_for_machines_the_last_words_are_json_too(consumer: Start, broker: RabbitMQ) -> None:
+    service = consumer(wait=False, LOG_FORMAT="json", AMQP_URL=broker.url.replace("guest:guest", "guest:wrong"))
+    assert service.process.wait(20) == 1
+    last = [json.loads(line) for line in service.log().splitlines()][-1]
+    assert "refused user or password" in last["message"]
+    assert last["level"] == "critical"
+
+
+def test_what_ends_several_workers_is_said_in_a_line_by_those_it_ended(producer: Start, broker: RabbitMQ) -> None:
+    service = producer(wait=False, WORKERS=3, AMQP_URL=broker.url.replace("guest:guest", "guest:wrong"))
+    assert service.process.wait(20) == 1
+    said = [line for line in service.log().splitlines() if " info " not in line]
+    assert 1 <= len(said) <= 3
+    assert all("refused user or password" in line for line in said)
 
 
 @pytest.mark.parametrize("workers", [1, 2])

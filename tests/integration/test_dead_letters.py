@@ -450,6 +450,42 @@ async def test_the_consumers_flags_run_the_commands(
     assert (replayed.returncode, replayed.stdout) == (0, f"moved 3 of 3 from '{dead}' to '{queue_name}'\n")
 
 
+@pytest.mark.parametrize("flags", [["--dead-letters"], ["--replay-dead-letters"], ["--export-dead-letters", "-"]])
+async def test_where_no_queue_is_the_commands_say_so_and_nothing_else(
+    broker: RabbitMQ, queue_name: str, flags: list[str]
+) -> None:
+    done = await asyncio.to_thread(run, broker, queue_name, *flags)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_file_without_a_name_starts_no_consumer(broker: RabbitMQ, queue_name: str) -> None:
+    done = run(broker, queue_name, "--export-dead-letters", "")
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+
+
+async def test_an_export_beside_another_reader_is_not_taken_for_whole(
+    broker: RabbitMQ, settings: ConsumerSettings, dead: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await bury_many(broker.url, settings.queue_name, 600)
+    look = dead_letter_commands._look
+    async with channel(broker.url) as other:
+
+        async def take(_: DeliveredMessage) -> None: ...
+
+        async def late_look(link: amqp.Link, queue: str, count: int) -> dead_letter_commands.Pages:
+            await other.basic_qos(prefetch_count=100)
+            await other.basic_consume(dead, take)
+            await until(lambda: waiting(broker.url, dead), 500)
+            async for page in look(link, queue, count):
+                yield page
+
+        monkeypatch.setattr(dead_letter_commands, "_look", late_look)
+        with pytest.raises(StartupError, match="only 500 of 600 dead letters: another reader"):
+            await dead_letter_commands.export(settings, str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
 async def test_a_reader_that_has_seen_enough_ends_the_list_without_a_word(broker: RabbitMQ, queue_name: str) -> None:
     await bury_many(broker.url, queue_name, 500)
     command = f"{sys.executable} {ROOT}/consumer.py --dead-letters | head -n 1"

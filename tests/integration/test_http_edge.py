@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import socket
@@ -32,6 +33,10 @@ def connected(service: Service, timeout: float = 20) -> Iterator[socket.socket]:
     host, _, port = service.url.removeprefix("http://").partition(":")
     with socket.create_connection((host, int(port)), timeout) as client:
         yield client
+
+
+def read_some(client: socket.socket) -> bytes:
+    return client.recv(65536)
 
 
 def read_all(client: socket.socket) -> bytes:
@@ -73,6 +78,45 @@ def test_a_client_that_stalls_is_closed_in_time(producer: Start, sent: bytes, se
         got = read_all(client)
     assert got.startswith(answer)
     assert got.count(b"HTTP/1.1") == (1 if answer else 0)
+
+
+@pytest.mark.parametrize(("token", "body_bytes", "status"), [("right", 9_000_000, 413), ("wrong", 8_000_000, 401)])
+def test_a_client_that_reads_only_when_all_is_sent_gets_its_refusal(
+    producer: Start, token: str, body_bytes: int, status: int
+) -> None:
+    service = producer(API_TOKEN="right")
+    client = http.client.HTTPConnection(service.url.removeprefix("http://"), timeout=20)
+    client.request("POST", "/process", b"x" * body_bytes, {"Authorization": f"Bearer {token}"})
+    assert client.getresponse().status == status
+    client.close()
+
+
+def test_what_is_counted_does_not_depend_on_how_a_request_is_cut(producer: Start) -> None:
+    service = producer(API_TOKEN="right")
+    whole = request()
+    for cut in (len(whole), whole.index(b"\r\n\r\n") + 4):
+        with connected(service) as client:
+            client.sendall(whole[:cut])
+            assert read_some(client).startswith(b"HTTP/1.1 401 ")
+    assert metric(service, 'predlog_http_requests_total{route="/process",status="401"}') == 2
+
+
+def test_the_answer_to_a_refused_head_has_no_content(producer: Start) -> None:
+    with connected(producer()) as client:
+        client.sendall(b"HEAD /nowhere HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\n\r\n")
+        client.shutdown(socket.SHUT_WR)
+        answer = read_all(client)
+    assert answer.startswith(b"HTTP/1.1 404 ")
+    assert answer.endswith(b"\r\n\r\n")
+
+
+def test_half_a_request_behind_the_end_of_a_stream_is_not_waited_for(producer: Start) -> None:
+    with connected(producer()) as client:
+        client.sendall(request() + request()[:-1])
+        client.shutdown(socket.SHUT_WR)
+        began = time.monotonic()
+        assert read_all(client).count(b"HTTP/1.1 200 ") == 1
+    assert time.monotonic() - began < 5
 
 
 def test_a_head_that_drips_is_not_granted_more_time(producer: Start) -> None:

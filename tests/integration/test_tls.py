@@ -5,11 +5,13 @@ from __future__ import annotations
 import http.client
 import json
 import signal
+import socket
 import ssl
 import time
 from pathlib import Path
 
 import trustme
+from cryptography.hazmat.primitives import serialization
 
 from tests.conftest import Service, Start
 from tests.integration.test_contract import EVENT
@@ -17,6 +19,7 @@ from tests.integration.test_contract import EVENT
 
 def issue(authority: trustme.CA, folder: Path) -> None:
     made = authority.issue_cert("127.0.0.1")
+    folder.mkdir(exist_ok=True)
     made.private_key_pem.write_to_path(folder / "key.pem")
     (folder / "cert.pem").write_bytes(b"".join(pem.bytes() for pem in made.cert_chain_pems))
 
@@ -73,6 +76,46 @@ def test_https_serves_and_sighup_brings_the_new_certificate_while_a_broken_one_k
     (tmp_path / "cert.pem").write_text("broken")
     hang_up("the old one stays")
     assert serial() == second
+    issue(trustme.CA(), tmp_path / "other")
+    (tmp_path / "cert.pem").write_bytes((tmp_path / "other" / "cert.pem").read_bytes())  # the key comes a moment later
+    hang_up("the old one stays")
+    assert serial() == second
+
+
+def test_tls_clients_that_leave_with_an_event_under_way_fill_no_log(producer: Start, tmp_path: Path) -> None:
+    authority = trustme.CA()
+    issue(authority, tmp_path)
+    service = producer(wait=False, TLS_CERT=tmp_path / "cert.pem", TLS_KEY=tmp_path / "key.pem")
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    deadline = time.monotonic() + 20
+    while "connected to" not in service.log() or "POST to" not in service.log():
+        assert time.monotonic() < deadline, service.log()
+        time.sleep(0.05)
+    said = service.log().count("\n")
+    body = json.dumps(EVENT).encode()
+    for _ in range(5):
+        with (
+            socket.create_connection(("127.0.0.1", int(service.url.rpartition(":")[2])), 10) as plain,
+            context.wrap_socket(plain, server_hostname="127.0.0.1") as client,
+        ):
+            client.sendall(b"POST /process HTTP/1.1\r\nHost: h\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+    assert ask(service, authority, "POST", "/process", body)[0] == 200
+    assert service.log().count("\n") == said
+
+
+def test_a_key_with_a_passphrase_is_one_clear_line(producer: Start, tmp_path: Path) -> None:
+    issue(trustme.CA(), tmp_path)
+    key = serialization.load_pem_private_key((tmp_path / "key.pem").read_bytes(), None)
+    locked = key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.BestAvailableEncryption(b"secret"),
+    )
+    (tmp_path / "key.pem").write_bytes(locked)
+    service = producer(wait=False, TLS_CERT=tmp_path / "cert.pem", TLS_KEY=tmp_path / "key.pem")
+    assert service.process.wait(20) == 1
+    assert "has a passphrase" in service.log().splitlines()[-1]
 
 
 def test_a_certificate_that_cannot_be_used_is_one_clear_line(producer: Start, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ import pytest
 from tests.chaos.checker import Verdict, check
 from tests.chaos.stage import LoadThread
 from tests.conftest import Service, Start
+from tests.integration.test_contract import EVENT, call
 from tests.load.client import Target
 from tests.load.events import Events
 from tests.load.generator import Load
@@ -211,6 +212,53 @@ def test_while_nothing_can_be_stored_nothing_is_acked(
     until_ready(storing)
     traffic.assert_exactly_once()
     assert storing.csv_file.read_bytes().startswith(committed)
+
+
+def test_an_event_that_is_too_large_for_the_broker_disturbs_no_other(
+    producer: Start, consumer: Start, node: RabbitMQ
+) -> None:
+    limit = "application:set_env(rabbit, max_message_size, {0}), persistent_term:put(max_message_size, {0})."
+    node.ctl("eval", limit.format(100_000))
+    try:
+        posting, storing = producer(AMQP_URL=node.url), consumer(AMQP_URL=node.url)
+        traffic = Traffic(posting, storing.csv_file)
+        traffic.wait_for_more()
+        large = json.dumps({**EVENT, "client_id": "x" * 200_000}).encode()
+        status, _, detail = call(posting, "POST", "/process", large)
+        assert status == 413
+        assert "100000" in detail["detail"]
+        until_ready(posting)
+        lost = metric(posting, "predlog_amqp_reconnects_total")
+        for _ in range(5):
+            assert call(posting, "POST", "/process", large)[0] == 413
+        rowless = json.dumps({**EVENT, "data": {"license_id": "l", "preds": []}}).encode()
+        batch = b"[%b,%b]" % (large, rowless)
+        together = call(posting, "POST", "/process/batch", batch)[2]
+        assert [result["status"] for result in together["results"]] == [413, 200]
+        assert metric(posting, "predlog_amqp_reconnects_total") == lost
+        traffic.wait_for_more()
+        traffic.assert_exactly_once()
+    finally:
+        node.ctl("eval", limit.format(134_217_728))
+
+
+def test_while_nothing_can_be_stored_a_new_connection_takes_nothing(
+    producer: Start, consumer: Start, node: RabbitMQ
+) -> None:
+    posting, storing = producer(AMQP_URL=node.url), consumer(AMQP_URL=node.url)
+    traffic = Traffic(posting, storing.csv_file)
+    traffic.wait_for_more()
+    limit_file_size(storing, storing.csv_file.stat().st_size)
+    until_not_ready(storing, "File too large")
+    node.ctl("close_all_connections", "test")
+    until("the connection is lost", lambda: metric(storing, "predlog_amqp_reconnects_total") == 1)
+    traffic.wait_for_more()
+    deliveries = metric(storing, "predlog_deliveries_total")
+    traffic.wait_for_more()
+    assert metric(storing, "predlog_deliveries_total") == deliveries
+    limit_file_size(storing, resource.RLIM_INFINITY)
+    until_ready(storing)
+    traffic.assert_exactly_once()
 
 
 def test_a_killed_broker_is_waited_for_and_keeps_what_it_confirmed(

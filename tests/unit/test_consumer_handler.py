@@ -118,8 +118,9 @@ def test_what_can_never_become_rows_is_poison_and_takes_no_good_message_with_it(
         0.25,
     )
     assert prepared.stored == [1, 3]
-    [(delivery, reason)] = prepared.poison
+    [(delivery, kind, reason)] = prepared.poison
     assert delivery.delivery_tag == 2
+    assert kind == ("not_an_event" if body[:1] in (b"[", b"{") else "not_json")
     assert reason
     assert "\n" not in reason
     assert len(prepared.ids) == 2, "a dead letter's id is not remembered: its replay must make rows"
@@ -127,9 +128,21 @@ def test_what_can_never_become_rows_is_poison_and_takes_no_good_message_with_it(
 
 def test_a_message_with_a_broken_header_is_poison(store: Store) -> None:
     broken = Delivery(1, False, b"\x00\x3c\x00\x00" + bytes(8) + b"\x00\x80", b"{}")
-    assert [reason for _, reason in rows_of([broken], store.seen, 0.25).poison] == [
+    assert [poison.reason for poison in rows_of([broken], store.seen, 0.25).poison] == [
         "a content header that ends too early"
     ]
+
+
+def test_what_is_not_an_event_is_poison_although_its_id_is_known(store: Store) -> None:
+    good = json.dumps(random_event(random.Random(1), 1)).encode()
+    prepared = rows_of([message(1, good, b"a" * 32), message(2, b"not json", b"a" * 32)], store.seen, 0.25)
+    assert (prepared.stored, prepared.duplicates, len(prepared.poison)) == ([1], 0, 1)
+
+
+def test_ids_that_differ_in_case_are_two(store: Store) -> None:
+    good = json.dumps(random_event(random.Random(1), 1)).encode()
+    prepared = rows_of([message(1, good, b"ab" * 16), message(2, good, b"AB" * 16)], store.seen, 0.25)
+    assert (prepared.duplicates, len(set(prepared.ids))) == (0, 2)
 
 
 def test_an_event_without_predictions_is_remembered_though_it_has_no_row(store: Store) -> None:

@@ -437,7 +437,7 @@ def test_a_message_id_stays_the_same_from_version_to_version() -> None:
     ("message_id", "own"),
     [
         ("00112233445566778899aabbccddeeff", True),
-        (b"00112233445566778899AABBCCDDEEFF", True),
+        (b"00112233445566778899AABBCCDDEEFF", False),
         ("00112233-4455-6677-8899-aabbccddeeff", False),
         ("00112233445566778899aabbccddee  ", False),
         ("00112233445566778899aabbccddeefg", False),

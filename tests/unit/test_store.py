@@ -630,6 +630,20 @@ def test_the_start_of_a_file_is_known_across_restarts_and_new_after_a_rotation(c
     assert case.store.started_at > started
 
 
+def test_the_age_of_a_file_counts_from_its_first_row(case: Case) -> None:
+    case.store.rotate()
+    begun = case.store.started_at
+    time.sleep(0.01)
+    append(case.store, 3)
+    first = case.store.started_at
+    assert first > begun
+    time.sleep(0.01)
+    append(case.store, 4)
+    case.store.close()
+    case.restart()
+    assert case.store.started_at == first
+
+
 def test_rotated_files_are_packed_also_those_that_an_earlier_run_left_plain(case: Case) -> None:
     left = case.store.rotate()
     append(case.store, 3)
