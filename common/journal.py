@@ -4,6 +4,9 @@ An append-only text file. Each line is a checksum and one JSON record, and is on
 cut short by a crash is a commit that never was. The first line holds every id, the others the ids of their commit.
 The file is replaced as a whole (written beside, synced, renamed) when it has grown, and when anything about it failed,
 because after a failed write or fsync nobody knows what of it is on disk.
+
+Beside it, the mark says how far it went, written after each commit and not synced: so that a journal whose end is gone
+(truncated, or an old copy put back) is not taken for one whose last commit never was.
 Knows nothing of the CSV itself. It is for one thread.
 """
 
@@ -49,6 +52,8 @@ class Journal:
         self._ids: set[bytes] = set()
         self._fd = -1  # -1: the next commit writes the file anew
         self._bytes = 0
+        self._mark: tuple[int, int] | None = None  # inode and committed length, as the mark may say at most
+        self._mark_fd = -1
 
     @property
     def window(self) -> int:
@@ -64,6 +69,7 @@ class Journal:
 
         Raises OSError, and JournalCorrupt for anything that a crash of ours cannot have left.
         """
+        self._mark = _read_mark(self._mark_path)
         try:
             with open(self.path, "rb") as file:
                 lines = file.read().split(b"\n")
@@ -88,6 +94,8 @@ class Journal:
             raise JournalCorrupt(f"not a journal of this version ({error!r})") from error
         self._prefetch_count = max(self._prefetch_count, prefetch_count)
         self._remember([id for (id,) in iter_unpack("16s", packed[-self.window * ID_BYTES :])])
+        if self._mark is not None and self._mark[0] == state.inode and self._mark[1] > state.committed_bytes:
+            raise JournalCorrupt(f"its end is gone: it knows of {state.committed_bytes} bytes, not {self._mark[1]}")
         return state, clean
 
     def seen(self, id: bytes) -> bool:
@@ -101,17 +109,44 @@ class Journal:
 
         Raises OSError; then the commit is on disk or not, and the same call again settles it.
         """
+        if self._mark is not None and not (self._mark[0] == state.inode and self._mark[1] <= state.committed_bytes):
+            self._write_mark(state, sync=True)  # it must never be ahead, not even after a power cut
         if self._fd >= 0 and self._bytes < self._limit_bytes() and self._untouched():
             self._append(self._line(state, ids, clean))
         else:
             known = islice(self._order, max(0, len(self._order) + len(ids) - self.window), None)
             self._replace(self._line(state, chain(known, ids), clean))
         self._remember(ids)
+        with suppress(OSError):  # an older mark is as good as none
+            self._write_mark(state, sync=False)
 
     def close(self) -> None:
+        self._close_file()
+        if self._mark_fd >= 0:
+            os.close(self._mark_fd)
+            self._mark_fd = -1
+
+    def _close_file(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+    @property
+    def _mark_path(self) -> str:
+        return f"{self.path}.mark"
+
+    def _write_mark(self, state: FileState, sync: bool) -> None:
+        self._mark = state.inode, state.committed_bytes
+        if self._mark_fd < 0:
+            self._mark_fd = os.open(self._mark_path, os.O_RDWR | os.O_CREAT, 0o644)
+        text = b'{"file": {"inode": %d, "committed_bytes": %d}}' % self._mark
+        try:
+            os.pwrite(self._mark_fd, _with_checksum(text.ljust(100)), 0)
+            if sync:
+                os.fsync(self._mark_fd)
+        except OSError as error:
+            error.filename = error.filename or self._mark_path
+            raise
 
     def _remember(self, ids: Sequence[bytes]) -> None:
         self._order.extend(ids)
@@ -126,8 +161,7 @@ class Journal:
             "prefetch_count": self._prefetch_count,
             "ids": b"".join(ids).hex(),
         }
-        text = json.dumps(record).encode()
-        return b"%08x %b\n" % (zlib.crc32(text), text)
+        return _with_checksum(json.dumps(record).encode())
 
     def _limit_bytes(self) -> int:
         return (4 << 20) + 2 * (2 * ID_BYTES * self.window)
@@ -148,13 +182,13 @@ class Journal:
             _write(self._fd, line)
             os.fsync(self._fd)
         except OSError as error:
-            self.close()
+            self._close_file()
             error.filename = error.filename or self.path
             raise
         self._bytes += len(line)
 
     def _replace(self, line: bytes) -> None:
-        self.close()
+        self._close_file()
         beside = f"{self.path}.new"
         fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644)
         try:
@@ -170,6 +204,20 @@ class Journal:
             raise
         self._fd = fd
         self._bytes = len(line)
+
+
+def _read_mark(path: str) -> tuple[int, int] | None:
+    """Inode and committed length; None without a mark, and for a torn one."""
+    with suppress(OSError, ValueError, KeyError, TypeError), open(path, "rb") as file:
+        text = _checked(file.readline().removesuffix(b"\n"))
+        if text is not None:
+            record = json.loads(text)["file"]
+            return int(record["inode"]), int(record["committed_bytes"])
+    return None
+
+
+def _with_checksum(text: bytes) -> bytes:
+    return b"%08x %b\n" % (zlib.crc32(text), text)
 
 
 def _checked(line: bytes) -> bytes | None:

@@ -75,7 +75,7 @@ def test_on_a_full_disk_an_append_fails_leaves_the_file_whole_and_works_once_the
     assert (disk / "data.csv").read_bytes() == HEADER + ROW + data
     assert store.seen(ids[0])
     store.close()
-    assert sorted(os.listdir(disk)) == ["data.csv", "data.csv.journal"]
+    assert sorted(os.listdir(disk)) == ["data.csv", "data.csv.journal", "data.csv.journal.mark"]
 
 
 def test_a_crash_on_a_full_disk_loses_nothing_that_was_committed(disk: Path) -> None:

@@ -21,6 +21,10 @@ STATE = FileState(device=1, inode=2, committed_bytes=65, chunk_offset=0, chunk_c
 log = logging.getLogger(__name__)
 
 
+def mark_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.mark")
+
+
 def ids(*numbers: int) -> list[bytes]:
     return [number.to_bytes(16, "big") for number in numbers]
 
@@ -65,8 +69,10 @@ def test_a_commit_cut_short_at_any_byte_never_was(path: Path) -> None:
     journal = open_journal(path)
     journal.commit(STATE, ids(1))
     before = path.stat().st_size
+    mark = mark_of(path).read_bytes()
     journal.commit(replace(STATE, committed_bytes=99), ids(2))
     journal.close()
+    mark_of(path).write_bytes(mark)  # it is written after the commit
     whole = path.read_bytes()
     for length in range(before, len(whole)):
         for rest in (b"", b"\0" * (len(whole) - length), b"\n" * (len(whole) - length)):
@@ -77,6 +83,46 @@ def test_a_commit_cut_short_at_any_byte_never_was(path: Path) -> None:
             assert again.load() == (STATE, False)
             assert again.seen(*ids(1))
             assert not again.seen(*ids(2))
+
+
+def test_a_commit_cut_short_after_it_was_done_is_corruption_at_any_byte(path: Path) -> None:
+    journal = open_journal(path)
+    journal.commit(STATE, ids(1))
+    before = path.stat().st_size
+    journal.commit(replace(STATE, committed_bytes=99), ids(2))
+    journal.close()
+    whole = path.read_bytes()
+    for length in range(before, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        again = open_journal(path)
+        with pytest.raises(JournalCorrupt, match="its end is gone: it knows of 65 bytes, not 99"):
+            again.load()
+        assert again.seen(*ids(1))
+
+
+@pytest.mark.parametrize("mark", [b"", b"\0" * 110, b"0000000a {}", b"not a mark\n"])
+def test_a_mark_that_cannot_be_read_is_as_good_as_none(path: Path, mark: bytes) -> None:
+    journal = open_journal(path)
+    journal.commit(STATE, ids(1))
+    journal.close()
+    mark_of(path).write_bytes(mark)
+    assert open_journal(path).load() == (STATE, False)
+
+
+def test_the_mark_is_lowered_on_disk_before_the_journal_is(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = open_journal(path)
+    journal.commit(replace(STATE, committed_bytes=99), ids(1))
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def noted_fsync(fd: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{fd}"))
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    journal.commit(STATE, ids(2))
+    assert synced == [str(mark_of(path)), str(path)]
+    journal.close()
 
 
 def test_damage_before_the_last_commit_is_corruption_at_any_byte(path: Path) -> None:
@@ -184,7 +230,7 @@ def test_after_a_failed_step_the_same_commit_again_settles_it(
     again = open_journal(path)
     assert again.load() == (new, False)
     assert [n for n in range(4) if again.seen(*ids(n))] == [1, 2]
-    assert os.listdir(path.parent) == [path.name]
+    assert sorted(os.listdir(path.parent)) == [path.name, mark_of(path).name]
 
 
 def test_a_file_that_failed_is_not_written_to_again(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -286,6 +286,32 @@ def test_a_corrupt_journal_is_moved_aside_and_the_rows_stay(case: Case, damage: 
     assert case.content == HEADER + rows(1, 2, 9)
 
 
+@pytest.mark.parametrize("clean", [True, False])
+@pytest.mark.parametrize("damage", ["half of it", "its last bytes", "zeroed", "an old copy"])
+def test_a_journal_whose_end_is_gone_takes_no_row_out_of_the_csv(case: Case, damage: str, clean: bool) -> None:
+    old = case.journal.read_bytes()
+    for number in range(10, 20):
+        append(case.store, number)
+    if clean:
+        case.store.close()
+    else:
+        crash(case.store)
+    content, whole = case.content, case.journal.read_bytes()
+    last_line = len(whole) - whole[:-1].rfind(b"\n")
+    case.journal.write_bytes(
+        {
+            "half of it": whole[: len(whole) // 2],
+            "its last bytes": whole[: -last_line - 10],
+            "zeroed": whole[: -2 * last_line] + bytes(2 * last_line),
+            "an old copy": old,
+        }[damage]
+    )
+    line = case.restart()
+    assert "its end is gone" in line
+    assert case.content == content + row(9)
+    assert case.store.seen(*ids(1))
+
+
 @pytest.mark.parametrize("content", [b"a;b;c\r\n1;2;3\r\n", HEADER[:-2] + b"\n", b"\xef\xbb\xbf" + HEADER, b"\0" * 100])
 def test_a_file_that_is_not_ours_is_refused_and_not_touched(case: Case, content: bytes) -> None:
     case.store.close()

@@ -38,7 +38,7 @@ from common.store import Store
 
 MESSAGES = range(20)
 BATCH = 3
-CHANGES = ("open", "write", "fsync", "ftruncate", "rename", "unlink")  # the os functions that change the disk
+CHANGES = ("open", "write", "pwrite", "fsync", "ftruncate", "rename", "unlink")  # the os functions that change the disk
 log = logging.getLogger(__name__)
 log.setLevel(logging.ERROR)
 
@@ -211,7 +211,7 @@ class Disk:
         for name, inode in names.items():
             (folder / name).write_bytes(self.files[inode].after_a_power_cut(survives, chance))
             inodes[inode] = (folder / name).stat().st_ino
-        for path in folder.glob("*.journal"):
+        for path in folder.glob("*.journal*"):
             path.write_bytes(b"\n".join(renumbered(line, inodes) for line in path.read_bytes().split(b"\n")))
 
 
@@ -259,6 +259,10 @@ def trace(folder: Path, patch: pytest.MonkeyPatch) -> list[Disk]:
         assert written == len(data)
         return written
 
+    def pwrite(fd: int, data: bytes, offset: int) -> int:
+        disk.files[inode(fd)].pending.append((offset, data))
+        return int(real["pwrite"](fd, data, offset))
+
     def fsync(fd: int) -> None:
         real["fsync"](fd)
         if inode(fd) in disk.files:
@@ -283,7 +287,7 @@ def trace(folder: Path, patch: pytest.MonkeyPatch) -> list[Disk]:
         disk.pending.append((os.path.basename(path), "", 0))
         real["unlink"](path)
 
-    model: list[Callable[..., Any]] = [open_, write, fsync, ftruncate, rename, unlink]
+    model: list[Callable[..., Any]] = [open_, write, pwrite, fsync, ftruncate, rename, unlink]
     for name, change in zip(CHANGES, model, strict=True):
         record(name, change)
     live(folder, list(MESSAGES), disk.acked.append)
