@@ -322,6 +322,7 @@ class Consumer:
         values, counters, now = self._counters.metrics.values, self._counters, self._loop.time()
         if self._link is not None:
             self._link.lane.keep_alive()
+        counters.metrics.settle()
         since = list(self._held.values())
         if self._pending.deliveries:
             since.append(self._pending.since)

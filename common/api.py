@@ -17,7 +17,7 @@ from common.http1 import Head, Request
 from common.http_server import Exchange, HttpServer
 from common.metrics import CONTENT_TYPE as METRICS_TYPE
 from common.metrics import LATENCY_SECONDS, Metrics
-from common.publisher import Publisher
+from common.publisher import Publication, Publisher
 
 HTML = b"text/html; charset=utf-8"
 PAGE = Path(__file__).parent / "page.html"
@@ -82,19 +82,20 @@ def build_metrics() -> Metrics:
     return Counters().metrics
 
 
-class _Post:
-    """Who waits for the confirm of a POST /process."""
+class _Post(Publication):
+    """The event of a POST /process."""
 
-    __slots__ = ("_api", "_body", "_exchange")
+    __slots__ = ("_api", "_exchange")
 
-    def __init__(self, api: Api, exchange: Exchange, body: bytes) -> None:
+    def __init__(self, body: bytes, message_id: bytes, api: Api, exchange: Exchange) -> None:
+        self.body = body
+        self.message_id = message_id
         self._api = api
         self._exchange = exchange
-        self._body = body
 
     def confirmed(self, seconds: float) -> None:
-        self._api.count_event(self._body, seconds)
-        self._exchange.answer(200, self._body)
+        self._api.count_event(self.body, seconds)
+        self._exchange.answer(200, self.body)
 
     def failed(self, error: HttpError | Unavailable) -> None:
         self._exchange.fail(error)
@@ -123,7 +124,7 @@ class _Batch:
                 # No key has a NUL: this one is no other request's.
                 key = None if self._key is None else b"%b\x00%d" % (self._key, position)
                 try:
-                    self._api.publish(item, key, _BatchItem(self._api, self, position, item))
+                    self._api.publish(_BatchItem(item, self._api.message_id(item, key), self._api, self, position))
                 except Unavailable as error:
                     if self._under_way and error.reason == "window_full":
                         return
@@ -158,19 +159,20 @@ class _Batch:
         self.go_on()
 
 
-class _BatchItem:
-    """Who waits for the confirm of one event of a batch."""
+class _BatchItem(Publication):
+    """One event of a batch."""
 
-    __slots__ = ("_api", "_batch", "_body", "_position")
+    __slots__ = ("_api", "_batch", "_position")
 
-    def __init__(self, api: Api, batch: _Batch, position: int, body: bytes) -> None:
+    def __init__(self, body: bytes, message_id: bytes, api: Api, batch: _Batch, position: int) -> None:
+        self.body = body
+        self.message_id = message_id
         self._api = api
         self._batch = batch
         self._position = position
-        self._body = body
 
     def confirmed(self, seconds: float) -> None:
-        self._api.count_event(self._body, seconds)
+        self._api.count_event(self.body, seconds)
         self._batch.accept(self._position)
 
     def failed(self, error: HttpError | Unavailable) -> None:
@@ -211,6 +213,7 @@ class Api:
         self._page = PAGE.read_bytes()
         self._page_headers = openapi.page_headers(self._page)
         self._uuids = random_uuids()
+        self.publish = publisher.publish
 
     # Requests
 
@@ -278,7 +281,7 @@ class Api:
     def _process(self, request: Request, exchange: Exchange) -> None:
         key = content.idempotency_key(request.head.idempotency_key)
         body = event.normalise(self._body(request), self._settings.max_preds)
-        self.publish(body, key, _Post(self, exchange, body))
+        self.publish(_Post(body, self.message_id(body, key), self, exchange))
 
     def _process_batch(self, request: Request, exchange: Exchange) -> None:
         key = content.idempotency_key(request.head.idempotency_key)
@@ -289,9 +292,9 @@ class Api:
         events = event.normalise_batch(self._body(request), lines, self._settings.max_preds)
         _Batch(self, exchange, key, events).go_on()
 
-    def publish(self, body: bytes, key: bytes | None, waiter: _Post | _BatchItem) -> None:
-        """Publish a normalised event; with a key, its message id is the same at every retry. Raises Unavailable."""
-        self._publisher.publish(body, next(self._uuids) if key is None else event.message_id(key, body), waiter)
+    def message_id(self, body: bytes, key: bytes | None) -> bytes:
+        """Of a normalised event: with a key it is the same at every retry, else random."""
+        return next(self._uuids) if key is None else event.message_id(key, body)
 
     # Metrics
 
@@ -329,4 +332,5 @@ class Api:
     def tick(self) -> None:
         """A few times a second: time-outs, and the gauges that another worker may be asked for."""
         self._publisher.sweep()
+        self._counters.metrics.settle()
         self._set_gauges()

@@ -1,6 +1,6 @@
 """The unconfirmed window: every event under way to the broker, until its confirm, nack, or time-out.
 
-Nothing here knows HTTP or sockets: a lane sends bytes, a waiter hears the outcome. Events that were sent when the link
+Nothing here knows HTTP or sockets: a lane sends bytes, a publication hears its outcome. Events that were sent when the link
 went down are held and published again, with the same message_id, on the next one; the consumer drops the duplicate.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from itertools import takewhile
@@ -29,22 +30,22 @@ class Lane(Protocol):
     def fail(self, reason: str) -> None: ...
 
 
-class Waiter(Protocol):
-    """Who published, and hears of it: exactly one of the two is called, once."""
+class Publication(ABC):
+    """An event under way, and who hears of its outcome: exactly one of the two methods is called, once."""
 
+    __slots__ = ("body", "message_id", "sent_before", "since")
+
+    body: bytes
+    message_id: bytes
+    # The publisher's own:
+    since: float  # when it was first sent
+    sent_before: bool  # on a link that was lost
+
+    @abstractmethod
     def confirmed(self, seconds: float) -> None: ...
+
+    @abstractmethod
     def failed(self, error: HttpError | Unavailable) -> None: ...
-
-
-class _Entry:
-    __slots__ = ("body", "message_id", "sent_before", "since", "waiter")
-
-    def __init__(self, body: bytes, message_id: bytes, waiter: Waiter, since: float) -> None:
-        self.body = body
-        self.message_id = message_id
-        self.waiter = waiter
-        self.since = since
-        self.sent_before = False  # on a link that was lost
 
 
 class Publisher:
@@ -72,13 +73,12 @@ class Publisher:
         self._lane: Lane | None = None
         self._encoder: PublishEncoder
         # By delivery tag, which a channel counts up from 1: the order of the dict is the order of sending and of age.
-        self._sent: dict[int, _Entry] = {}
-        self._held: deque[_Entry] = deque()  # of a lost link, oldest first
+        self._sent: dict[int, Publication] = {}
+        self._held: deque[Publication] = deque()  # of a lost link, oldest first
         self._next_tag = 1
         self._confirmed_at = 0.0
         self._most_body_bytes = sys.maxsize  # that the broker takes, as far as it has said so
-        self._stamp_second = -1
-        self._stamp = b""
+        self._stamp = packed_seconds(int(wall()))  # as new as the last sweep
 
     @property
     def unconfirmed(self) -> int:
@@ -101,10 +101,10 @@ class Publisher:
             return Unavailable("window_full", "too many events wait for the broker's confirm")
         return None
 
-    def publish(self, body: bytes, message_id: bytes, waiter: Waiter) -> None:
-        """Send one event; the waiter hears the outcome. Raises Unavailable or HttpError, and then has sent nothing."""
-        lane = self._lane
-        if len(body) > self._most_body_bytes:
+    def publish(self, event: Publication) -> None:
+        """Send one event; it hears the outcome. Raises Unavailable or HttpError, and then has sent nothing."""
+        lane, body_bytes = self._lane, len(event.body)
+        if body_bytes > self._most_body_bytes:
             raise self._too_large()
         if (
             lane is None
@@ -115,15 +115,13 @@ class Publisher:
             or len(self._sent) + len(self._held) >= self._max_unconfirmed
         ):
             raise cast(Unavailable, self.trouble())  # no variable of this frame: it would hold the event in a cycle
-        self.unconfirmed_bytes += len(body)
-        self._send(lane, _Entry(body, message_id, waiter, self._now()))
+        self.unconfirmed_bytes += body_bytes
+        event.since, event.sent_before = self._now(), False
+        self._send(lane, event)
 
-    def _send(self, lane: Lane, entry: _Entry) -> None:
-        second = int(self._wall())
-        if second != self._stamp_second:
-            self._stamp_second, self._stamp = second, packed_seconds(second)
-        lane.send(self._encoder.encode(entry.body, entry.message_id, self._stamp))
-        self._sent[self._next_tag] = entry
+    def _send(self, lane: Lane, event: Publication) -> None:
+        lane.send(self._encoder.encode(event.body, event.message_id, self._stamp))
+        self._sent[self._next_tag] = event
         self._next_tag += 1
 
     # What the broker says
@@ -135,9 +133,9 @@ class Publisher:
         self._next_tag = 1
         self._confirmed_at = self._now()
         held, self._held = self._held, deque()
-        for entry in held:
-            entry.sent_before = True
-            self._send(lane, entry)
+        for event in held:
+            event.sent_before = True
+            self._send(lane, event)
 
     def link_down(self, reason: str) -> None:
         """The channel is gone, and with it what it would have confirmed: hold it for the next one.
@@ -151,12 +149,12 @@ class Publisher:
         self._most_body_bytes = int(refusal[1]) if refusal else sys.maxsize
         if refusal:
             held, self._held = self._held, deque()
-            for entry in held:
-                if len(entry.body) <= self._most_body_bytes:
-                    self._held.append(entry)
+            for event in held:
+                if len(event.body) <= self._most_body_bytes:
+                    self._held.append(event)
                     continue
-                self.unconfirmed_bytes -= len(entry.body)
-                entry.waiter.failed(_unknown() if entry.sent_before else self._too_large())
+                self.unconfirmed_bytes -= len(event.body)
+                event.failed(_unknown() if event.sent_before else self._too_large())
 
     def _too_large(self) -> HttpError:
         return HttpError(413, f"the broker takes no event longer than {self._most_body_bytes} bytes")
@@ -169,23 +167,24 @@ class Publisher:
             if multiple:
                 for lower in list(takewhile(tag.__gt__, sent)):
                     self._settle(sent.pop(lower), ok, now)
-            entry = sent.pop(tag, None)
-            if entry is not None:
-                self._settle(entry, ok, now)
+            event = sent.pop(tag, None)
+            if event is not None:
+                self._settle(event, ok, now)
 
-    def _settle(self, entry: _Entry, ok: bool, now: float) -> None:
-        self.unconfirmed_bytes -= len(entry.body)
+    def _settle(self, event: Publication, ok: bool, now: float) -> None:
+        self.unconfirmed_bytes -= len(event.body)
         if ok:
-            entry.waiter.confirmed(now - entry.since)
-        elif entry.sent_before:  # what became of the first copy is not known
-            entry.waiter.failed(_unknown())
+            event.confirmed(now - event.since)
+        elif event.sent_before:  # what became of the first copy is not known
+            event.failed(_unknown())
         else:
-            entry.waiter.failed(Unavailable("nacked", "the broker could not take the event"))
+            event.failed(Unavailable("nacked", "the broker could not take the event"))
 
     # Time
 
     def sweep(self) -> None:
         """Give up on what waits too long; call it a few times a second."""
+        self._stamp = packed_seconds(int(self._wall()))
         oldest = self._now() - self._confirm_timeout
         while self._held and self._held[0].since <= oldest:
             self._expire(self._held.popleft())
@@ -196,17 +195,17 @@ class Publisher:
             # Not one confirm in all that time: this link is of no use. A new one may reach a live broker.
             self._lane.fail(f"no confirm for {self._confirm_timeout:g} s")
 
-    def _expire(self, entry: _Entry) -> None:
-        self.unconfirmed_bytes -= len(entry.body)
-        entry.waiter.failed(_unknown())
+    def _expire(self, event: Publication) -> None:
+        self.unconfirmed_bytes -= len(event.body)
+        event.failed(_unknown())
 
     def fail_all(self) -> None:
         """The end of a drain that took too long: everything under way gets its 504."""
-        entries = [*self._held, *self._sent.values()]
+        events = [*self._held, *self._sent.values()]
         self._held.clear()
         self._sent.clear()
-        for entry in entries:
-            self._expire(entry)
+        for event in events:
+            self._expire(event)
 
 
 def _unknown() -> HttpError:

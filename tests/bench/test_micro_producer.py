@@ -11,7 +11,7 @@ from common.errors import HttpError, Unavailable
 from common.event import loads, normalise
 from common.frames import Confirm, PublishEncoder, packed_seconds
 from common.http1 import Limits, RequestParser, response
-from common.publisher import Publisher
+from common.publisher import Publication, Publisher
 from tests.bench import events
 
 FRAME_MAX = 131_072
@@ -80,8 +80,10 @@ class _Lane:
         raise AssertionError(reason)
 
 
-class _Waiter:
+class _Event(Publication):
     def __init__(self) -> None:
+        self.body = BODY
+        self.message_id = MESSAGE_ID
         self.heard = 0
 
     def confirmed(self, seconds: float) -> None:
@@ -98,27 +100,27 @@ def _connected_publisher() -> Publisher:
 
 
 def test_publish_and_match_one_confirm(benchmark: BenchmarkFixture) -> None:
-    publisher, waiter, tags = _connected_publisher(), _Waiter(), count(1)
+    publisher, event, tags = _connected_publisher(), _Event(), count(1)
 
     def publish() -> None:
-        publisher.publish(BODY, MESSAGE_ID, waiter)
+        publisher.publish(event)
         publisher.confirms([Confirm(next(tags), False, True)])
 
     benchmark(publish)
-    assert waiter.heard
+    assert event.heard
     assert publisher.unconfirmed == 0
 
 
 def test_match_the_confirms_of_a_full_window(benchmark: BenchmarkFixture) -> None:
     """1,000 events: half confirmed one by one from the top, the rest by one confirm with `multiple`."""
-    waiter = _Waiter()
+    event = _Event()
     confirms = [Confirm(tag, False, True) for tag in range(WINDOW, WINDOW // 2, -1)] + [Confirm(WINDOW, True, True)]
 
     def filled() -> tuple[tuple[Publisher], dict[str, object]]:
         publisher = _connected_publisher()
         for _ in range(WINDOW):
-            publisher.publish(BODY, MESSAGE_ID, waiter)
+            publisher.publish(event)
         return (publisher,), {}
 
     benchmark.pedantic(lambda publisher: publisher.confirms(confirms), setup=filled, rounds=50)  # type: ignore[no-untyped-call]
-    assert waiter.heard % WINDOW == 0
+    assert event.heard % WINDOW == 0

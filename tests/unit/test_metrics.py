@@ -122,6 +122,7 @@ def test_counting_goes_on_in_shared_memory_and_another_process_reads_it() -> Non
     metrics.bind(cast("MutableSequence[float]", memoryview(shared).cast("d")))
     metrics.values[ok] += 1.0
     histogram.observe(3.0)
+    metrics.settle()
     seen_by_another = array("d", shared[:])
     assert (seen_by_another[ok], seen_by_another[-1]) == (2.0, 3.0)
     assert b'status="200"} 2\n' in metrics.render([seen_by_another])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from common.errors import HttpError, Unavailable
 from common.frames import Confirm
-from common.publisher import Publisher
+from common.publisher import Publication, Publisher
 
 
 class Lane:
@@ -28,8 +28,10 @@ class Lane:
         self.failed = reason
 
 
-class Waiter:
-    def __init__(self) -> None:
+class Event(Publication):
+    def __init__(self, body: bytes, message_id: bytes) -> None:
+        self.body = body
+        self.message_id = message_id
         self.outcomes: list[str | int] = []
 
     def confirmed(self, seconds: float) -> None:
@@ -48,10 +50,10 @@ class Bench:
         self.lane = Lane()
         self.publisher.link_up(self.lane, 131072)
 
-    def publish(self, number: int = 0, size: int = 10) -> Waiter:
-        waiter = Waiter()
-        self.publisher.publish(b"x" * size, b"%032d" % number, waiter)
-        return waiter
+    def publish(self, number: int = 0, size: int = 10) -> Event:
+        event = Event(b"x" * size, b"%032d" % number)
+        self.publisher.publish(event)
+        return event
 
 
 def test_an_event_is_confirmed_only_by_its_own_confirm() -> None:
@@ -67,38 +69,38 @@ def test_every_event_hears_exactly_one_outcome_whatever_the_order_of_confirms(
     confirms: list[tuple[int, bool, bool]], count: int
 ) -> None:
     bench = Bench()
-    waiters = [bench.publish(number) for number in range(1, count + 1)]
+    events = [bench.publish(number) for number in range(1, count + 1)]
     expected: dict[int, str | int] = {}
     for tag, multiple, ok in confirms:
         bench.publisher.confirms([Confirm(tag, multiple, ok)])
         for covered in range(1 if multiple else tag, tag + 1):
             expected.setdefault(covered, "confirmed" if ok else 503)
-    assert [waiter.outcomes for waiter in waiters] == [
+    assert [event.outcomes for event in events] == [
         [expected[tag]] if tag in expected else [] for tag in range(1, count + 1)
     ]
     bench.time += 11
     bench.publisher.sweep()
-    assert all(len(waiter.outcomes) == 1 for waiter in waiters)
+    assert all(len(event.outcomes) == 1 for event in events)
     assert bench.publisher.unconfirmed == bench.publisher.unconfirmed_bytes == 0
 
 
 def test_a_nack_is_never_a_200() -> None:
     bench = Bench()
-    waiter = bench.publish()
+    event = bench.publish()
     bench.publisher.confirms([Confirm(1, False, False)])
-    assert waiter.outcomes == [503]
+    assert event.outcomes == [503]
 
 
 def test_no_confirm_in_time_is_504_and_a_late_confirm_changes_nothing() -> None:
     bench = Bench()
-    waiter = bench.publish()
+    event = bench.publish()
     bench.time += 9.9
     bench.publisher.sweep()
-    assert waiter.outcomes == []
+    assert event.outcomes == []
     bench.time += 0.2
     bench.publisher.sweep()
     bench.publisher.confirms([Confirm(1, False, True)])
-    assert waiter.outcomes == [504]
+    assert event.outcomes == [504]
 
 
 def test_a_link_without_one_confirm_in_the_whole_time_is_given_up() -> None:
@@ -118,37 +120,37 @@ def test_a_link_without_one_confirm_in_the_whole_time_is_given_up() -> None:
 
 def test_a_blocked_broker_is_waited_for_not_given_up() -> None:
     bench = Bench()
-    waiter = bench.publish()
+    event = bench.publish()
     bench.publisher.blocked = "low on memory"
     bench.time += 10.1
     bench.publisher.sweep()
-    assert (waiter.outcomes, bench.lane.failed) == ([504], "")
+    assert (event.outcomes, bench.lane.failed) == ([504], "")
 
 
 def test_events_under_way_when_the_link_goes_down_are_published_again_first_with_the_same_message_id() -> None:
     bench = Bench()
-    waiters = [bench.publish(number) for number in (1, 2, 3)]
+    events = [bench.publish(number) for number in (1, 2, 3)]
     bench.publisher.confirms([Confirm(2, False, True)])
     bench.publisher.link_down("cut")
     bench.publisher.confirms([Confirm(1, False, True)])  # of the old channel: means nothing any more
-    assert waiters[0].outcomes == []
+    assert events[0].outcomes == []
     second = Lane()
     bench.publisher.link_up(second, 131072)
     assert [b"%032d" % number in sent for number, sent in zip((1, 3), second.sent, strict=True)] == [True, True]
     new = bench.publish(4)
     bench.publisher.confirms([Confirm(2, True, True)])
-    assert [waiter.outcomes for waiter in (*waiters, new)] == [["confirmed"]] * 3 + [[]]
+    assert [event.outcomes for event in (*events, new)] == [["confirmed"]] * 3 + [[]]
     bench.publisher.confirms([Confirm(3, False, True)])
     assert new.outcomes == ["confirmed"]
 
 
 def test_held_events_keep_their_deadline() -> None:
     bench = Bench()
-    waiter = bench.publish()
+    event = bench.publish()
     bench.publisher.link_down("cut")
     bench.time += 10.1
     bench.publisher.sweep()
-    assert waiter.outcomes == [504]
+    assert event.outcomes == [504]
     second = Lane()
     bench.publisher.link_up(second, 131072)
     assert second.sent == []
@@ -193,8 +195,8 @@ def test_a_drain_that_takes_too_long_answers_everything() -> None:
 
 def test_a_nack_of_an_event_that_was_published_before_leaves_its_outcome_unknown() -> None:
     bench = Bench()
-    waiter = bench.publish()
+    event = bench.publish()
     bench.publisher.link_down("cut")
     bench.publisher.link_up(bench.lane, 131072)
     bench.publisher.confirms([Confirm(1, False, False)])
-    assert waiter.outcomes == [504]
+    assert event.outcomes == [504]
