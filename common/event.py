@@ -309,7 +309,13 @@ def _outside_strings(body: bytes, most_strings: int) -> bytes | None:
 
 def normalise(body: bytes, max_preds: int) -> bytes:
     """The event in `body` in normal form, as bytes. Bounded work, whatever `body` is. Raises InvalidEvent."""
-    return orjson.dumps(decode(body, max_preds))
+    event = None
+    if len(body) <= SPARE_VALUES:  # it cannot hold more
+        try:
+            event = _validate_quickly(orjson.loads(body), max_preds)
+        except orjson.JSONDecodeError:
+            event = None  # decode knows more
+    return orjson.dumps(decode(body, max_preds) if event is None else event)
 
 
 def normalise_batch(body: bytes, lines: bool, max_preds: int) -> list[bytes | InvalidEvent]:

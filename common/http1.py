@@ -315,6 +315,7 @@ class RequestParser:
         "_ended",
         "_error",
         "_limits",
+        "_quick_head_bytes",
         "_request_line_bytes",
         "_searched_bytes",
         "_start",
@@ -325,6 +326,7 @@ class RequestParser:
         self.head: Head | None = None  # of the request whose content is not complete yet
         self._limits = limits
         self._request_line_bytes = min(limits.target_bytes + _METHOD_AND_VERSION_BYTES, limits.head_bytes - 2)
+        self._quick_head_bytes = min(_CACHED_HEAD_BYTES, self._request_line_bytes)
         self._buffer: bytes | bytearray = b""  # one piece as it came, or a bytearray of several
         self._start = 0  # the buffer before it is dealt with
         self._searched_bytes = 0  # from _start on, without the end of a head
@@ -362,11 +364,21 @@ class RequestParser:
 
         Raises HttpError 400, 413, 414, 417, 431, 501 or 505, and again at each later call: the connection must close.
         """
-        if not self._buffer:
+        buffer = self._buffer
+        if not buffer:
             if self._error is not None:
                 raise self._error
             return None
         try:
+            if type(buffer) is bytes and not self._start and self.head is None:
+                # What nearly all clients send: one request, whole, alone and in one piece. The rest does the same.
+                end = buffer.find(b"\r\n\r\n") + 4
+                if 4 < end <= self._quick_head_bytes and buffer[0] > 13:
+                    whole = _parse_head_cached(buffer[:end], self._limits)
+                    if end + whole.content_length == len(buffer) and whole.keep_alive and not whole.chunked:
+                        self._buffer = b""
+                        self._empty_lines = self._searched_bytes = 0
+                        return Request(whole, buffer[end:])
             head = self.head or self._next_head()
             if head is None:
                 self._release()

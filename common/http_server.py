@@ -182,7 +182,8 @@ class Connection(asyncio.Protocol):
                     self._refuse(error)
                 if self._accounted or not self._parser.idle:
                     self._account(self._parser.buffered_bytes)
-                going_on = self._write_answers()
+                exchanges = self.exchanges
+                going_on = bool(exchanges) and exchanges[0].response is not None and self._write_answers()
         finally:
             self._pumping = False
 

@@ -1,7 +1,7 @@
 """The unconfirmed window: every event under way to the broker, until its confirm, nack, or time-out.
 
-Nothing here knows HTTP or sockets: a lane sends bytes, a publication hears its outcome. Events that were sent when the link
-went down are held and published again, with the same message_id, on the next one; the consumer drops the duplicate.
+Nothing here knows HTTP or sockets: a lane sends bytes, a publication hears its outcome. Events that were sent when the
+link went down are held and published again, with the same message_id, on the next; the consumer drops the duplicate.
 """
 
 from __future__ import annotations
