@@ -53,7 +53,7 @@ class FastLane(asyncio.StreamReaderProtocol):
         """Tell the lane what the handshake settled, and how much may wait to be written before `congested`."""
         self._decoder.frame_max = frame_max
         if self._lane_transport is not None:
-            self._lane_transport.set_write_buffer_limits(high=high_water_bytes)
+            self._lane_transport.set_write_buffer_limits(high=min(high_water_bytes, 2**31 - 1))  # uvloop's int
 
     # Out
 

@@ -304,6 +304,14 @@ def test_what_waiting_does_not_mend_ends_the_process_with_one_clear_line(
     assert "wrong" not in log
 
 
+def test_the_largest_bounds_that_are_taken_work(producer: Start) -> None:
+    most = str(2**40)
+    service = producer(MAX_UNCONFIRMED_BYTES=most, MAX_BODY_BYTES=most, CONFIRM_TIMEOUT_MS=most, MAX_UNCONFIRMED=most)
+    body = gzip.compress(json.dumps(EVENT).encode())
+    assert call(service, "POST", "/process", body, Content_Encoding="gzip")[0] == 200
+    assert service.stop() == 0
+
+
 def test_for_machines_the_last_words_are_json_too(consumer: Start, broker: RabbitMQ) -> None:
     service = consumer(wait=False, LOG_FORMAT="json", AMQP_URL=broker.url.replace("guest:guest", "guest:wrong"))
     assert service.process.wait(20) == 1
