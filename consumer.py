@@ -165,7 +165,13 @@ class Consumer:
         await amqp.declare(link.channel, settings.queue_name, amqp.QUEUE_ARGUMENTS)
         await amqp.declare(link.channel, amqp.dead_letter_queue(settings.queue_name), amqp.DEAD_LETTER_ARGUMENTS)
         # RabbitMQ cuts a link that is not read for half a minute: in trouble, the next one takes nothing until it ends.
-        await self._can_store.wait()
+        self.down = ""
+        while not self._can_store.is_set():
+            if link.lane.lost is not None:
+                raise ConnectionError(link.lane.lost)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(IDLE_SECONDS):
+                    await self._can_store.wait()
         if self._draining:
             return  # nothing new; the link is only kept up
         async with asyncio.timeout(amqp.CONNECT_TIMEOUT_SECONDS):
@@ -386,12 +392,12 @@ async def _owned(lock: Lock, stop: asyncio.Event) -> bool:
     return True
 
 
-async def _opened(open_store: Callable[[], Awaitable[Store]], health: Health, stop: asyncio.Event) -> Store | None:
-    """The store, once the disk is fit to open it; None if stopped before."""
+async def _past_trouble(call: Callable[[], Awaitable[T]], health: Health, stop: asyncio.Event) -> T | None:
+    """What `call` returns, once the disk is fit for it; None if stopped before."""
     delay, in_trouble = RETRY_FIRST_SECONDS, False
     while True:
         try:
-            return await open_store()
+            return await call()
         except DiskTrouble as error:
             if not in_trouble:
                 log.error("cannot store: %s; trying on", error)
@@ -453,12 +459,12 @@ async def serve(settings: ConsumerSettings) -> None:
     if settings.health_port:
         await server.listen(settings.health_host, settings.health_port)
     lock = Lock(settings.csv_file)
-    if not await _owned(lock, stop):
+    if not await _past_trouble(lambda: _owned(lock, stop), health, stop):
         return
     with ThreadPoolExecutor(1, "store") as thread:
         window = max(settings.dedup_window, LEAST_DEDUP_WINDOW)
         arguments = settings.csv_file, window, settings.prefetch_count, log, settings.rotate_gzip
-        store = await _opened(lambda: loop.run_in_executor(thread, Store.open, *arguments), health, stop)
+        store = await _past_trouble(lambda: loop.run_in_executor(thread, Store.open, *arguments), health, stop)
         if store is None:
             return
         consumer = health.consumer = Consumer(settings, store, thread, counters)

@@ -310,7 +310,7 @@ class Api:
         counters = self._counters
         path = _OTHER if exchange.head is None or exchange.head.path not in METHODS else exchange.head.path
         counters.metrics.values[counters.requests[path][status]] += 1.0
-        if path == b"/process":
+        if path == b"/process" and not exchange.refused:
             counters.request_seconds.observe(self._now() - exchange.began)
 
     def on_refusal(self, reason: str) -> None:

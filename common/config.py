@@ -22,7 +22,7 @@ LOG_FORMATS = ("text", "json")
 SECRETS = frozenset({"amqp_url", "api_token"})
 
 
-_MOST = 2**40  # of any whole number: no clock, socket or buffer takes what is beyond
+_MOST = 2**40  # of any whole number; a test starts and drains with it
 
 
 def _setting(

@@ -164,14 +164,15 @@ async def _put_back(link: amqp.Link, queue_name: str, nacks: list[int]) -> None:
     RabbitMQ 3.10 shuffles what comes back in one nack if that is more or of two consumers, what exceeds 32 nacks on
     their way, and what a closed channel held.
     """
-    ready = await _ready(link, queue_name) or 0
+    ready, alone = await _ready(link, queue_name) or 0, True
     for at in range(0, len(nacks), 16):
         async with asyncio.timeout(ANSWER_TIMEOUT_SECONDS):
             for tag in nacks[at : at + 16]:
                 await link.channel.basic_nack(tag, multiple=True, requeue=True)
         returned = ready + tag  # delivery tags count from 1
-        deadline = time.monotonic() + POLL_SECONDS  # another reader may take some as they come
-        while (await _ready(link, queue_name) or 0) < returned and time.monotonic() < deadline:
+        deadline = time.monotonic() + POLL_SECONDS
+        while alone and (await _ready(link, queue_name) or 0) < returned:
+            alone = time.monotonic() < deadline  # else another reader takes them as they come
             await asyncio.sleep(0.005)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from hashlib import blake2b
 from typing import Any, cast
@@ -33,6 +33,7 @@ SPARE_VALUES = 10_000
 # The second, exact reading of a refused document is many times slower than the first where numbers are long: strings
 # aside, it reads no more than this.
 EXACT_READING_BYTES = 1 << 18
+EXACT_ARRAY_BYTES = 1 << 20  # an array is then also written, and read, item by item
 MAX_NUMBER_CHARS = 1000
 # The answer to a document with more faults names this many, and says so.
 MAX_FAULTS = 2_000
@@ -249,7 +250,7 @@ def decode(body: bytes, max_preds: int | None = None) -> Event:
     What `loads` cannot read is never accepted, though.
     """
     if max_preds is not None:
-        _bound_values(body, VALUES_PER_PRED * max_preds + SPARE_VALUES)
+        _bound_values([body], VALUES_PER_PRED * max_preds + SPARE_VALUES)
     try:
         document = loads(body)
     except InvalidEvent as refusal:
@@ -285,16 +286,16 @@ def _read_exactly(body: bytes, otherwise: object) -> object:
         return otherwise
 
 
-def _bound_values(body: bytes, limit: int) -> None:
-    """Refuses a body with more than `limit` values, at a fraction of what parsing it would cost."""
-    if len(body) <= limit:
+def _bound_values(bodies: Sequence[bytes], limit: int) -> None:
+    """Refuses documents with more than `limit` values in all, at a fraction of what parsing them would cost."""
+    if sum(map(len, bodies)) <= limit or sum(map(_count_values, bodies)) <= limit:
         return
-    count = _count_values(body)
-    if count > limit:  # a frame may be the text of an array of pixels
-        outside = _outside_strings(body, limit)
-        count = limit + 1 if outside is None else _count_values(outside)
-    if count > limit:
-        raise InvalidEvent([_fault(["body"], "json_too_large", f"Body should hold at most {limit} JSON values")])
+    count = 0
+    for body in bodies:
+        outside = _outside_strings(body, limit)  # a frame may be the text of an array of pixels
+        count += limit + 1 if outside is None else _count_values(outside)
+        if count > limit:
+            raise InvalidEvent([_fault(["body"], "json_too_large", f"Body should hold at most {limit} JSON values")])
 
 
 def _count_values(text: bytes) -> int:
@@ -324,8 +325,13 @@ def normalise_batch(body: bytes, lines: bool, max_preds: int) -> list[bytes | In
     A fault's `loc` is body, position, …. `max_preds` bounds the events, and the predictions of each; beyond MAX_FAULTS
     an event has one fault that stands for its own. Raises InvalidEvent when the whole cannot be read, or is too much.
     """
-    _bound_values(body, VALUES_PER_PRED * max_preds + SPARE_VALUES)
-    items = [line for line in body.split(b"\n") if line.strip()] if lines else _array_items(body)
+    limit = VALUES_PER_PRED * max_preds + SPARE_VALUES
+    if lines:
+        items: list[Any] = [line for line in body.split(b"\n") if line.strip()]
+        _bound_values(items, limit)
+    else:
+        _bound_values([body], limit)
+        items = _array_items(body)
     if len(items) > max_preds:
         raise InvalidEvent([_fault(["body"], "too_long", _too_long(max_preds, len(items)))])
     normal: list[bytes | InvalidEvent] = []
@@ -366,6 +372,8 @@ def _array_items(body: bytes) -> list[Any]:
 
 
 def _exact_texts(body: bytes) -> list[Any] | None:
+    if len(body) > EXACT_ARRAY_BYTES:
+        return None
     exact = _read_exactly(body, otherwise=None)
     if type(exact) is not list:
         return None

@@ -45,6 +45,7 @@ class JournalCorrupt(Exception):
 class Journal:
     def __init__(self, path: str, dedup_window: int, prefetch_count: int, log: logging.Logger) -> None:
         self.path = path
+        self.end_is_gone = ""  # why the state that was loaded is not the last one, as far as the mark tells
         self._log = log
         self._dedup_window = dedup_window
         self._prefetch_count = prefetch_count
@@ -95,7 +96,7 @@ class Journal:
         self._prefetch_count = max(self._prefetch_count, prefetch_count)
         self._remember([id for (id,) in iter_unpack("16s", packed[-self.window * ID_BYTES :])])
         if self._mark is not None and self._mark[0] == state.inode and self._mark[1] > state.committed_bytes:
-            raise JournalCorrupt(f"its end is gone: it knows of {state.committed_bytes} bytes, not {self._mark[1]}")
+            self.end_is_gone = f"its end is gone: it knows of {state.committed_bytes} bytes, not {self._mark[1]}"
         return state, clean
 
     def seen(self, id: bytes) -> bool:
@@ -136,10 +137,12 @@ class Journal:
         return f"{self.path}.mark"
 
     def _write_mark(self, state: FileState, sync: bool) -> None:
-        self._mark = state.inode, state.committed_bytes
+        mark = state.inode, state.committed_bytes
+        if not sync:
+            self._mark = mark  # it may be there although the write fails
         if self._mark_fd < 0:
             self._mark_fd = os.open(self._mark_path, os.O_RDWR | os.O_CREAT, 0o644)
-        text = b'{"file": {"inode": %d, "committed_bytes": %d}}' % self._mark
+        text = b'{"file": {"inode": %d, "committed_bytes": %d}}' % mark
         try:
             os.pwrite(self._mark_fd, _with_checksum(text.ljust(100)), 0)
             if sync:
@@ -147,6 +150,7 @@ class Journal:
         except OSError as error:
             error.filename = error.filename or self._mark_path
             raise
+        self._mark = mark
 
     def _remember(self, ids: Sequence[bytes]) -> None:
         self._order.extend(ids)

@@ -48,12 +48,12 @@ class Lock:
         self._fd = -1
 
     def acquire(self) -> bool:
-        """Takes the lock, or returns False at once when another has it. Makes the folder. Raises StartupError."""
+        """Takes the lock, or returns False at once when another has it. Makes the folder. Raises as Store.open."""
         try:
             make_directory(os.path.dirname(self.path))
             fd = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
-            raise StartupError(_explain(error, self.path)) from error
+            raise _trouble(error, self.path) from error
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -102,14 +102,17 @@ class Store:
             left = _load(journal, notes)
             existed = os.path.lexists(path)
             file = CsvFile(path)
+            # Of the same age as the CSV, an older journal is as good as any: both were put back.
+            if left is not None and journal.end_is_gone and file.size() != left[0].committed_bytes:
+                _set_journal_aside(journal, journal.end_is_gone, notes)
+                left = None
             state = _recover(file, existed, left, notes)
             journal.commit(state)
         except OSError as error:
             journal.close()
             if file is not None:
                 file.close()
-            trouble = DiskTrouble if error.errno in _MAY_END else StartupError
-            raise trouble(_explain(error, path) + (f" ({'; '.join(notes)})" if notes else "")) from error
+            raise _trouble(error, path, notes) from error
         level = logging.WARNING if notes else logging.INFO
         notes.append(f"goes on after {state.committed_bytes} bytes, with {len(journal)} message ids remembered")
         log.log(level, "%s: %s", path, "; ".join(notes))
@@ -278,11 +281,15 @@ def _load(journal: Journal, notes: list[str]) -> tuple[FileState, bool] | None:
     try:
         return journal.load()
     except JournalCorrupt as error:
-        aside = free_name(f"{journal.path}.corrupt-")
-        os.rename(journal.path, aside)
-        sync_directory(aside)
-        notes.append(f"the journal is corrupt ({error}) and was moved to {aside}")
+        _set_journal_aside(journal, str(error), notes)
         return None
+
+
+def _set_journal_aside(journal: Journal, why: str, notes: list[str]) -> None:
+    aside = free_name(f"{journal.path}.corrupt-")
+    os.rename(journal.path, aside)
+    sync_directory(aside)
+    notes.append(f"the journal is corrupt ({why}) and was moved to {aside}")
 
 
 def _recover(file: CsvFile, existed: bool, left: tuple[FileState, bool] | None, notes: list[str]) -> FileState:
@@ -372,6 +379,11 @@ def _adopt(file: CsvFile, notes: list[str]) -> FileState:
     sync_directory(file.path)
     offset = max(0, end - CHUNK_BYTES)
     return FileState(file.device, file.inode, end, offset, file.crc32(offset, end), round(time.time(), 3))
+
+
+def _trouble(error: OSError, path: str, notes: Sequence[str] = ()) -> StartupError:
+    kind = DiskTrouble if error.errno in _MAY_END else StartupError
+    return kind(_explain(error, path) + (f" ({'; '.join(notes)})" if notes else ""))
 
 
 def _explain(error: OSError, path: str) -> str:

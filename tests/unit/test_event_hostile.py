@@ -170,3 +170,29 @@ def test_small_limits_leave_room_for_tags() -> None:
 
 def test_without_a_limit_any_number_of_predictions_is_an_event() -> None:
     assert len(event.decode(an_event(list_of(PRED, MAX_PREDS * 3)))["data"]["preds"]) == MAX_PREDS * 3
+
+
+COSTLY_BATCHES: dict[str, tuple[Callable[[], bytes], bool, str]] = {
+    "NaN beside two-byte characters": (lambda: b'[NaN,"' + "é".encode() * 4_194_290 + b'"]', False, "json_invalid"),
+    "a quote that is never closed in front of many values": (
+        lambda: b'"\n' + b"\n".join([b'{"a":[' + list_of(b"[]", 83_000) + b"]}"] * 33),
+        True,
+        "json_too_large",
+    ),
+    "an empty object in each line": (lambda: b"\n".join([b"{}"] * MAX_PREDS), True, "ok"),
+}
+
+
+@pytest.mark.parametrize(("make", "lines", "kind"), COSTLY_BATCHES.values(), ids=COSTLY_BATCHES)
+def test_a_costly_batch_has_its_answer_soon(make: Callable[[], bytes], lines: bool, kind: str) -> None:
+    body = make()
+    for _ in range(3):  # the machine is shared: one quick answer proves it
+        start, found = time.process_time(), "ok"
+        try:
+            event.normalise_batch(body, lines, MAX_PREDS)
+        except InvalidEvent as error:
+            found = str(error.faults[0]["type"])
+        assert found == kind
+        if (seconds := time.process_time() - start) < CPU_SECONDS:
+            break
+    assert seconds < CPU_SECONDS

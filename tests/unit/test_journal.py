@@ -29,6 +29,19 @@ def ids(*numbers: int) -> list[bytes]:
     return [number.to_bytes(16, "big") for number in numbers]
 
 
+def noted_fsyncs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The paths of what is synced from now on."""
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def noted_fsync(fd: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{fd}"))
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    return synced
+
+
 def open_journal(path: object, dedup_window: int = 100, prefetch_count: int = 10) -> Journal:
     return Journal(str(path), dedup_window, prefetch_count, log)
 
@@ -81,6 +94,7 @@ def test_a_commit_cut_short_at_any_byte_never_was(path: Path) -> None:
             path.write_bytes(torn)
             again = open_journal(path)
             assert again.load() == (STATE, False)
+            assert not again.end_is_gone
             assert again.seen(*ids(1))
             assert not again.seen(*ids(2))
 
@@ -95,8 +109,8 @@ def test_a_commit_cut_short_after_it_was_done_is_corruption_at_any_byte(path: Pa
     for length in range(before, len(whole) - 1):
         path.write_bytes(whole[:length])
         again = open_journal(path)
-        with pytest.raises(JournalCorrupt, match="its end is gone: it knows of 65 bytes, not 99"):
-            again.load()
+        assert again.load() == (STATE, False)
+        assert again.end_is_gone == "its end is gone: it knows of 65 bytes, not 99"
         assert again.seen(*ids(1))
 
 
@@ -112,14 +126,27 @@ def test_a_mark_that_cannot_be_read_is_as_good_as_none(path: Path, mark: bytes) 
 def test_the_mark_is_lowered_on_disk_before_the_journal_is(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     journal = open_journal(path)
     journal.commit(replace(STATE, committed_bytes=99), ids(1))
-    synced: list[str] = []
-    fsync = os.fsync
+    synced = noted_fsyncs(monkeypatch)
+    journal.commit(STATE, ids(2))
+    assert synced == [str(mark_of(path)), str(path)]
+    journal.close()
 
-    def noted_fsync(fd: int) -> None:
-        synced.append(os.readlink(f"/proc/self/fd/{fd}"))
-        fsync(fd)
 
-    monkeypatch.setattr(os, "fsync", noted_fsync)
+@pytest.mark.parametrize("step", ["pwrite", "fsync"])
+def test_a_mark_that_could_not_be_lowered_is_lowered_and_synced_by_the_next_try(
+    path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    journal = open_journal(path)
+    journal.commit(replace(STATE, committed_bytes=99), ids(1))
+
+    def fail(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, step, fail)
+        with pytest.raises(OSError, match="Input/output error"):
+            journal.commit(STATE, ids(2))
+    synced = noted_fsyncs(monkeypatch)
     journal.commit(STATE, ids(2))
     assert synced == [str(mark_of(path)), str(path)]
     journal.close()

@@ -286,6 +286,18 @@ def test_a_corrupt_journal_is_moved_aside_and_the_rows_stay(case: Case, damage: 
     assert case.content == HEADER + rows(1, 2, 9)
 
 
+def test_an_older_csv_and_its_journal_put_back_together_are_gone_on_with(case: Case) -> None:
+    case.store.close()
+    older = case.content, case.journal.read_bytes()
+    case.restart()
+    append(case.store, 3)
+    case.store.close()
+    case.path.write_bytes(older[0])
+    case.journal.write_bytes(older[1])
+    assert "corrupt" not in case.restart()
+    assert case.content == older[0] + row(9)
+
+
 @pytest.mark.parametrize("clean", [True, False])
 @pytest.mark.parametrize("damage", ["half of it", "its last bytes", "zeroed", "an old copy"])
 def test_a_journal_whose_end_is_gone_takes_no_row_out_of_the_csv(case: Case, damage: str, clean: bool) -> None:
