@@ -28,7 +28,7 @@ from common.publisher import Publisher
 log = logging.getLogger("predlog.producer")
 
 SWEEP_SECONDS = 0.1
-REPLACEMENT_LISTENS_SECONDS = 2.0  # after its start at the latest
+REPLACEMENT_LISTENS_SECONDS = 5.0  # after its start at the latest
 FILES_BESIDE_CONNECTIONS = 64
 BUFFERED_BYTES = 256 * 1024 * 1024  # of all requests that are still arriving
 
