@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 HELD_BACK_BYTES = 64 * 1024 * 1024  # of deliveries in memory; beyond it the broker's socket is not read
 RETRY_FIRST_SECONDS, RETRY_MOST_SECONDS = 0.1, 5.0
-STANDBY_POLL_SECONDS = 0.25
+STANDBY_POLL_SECONDS = TROUBLE_POLL_SECONDS = 0.25
 POISON_KINDS = ("not_json", "not_an_event")
 IDLE_SECONDS = 1.0
 # A producer that reconnects publishes all that is unconfirmed (4,096 by default) again.
@@ -151,8 +151,6 @@ class Consumer:
         self._dead_letters = dead_letters.DeadLetters(settings.amqp_url, settings.queue_name)
         self._in_store: tuple[int, float] | None = None  # messages in the batch being stored, and since when
         self._wake = asyncio.Event()
-        self._can_store = asyncio.Event()
-        self._can_store.set()
         self._draining = False
         self._reopen_due = False
         self._rotation_trouble = False
@@ -165,13 +163,11 @@ class Consumer:
         await amqp.declare(link.channel, settings.queue_name, amqp.QUEUE_ARGUMENTS)
         await amqp.declare(link.channel, amqp.dead_letter_queue(settings.queue_name), amqp.DEAD_LETTER_ARGUMENTS)
         # RabbitMQ cuts a link that is not read for half a minute: in trouble, the next one takes nothing until it ends.
-        self.down = ""
-        while not self._can_store.is_set():
+        while self.trouble and not self._draining:
             if link.lane.lost is not None:
                 raise ConnectionError(link.lane.lost)
-            with suppress(TimeoutError):
-                async with asyncio.timeout(IDLE_SECONDS):
-                    await self._can_store.wait()
+            self.down = ""  # there is a link
+            await asyncio.sleep(TROUBLE_POLL_SECONDS)
         if self._draining:
             return  # nothing new; the link is only kept up
         async with asyncio.timeout(amqp.CONNECT_TIMEOUT_SECONDS):
@@ -268,14 +264,11 @@ class Consumer:
                 if not self.trouble:
                     log.error("cannot store: %s; nothing is acked, trying on", trouble)
                 self.trouble = trouble
-                if not self._draining:
-                    self._can_store.clear()
                 await asyncio.sleep(delay)
                 delay = min(2 * delay, RETRY_MOST_SECONDS)
         if self.trouble:
             log.info("storing again")
             self.trouble = ""
-            self._can_store.set()
         counters.metrics.values[counters.rows] += prepared.rows
         counters.batch_rows.observe(prepared.rows)
         counters.write_seconds.observe(timing.write_seconds)
@@ -350,7 +343,6 @@ class Consumer:
     async def drain(self, running: asyncio.Task[None]) -> None:
         """Take no more deliveries; store, ack and bury what is here."""
         link, self._draining = self._link, True
-        self._can_store.set()
         if link is not None and link.lane.lost is None:
             try:
                 # No answer wanted: it would come behind all deliveries under way, and not at all while held back.
