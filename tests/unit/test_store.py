@@ -29,6 +29,7 @@ from common.errors import StartupError
 from common.event import HEADER
 from common.journal import Journal
 from common.store import Lock, Store
+from tests.unit.test_store_crash import die_before
 
 MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None
 log = logging.getLogger(__name__)
@@ -800,7 +801,7 @@ class Life(RuleBasedStateMachine):
             crash(self.store)
         if (pid := os.fork()) == 0:
             try:
-                self.die_before(step, torn)
+                die_before(step, torn)
                 if action == "open":
                     self.store = self.open()
                 elif action == "rotate":
@@ -813,25 +814,6 @@ class Life(RuleBasedStateMachine):
             crash(self.store)
         self.store = self.open()
         self.deliver(numbers)
-
-    @staticmethod
-    def die_before(step: int, torn: bool) -> None:
-        def wrap(name: str) -> None:
-            original: Callable[..., Any] = getattr(os, name)
-
-            def call(*args: Any) -> Any:
-                nonlocal step
-                step -= 1
-                if step == 0:
-                    if torn and name == "write":
-                        original(args[0], bytes(args[1])[: len(args[1]) // 2])
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return original(*args)
-
-            setattr(os, name, call)
-
-        for name in ("open", "write", "fsync", "ftruncate", "rename"):
-            wrap(name)
 
     @rule()
     def restart(self) -> None:
