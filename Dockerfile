@@ -22,6 +22,7 @@ FROM predlog AS tests
 USER root
 COPY requirements-dev.txt .
 RUN pip install -c requirements-dev.txt pytest
+COPY scripts scripts
 COPY tests tests
 USER predlog
 HEALTHCHECK NONE

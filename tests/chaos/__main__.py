@@ -20,14 +20,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from scripts.load.checker import Verdict
+from scripts.load.events import BATCH_EVENTS, Events
+from scripts.load.generator import GIVE_UP_SECONDS, Load, percentile
+from scripts.load.ledger import CUT
 from scripts.rabbitmq import BrokerError
 from tests.chaos import troubles
-from tests.chaos.checker import Verdict
 from tests.chaos.stage import LoadThread, Stage, StageError
 from tests.chaos.troubles import Trouble
-from tests.load.events import BATCH_EVENTS, Events
-from tests.load.generator import GIVE_UP_SECONDS, Load, percentile
-from tests.load.ledger import CUT
 from tests.rabbitmq import RabbitMQ
 
 EVENTS_PER_SECOND = 400.0

@@ -19,12 +19,12 @@ from pathlib import Path
 import aiormq
 import uvloop
 
+from scripts.load.checker import Verdict, check
+from scripts.load.client import Target
+from scripts.load.events import Events
+from scripts.load.generator import Load
+from scripts.load.verify import opened
 from scripts.rabbitmq import free_port, orphans_get
-from tests.chaos.checker import Verdict, check
-from tests.load.client import Target
-from tests.load.events import Events
-from tests.load.generator import Load
-from tests.load.verify import opened
 from tests.rabbitmq import RabbitMQ
 
 ROOT = Path(__file__).resolve().parents[2]

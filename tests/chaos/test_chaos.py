@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from scripts.load.checker import Verdict
+from scripts.load.events import Events
+from scripts.load.generator import Load
 from tests.chaos.__main__ import Limit, run
-from tests.chaos.checker import Verdict
 from tests.chaos.faulty_consumer import RECOVERING, ROTATING, STORING
 from tests.chaos.stage import LoadThread, Stage
 from tests.chaos.troubles import Trouble
-from tests.load.events import Events
-from tests.load.generator import Load
 from tests.rabbitmq import RabbitMQ
 
 EVENTS = Events(seed=11, keyless_every=8, batch_every=4)

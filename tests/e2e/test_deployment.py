@@ -18,9 +18,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.load.client import Target
-from tests.load.events import Events, encode_row
-from tests.load.generator import Load
+from scripts.load.client import Target
+from scripts.load.events import Events, encode_row
+from scripts.load.generator import Load
 
 URL = os.environ.get("PRODUCER_URL", "http://127.0.0.1:8000")
 CSV_FILE = Path(os.environ.get("CSV_FILE", "data/data.csv"))

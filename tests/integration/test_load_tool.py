@@ -9,7 +9,7 @@ from tests.conftest import ROOT, Service, Start
 
 
 def load(producer: Service, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "tests.load", "--url", producer.url, *arguments]
+    command = [sys.executable, "-m", "scripts.load", "--url", producer.url, *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
 
@@ -41,7 +41,7 @@ def test_large_frames_and_pipelining_go_through(producer: Start, consumer: Start
 
 
 def test_a_producer_that_is_not_there_is_one_line(nobodys_port: int) -> None:
-    command = [sys.executable, "-m", "tests.load", "--url", f"http://127.0.0.1:{nobodys_port}"]
+    command = [sys.executable, "-m", "scripts.load", "--url", f"http://127.0.0.1:{nobodys_port}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert "is the producer running?" in done.stderr

@@ -4,11 +4,11 @@ import asyncio
 import time
 from collections.abc import Callable
 
-from tests.chaos.checker import check
+from scripts.load.checker import check
+from scripts.load.client import Target
+from scripts.load.events import HEADER, Events
+from scripts.load.generator import Load
 from tests.conftest import Start
-from tests.load.client import Target
-from tests.load.events import HEADER, Events
-from tests.load.generator import Load
 
 CALLS = 1000
 DEADLINE_SECONDS = 30.0

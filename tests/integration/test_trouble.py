@@ -19,14 +19,14 @@ from pathlib import Path
 import aiormq
 import pytest
 
-from tests.chaos.checker import Verdict, check
+from scripts.load.checker import Verdict, check
+from scripts.load.client import Target
+from scripts.load.events import Events
+from scripts.load.generator import Load
+from scripts.load.verify import opened
 from tests.chaos.stage import LoadThread
 from tests.conftest import Service, Start
 from tests.integration.test_contract import EVENT, call
-from tests.load.client import Target
-from tests.load.events import Events
-from tests.load.generator import Load
-from tests.load.verify import opened
 from tests.rabbitmq import RabbitMQ
 
 RECOVERY_SECONDS = 15.0  # of which we may need a few; the rest is for a busy machine

@@ -1,4 +1,4 @@
-"""The checker of the chaos run: it finds each fault, and no fault in a good file."""
+"""The checker of the load tool and of the chaos run: it finds each fault, and no fault in a good file."""
 
 import csv
 import io
@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.chaos.checker import Verdict, check
-from tests.load.events import HEADER, VARIANTS, Events, Frames
-from tests.load.ledger import CUT, Ledger
+from scripts.load.checker import Verdict, check
+from scripts.load.events import HEADER, VARIANTS, Events, Frames
+from scripts.load.ledger import CUT, Ledger
 
 EVENTS = Events(seed=7, keyless_every=4, large_every=150)
 COUNT = 400

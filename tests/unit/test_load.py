@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 from common.event import rows_of
-from tests.load import generator
-from tests.load.client import Connection, Target
-from tests.load.events import VARIANTS, Events
-from tests.load.generator import Load, percentile
-from tests.load.ledger import CUT
-from tests.load.verify import opened
+from scripts.load import generator
+from scripts.load.client import Connection, Target
+from scripts.load.events import VARIANTS, Events
+from scripts.load.generator import Load, percentile
+from scripts.load.ledger import CUT
+from scripts.load.verify import opened
 
 EVENTS = Events(seed=3)
 

@@ -1,4 +1,4 @@
-"""The load tool's command line: `python -m tests.load --url http://127.0.0.1:8000 --events 100000`."""
+"""The load tool's command line: `python -m scripts.load --url http://127.0.0.1:8000 --events 100000`."""
 
 import argparse
 import random
@@ -11,12 +11,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from tests.chaos.checker import Verdict, check
-from tests.load.client import Connection, Target
-from tests.load.events import Events, Frames
-from tests.load.generator import Load, percentile, run_with_progress
-from tests.load.ledger import CUT, Ledger
-from tests.load.verify import opened, total_bytes
+from scripts.load.checker import Verdict, check
+from scripts.load.client import Connection, Target
+from scripts.load.events import Events, Frames
+from scripts.load.generator import Load, percentile, run_with_progress
+from scripts.load.ledger import CUT, Ledger
+from scripts.load.verify import opened, total_bytes
 
 _QUIET_SECONDS = 2.0  # the consumer is taken to be done when the CSV has not grown for so long
 _VERIFY_SECONDS = 600.0
@@ -50,7 +50,7 @@ def main() -> int:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m tests.load",
+        prog="python -m scripts.load",
         description="Posts self-identifying events to a producer, shows rate and latency, and checks the CSV.",
     )
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="the producer (default %(default)s)")

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import BinaryIO
 
-from tests.load.events import HEADER, Events, encode_row
-from tests.load.ledger import Ledger
+from scripts.load.events import HEADER, Events, encode_row
+from scripts.load.ledger import Ledger
 
 _EXAMPLES = 5
 _EXAMPLE_CHARACTERS = 160

@@ -8,9 +8,9 @@ from collections import deque
 from collections.abc import Callable
 from typing import TextIO
 
-from tests.load.client import Answer, Connection, Target
-from tests.load.events import BATCH_EVENTS, Events
-from tests.load.ledger import CUT, Ledger
+from scripts.load.client import Answer, Connection, Target
+from scripts.load.events import BATCH_EVENTS, Events
+from scripts.load.ledger import CUT, Ledger
 
 ANSWER_TIMEOUT_SECONDS = 15.0  # longer than CONFIRM_TIMEOUT_MS, so that the producer can say 504 itself
 GIVE_UP_SECONDS = 60.0

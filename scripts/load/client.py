@@ -6,7 +6,7 @@ from collections import deque
 from typing import NamedTuple, cast
 from urllib.parse import urlsplit
 
-from tests.load.ledger import CUT
+from scripts.load.ledger import CUT
 
 CONNECT_TIMEOUT_SECONDS = 5.0
 
