@@ -1,4 +1,4 @@
-"""The dashboard and the alert rules in docs/: PromQL over metrics that exist, and alerts that fire when they should."""
+"""The dashboard and the alert rules in deploy/: PromQL over real metrics, and alerts that fire when they should."""
 
 import json
 import re
@@ -14,13 +14,13 @@ import yaml  # type: ignore[import-untyped]
 import consumer
 from common import api
 
-DOCS = Path(__file__).parents[2] / "docs"
-DASHBOARD: dict[str, Any] = json.loads((DOCS / "grafana-dashboard.json").read_text())
+DEPLOY = Path(__file__).parents[2] / "deploy"
+DASHBOARD: dict[str, Any] = json.loads((DEPLOY / "grafana-dashboard.json").read_text())
 PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
 TARGETS = [target["expr"] for panel in PANELS for target in panel["targets"]]
 ALERTS: dict[str, dict[str, Any]] = {
     rule["alert"]: rule
-    for group in yaml.safe_load((DOCS / "alerts.yaml").read_text())["groups"]
+    for group in yaml.safe_load((DEPLOY / "alerts.yaml").read_text())["groups"]
     for rule in group["rules"]
 }
 NAMES = {*api.build_metrics().names, *consumer.build_metrics().names}
@@ -132,7 +132,7 @@ def promtool(*arguments: str | Path) -> None:
 
 
 def test_promtool_accepts_the_alert_rules() -> None:
-    promtool("check", "rules", "--lint=all", "--lint-fatal", DOCS / "alerts.yaml")
+    promtool("check", "rules", "--lint=all", "--lint-fatal", DEPLOY / "alerts.yaml")
 
 
 def test_every_alert_has_its_trouble() -> None:
@@ -158,7 +158,7 @@ def test_an_alert_fires_in_its_trouble_and_none_while_all_is_well(tmp_path: Path
                 ],
             }
         )
-    tests = {"rule_files": [str(DOCS / "alerts.yaml")], "evaluation_interval": "1m", "tests": scenarios}
+    tests = {"rule_files": [str(DEPLOY / "alerts.yaml")], "evaluation_interval": "1m", "tests": scenarios}
     path = tmp_path / "alerts_test.yaml"
     path.write_text(yaml.safe_dump(tests))
     promtool("test", "rules", path)
