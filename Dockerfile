@@ -6,7 +6,7 @@ WORKDIR /app
 # A volume on data/ takes over its owner when it is new.
 RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin predlog && install -d -o predlog -g predlog data
 COPY requirements.txt .
-RUN python -m venv --without-pip /opt/venv && pip install -r requirements.txt
+RUN python -m venv --without-pip /opt/venv && pip install --require-hashes -r requirements.txt
 COPY common common
 COPY producer.py consumer.py ./
 RUN python -m compileall -q .
@@ -20,8 +20,8 @@ CMD ["python", "producer.py"]
 
 FROM predlog AS tests
 USER root
-COPY requirements-dev.txt .
-RUN pip install -c requirements-dev.txt pytest
+COPY requirements-e2e.txt .
+RUN pip install --require-hashes -r requirements-e2e.txt
 COPY scripts scripts
 COPY tests tests
 USER predlog

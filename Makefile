@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV_PYTHON := .venv/bin/python
 
-.PHONY: run test bench chaos fuzz check clean
+.PHONY: run test bench chaos fuzz check lock clean
 
 run:
 	@$(PYTHON) -m scripts.setup run
@@ -30,6 +30,16 @@ check:
 	$(VENV_PYTHON) -m ruff check
 	$(VENV_PYTHON) -m ruff format --check
 	$(VENV_PYTHON) -m mypy
+
+# After a change of the dependencies in pyproject.toml. What is pinned stays unless that asks for more;
+# `make lock LOCK=--upgrade` takes the newest of all.
+COMPILE = $(VENV_PYTHON) -m uv --no-config pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+	--index-url https://pypi.org/simple --custom-compile-command 'make lock' $(LOCK)
+lock:
+	@$(PYTHON) -m scripts.setup check
+	$(COMPILE) pyproject.toml --output-file requirements.txt
+	$(COMPILE) pyproject.toml --group dev --constraint requirements.txt --output-file requirements-dev.txt
+	$(COMPILE) --group e2e --constraint requirements-dev.txt --output-file requirements-e2e.txt
 
 # data/ stays: it holds the CSV, and messages that were accepted and are not in it yet.
 clean:

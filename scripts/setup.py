@@ -68,7 +68,10 @@ def is_installed(package: str) -> bool:
 
 
 def install_requirements(name: str, *included: str) -> str | None:
-    """Puts the packages that the file pins into .venv, unless that was done with just these files."""
+    """Install the packages that the file pins into .venv, unless that was done with just these files.
+
+    `included`: files whose pins are all in this one, so that they need no run of their own.
+    """
     stamps = {VENV / f"{file}.installed": (ROOT / file).read_text() for file in (name, *included)}
     usable = runs(PYTHON, "-c", "")  # no longer after the system's Python was replaced
     if usable and all(stamp.exists() and stamp.read_text() == wanted for stamp, wanted in stamps.items()):
@@ -77,7 +80,7 @@ def install_requirements(name: str, *included: str) -> str | None:
     pip = [PYTHON, "-m", "pip"] if usable and runs(PYTHON, "-m", "pip", "--version") else create_venv()
     if pip is None:
         return "this Python cannot make virtual environments: sudo apt-get install python3-venv"
-    command = [*pip, "install", "-qq", "--disable-pip-version-check", "--requirement", ROOT / name]
+    command = [*pip, "install", "-qq", "--disable-pip-version-check", "--require-hashes", "--requirement", ROOT / name]
     if subprocess.run(command).returncode != 0:
         return f"pip could not install {name}: see above"
     for stamp, wanted in stamps.items():
