@@ -2,46 +2,52 @@
 PYTHON ?= python3
 VENV_PYTHON := .venv/bin/python
 
-.PHONY: run test bench chaos fuzz check lock clean
+.PHONY: help run test check bench chaos fuzz lock clean
 
-run:
+help:  ## print this list
+	@echo "Usage: make TARGET"
+	@sed -nE 's/^([a-z]+):[^#]*##  ?(.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
+
+run:  ## producer, consumer and a broker in the foreground; Ctrl-C drains and stops them
 	@$(PYTHON) -m scripts.setup run
 	@$(VENV_PYTHON) -m scripts.run
 
-test:
+test: check  ## the checks, then all tests but those of the compose deployment; under three minutes
 	@$(PYTHON) -m scripts.setup test
 	$(VENV_PYTHON) -m pytest -n 2 --dist worksteal --benchmark-disable
 
-bench:
-	@$(PYTHON) -m scripts.setup bench
-	$(VENV_PYTHON) -m tests.bench
-
-chaos:
-	@$(PYTHON) -m scripts.setup chaos
-	$(VENV_PYTHON) -m tests.chaos
-
-fuzz:
-	@$(PYTHON) -m scripts.setup check
-	$(VENV_PYTHON) -m tests.fuzz.fuzz_http1
-	$(VENV_PYTHON) -m pytest --hypothesis-profile=fuzz -m fuzz
-
-check:
+check:  ## lint, format, types, and the schemas of the YAML that other programs read
 	@$(PYTHON) -m scripts.setup check
 	$(VENV_PYTHON) -m ruff check
 	$(VENV_PYTHON) -m ruff format --check
 	$(VENV_PYTHON) -m mypy
+	$(VENV_PYTHON) -m check_jsonschema --builtin-schema vendor.github-workflows .github/workflows/ci.yml
+	$(VENV_PYTHON) -m check_jsonschema --builtin-schema vendor.compose-spec compose.yaml
+	$(VENV_PYTHON) -m pre_commit validate-config
 
-# After a change of the dependencies in pyproject.toml. What is pinned stays unless that asks for more;
-# `make lock LOCK=--upgrade` takes the newest of all.
+bench:  ## the figures of docs/benchmarks.md, about eight minutes; QUICK=1 is a short run
+	@$(PYTHON) -m scripts.setup bench
+	$(VENV_PYTHON) -m tests.bench
+
+chaos:  ## kill and freeze everything under load, then count what is lost; SECONDS=120, ROUNDS or SEED
+	@$(PYTHON) -m scripts.setup chaos
+	$(VENV_PYTHON) -m tests.chaos
+
+fuzz:  ## search for counter-examples for longer than `make test` does
+	@$(PYTHON) -m scripts.setup check
+	$(VENV_PYTHON) -m tests.fuzz.fuzz_http1
+	$(VENV_PYTHON) -m pytest --hypothesis-profile=fuzz -m fuzz
+
+# After a change of the dependencies in pyproject.toml. A pin stays unless pyproject.toml asks for more.
 COMPILE = $(VENV_PYTHON) -m uv --no-config pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	--index-url https://pypi.org/simple --custom-compile-command 'make lock' $(LOCK)
-lock:
+lock:  ## pin the dependencies of pyproject.toml with hashes; LOCK=--upgrade takes the newest of all
 	@$(PYTHON) -m scripts.setup check
 	$(COMPILE) pyproject.toml --output-file requirements.txt
 	$(COMPILE) pyproject.toml --group dev --constraint requirements.txt --output-file requirements-dev.txt
 	$(COMPILE) --group e2e --constraint requirements-dev.txt --output-file requirements-e2e.txt
 
 # data/ stays: it holds the CSV, and messages that were accepted and are not in it yet.
-clean:
+clean:  ## remove .venv and caches; data/ stays
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
