@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Self
 
 _LIB = Path("/usr/lib/rabbitmq/bin")  # the real scripts; those on PATH want to be root or the user rabbitmq
-_NODE = "predlog@localhost"
 _ERLANG = "-kernel inet_dist_use_interface {127,0,0,1} +sbwt none"  # busy waiting only takes the CPU from the others
 _STOP_TIMEOUT_SECONDS = 20.0
 _LOCKED = 75  # our exit code of flock: EX_TEMPFAIL
@@ -28,39 +27,88 @@ class BrokerError(Exception):
     """The node did not start; one line for people."""
 
 
+class Epmd:
+    """The name server of Erlang nodes, on a loopback port of its own. Nodes of one cluster share one."""
+
+    def __init__(self, directory: Path) -> None:
+        self.port = free_port()
+        self._log = directory / "log" / "epmd.log"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """No-op if it runs."""
+        if self._process is None:
+            self._process = _spawn([_epmd(), "-port", str(self.port)], self.environment, self._log, signal.SIGKILL)
+
+    def stop(self) -> None:
+        """No-op if it does not run."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """For it, and for whoever asks it."""
+        path = os.environ.get("PATH", os.defpath)
+        return {"PATH": path, "ERL_EPMD_PORT": str(self.port), "ERL_EPMD_ADDRESS": "127.0.0.1"}
+
+
 class RabbitMQ:
     """A node whose data outlives it: `start` again on the same directory and what was durable is there."""
 
-    def __init__(self, directory: Path, port: int = 0) -> None:
-        """`port` 0 takes a free one. Ports stay the same for the life of the object."""
+    def __init__(
+        self, directory: Path, port: int = 0, name: str = "predlog", epmd: Epmd | None = None, erlang: str = ""
+    ) -> None:
+        """`port` 0 takes a free one. Ports stay the same for the life of the object. `epmd`: one that others use too.
+
+        `erlang`: more flags of the VM.
+        """
         self.directory = directory.absolute()
-        self.port, self._distribution_port, self._epmd_port = (free_port(wanted) for wanted in (port, 0, 0))
+        self.name = f"{name}@localhost"
+        self.port, self._distribution_port = free_port(port), free_port()
         self.url = f"amqp://guest:guest@127.0.0.1:{self.port}/"
         self.process: subprocess.Popen[bytes] | None = None
-        self._epmd: subprocess.Popen[bytes] | None = None
+        self._erlang = f"{_ERLANG} {erlang}"
+        self._epmd = epmd or Epmd(self.directory)
+        self._shares_epmd = epmd is not None
 
     def start(self, timeout_seconds: float = 60.0) -> None:
         """Returns once the node greets a client; raises BrokerError. Call it in the main thread (see above)."""
         deadline = time.monotonic() + timeout_seconds
-        (self.directory / "log").mkdir(parents=True, exist_ok=True)
-        (self.directory / "enabled_plugins").write_text("[].\n")
-        (self.directory / "rabbitmq.conf").touch()
         try:
-            if self._epmd is None:
-                self._epmd = self._spawn([_epmd(), "-port", str(self._epmd_port)], "epmd.log", signal.SIGKILL)
-            # The VM inherits the lock: two of them on one directory would destroy it, even when one is still stopping.
-            lock = ["flock", "--no-fork", "--wait", str(_STOP_TIMEOUT_SECONDS), "--conflict-exit-code", str(_LOCKED)]
-            server = [*lock, str(self.directory / "lock"), _script("rabbitmq-server")]
-            self.process = self._spawn(server, "start.log", signal.SIGTERM)
-            while not speaks_amqp(self.port):
-                if self.process.poll() == _LOCKED:
-                    raise BrokerError(f"another RabbitMQ node runs in {self.directory}: stop it first")
-                if self.process.poll() is not None or time.monotonic() > deadline:
-                    raise BrokerError(f"the RabbitMQ node did not start: see {self.directory / 'log' / 'start.log'}")
+            self.launch()
+            while not self.is_up():
+                if time.monotonic() > deadline:
+                    raise BrokerError(f"the RabbitMQ node did not start: see {self._start_log}")
                 time.sleep(0.05)
         except BaseException:
             self.stop()
             raise
+
+    def launch(self) -> None:
+        """Begins a start; see `is_up`."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        (self.directory / "enabled_plugins").write_text("[].\n")
+        (self.directory / "rabbitmq.conf").touch()
+        self._epmd.start()
+        # The VM inherits the lock: two of them on one directory would destroy it, even when one is still stopping.
+        lock = ["flock", "--no-fork", "--wait", str(_STOP_TIMEOUT_SECONDS), "--conflict-exit-code", str(_LOCKED)]
+        server = [*lock, str(self.directory / "lock"), _script("rabbitmq-server")]
+        self.process = _spawn(server, self._environment(), self._start_log, signal.SIGTERM)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether its VM was started and has not ended."""
+        return self.process is not None and self.process.poll() is None
+
+    def is_up(self) -> bool:
+        """Whether it greets a client; raises BrokerError when it has ended."""
+        if self.process is None or (code := self.process.poll()) is None:
+            return speaks_amqp(self.port)
+        if code == _LOCKED:
+            raise BrokerError(f"another RabbitMQ node runs in {self.directory}: stop it first")
+        raise BrokerError(f"the RabbitMQ node did not start: see {self._start_log}")
 
     def stop(self) -> None:
         """An orderly stop of node and epmd; by force when it takes too long. No-op if nothing runs."""
@@ -72,10 +120,8 @@ class RabbitMQ:
                 self.process.kill()
                 self.process.wait()
             self.process = None
-        if self._epmd is not None:
-            self._epmd.kill()
-            self._epmd.wait()
-            self._epmd = None
+        if not self._shares_epmd:
+            self._epmd.stop()
 
     def ctl(self, *arguments: str, timeout_seconds: float = 30.0) -> str:
         """Runs `rabbitmqctl` on this node and returns what it prints; raises CalledProcessError."""
@@ -92,28 +138,18 @@ class RabbitMQ:
     def __exit__(self, *error: object) -> None:
         self.stop()
 
-    def _spawn(self, command: list[str], log: str, on_orphaned: signal.Signals) -> subprocess.Popen[bytes]:
-        with (self.directory / "log" / log).open("wb") as output:
-            return subprocess.Popen(
-                command,
-                env=self._environment(),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C is not for the broker
-                preexec_fn=orphans_get(on_orphaned),
-            )
+    @property
+    def _start_log(self) -> Path:
+        return self.directory / "log" / "start.log"
 
     def _environment(self) -> dict[str, str]:
         directory = str(self.directory)
         return {
-            "PATH": os.environ.get("PATH", os.defpath),
+            **self._epmd.environment,
             "LANG": "C.UTF-8",
             "HOME": directory,  # of the Erlang cookie
-            "ERL_EPMD_PORT": str(self._epmd_port),
-            "ERL_EPMD_ADDRESS": "127.0.0.1",
             "RUNNING_UNDER_SYSTEMD": "1",  # the script execs the VM: signals reach it, and SIGTERM is an orderly stop
-            "RABBITMQ_NODENAME": _NODE,
+            "RABBITMQ_NODENAME": self.name,
             "RABBITMQ_NODE_IP_ADDRESS": "127.0.0.1",
             "RABBITMQ_NODE_PORT": str(self.port),
             "RABBITMQ_DIST_PORT": str(self._distribution_port),
@@ -126,7 +162,7 @@ class RabbitMQ:
             "RABBITMQ_GENERATED_CONFIG_DIR": f"{directory}/config",
             "RABBITMQ_ENABLED_PLUGINS_FILE": f"{directory}/enabled_plugins",
             "RABBITMQ_PID_FILE": f"{directory}/pid",
-            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": _ERLANG,
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": self._erlang,
         }
 
 
@@ -161,6 +197,22 @@ def orphans_get(signal_number: signal.Signals) -> Callable[[], None]:
         return lambda: None
     prctl = ctypes.CDLL(None).prctl  # looked up before the fork
     return lambda: prctl(1, int(signal_number), 0, 0, 0)  # 1: PR_SET_PDEATHSIG
+
+
+def _spawn(
+    command: list[str], environment: dict[str, str], log: Path, on_orphaned: signal.Signals
+) -> subprocess.Popen[bytes]:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as output:
+        return subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C is not for the broker
+            preexec_fn=orphans_get(on_orphaned),
+        )
 
 
 def _script(name: str) -> str:

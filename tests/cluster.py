@@ -1,0 +1,163 @@
+"""A RabbitMQ cluster for tests: real nodes on one machine, which a test may kill, freeze, restart and cut off.
+
+Ports, cookie, epmd and directories are its own; it needs neither root nor containers. RabbitMQ 3.10 to 4.x.
+"""
+
+import re
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple, Self
+
+from scripts.rabbitmq import BrokerError, Epmd
+from tests.rabbitmq import RabbitMQ
+
+NET_TICKTIME_SECONDS = 4
+"""The others take a silent node for dead after this, a quarter more or less; RabbitMQ's default is 60."""
+
+_ERLANG = "+S 1:1"  # one scheduler a node: a start takes a fifth less of the CPU
+_COOKIE, _WRONG_COOKIE = "predlog-tests", "cut-off"
+_CONFIGURATION = f"""\
+net_ticktime = {NET_TICKTIME_SECONDS}
+queue_leader_locator = balanced
+cluster_partition_handling = """
+
+
+class Queue(NamedTuple):
+    """A quorum queue, as one node sees it: names of nodes."""
+
+    leader: str
+    online: set[str]
+
+
+class Cluster:
+    """Nodes that find one another by their configuration. Start it whole; after that any of them comes and goes."""
+
+    def __init__(self, directory: Path, size: int = 3, partition_handling: str = "pause_minority") -> None:
+        """`partition_handling` is RabbitMQ's cluster_partition_handling."""
+        self._epmd = Epmd(directory)
+        self._is_founded = False
+        self.nodes = [
+            RabbitMQ(directory / f"node-{index}", name=f"predlog-{index}", epmd=self._epmd, erlang=_ERLANG)
+            for index in range(size)
+        ]
+        self.url = f"amqp://guest:guest@{','.join(f'127.0.0.1:{node.port}' for node in self.nodes)}/"
+        founder = self.nodes[0]
+        for node in self.nodes:
+            node.directory.mkdir(parents=True, exist_ok=True)
+            cookie = node.directory / ".erlang.cookie"
+            cookie.write_text(_COOKIE)
+            cookie.chmod(0o400)
+            lines = [_CONFIGURATION + partition_handling]
+            if node is not founder:
+                lines += [
+                    f"cluster_formation.classic_config.nodes.{index} = {peer.name}"
+                    for index, peer in enumerate((founder, node))
+                ]
+            (node.directory / "rabbitmq.conf").write_text("\n".join(lines) + "\n")
+
+    def start(self, timeout_seconds: float = 90.0) -> None:
+        """Start every node that does not run; return when all of them greet and are one cluster."""
+        try:
+            if not self._is_founded:  # in 3.10 nodes that found one together wait up to 18 s for one another's locks
+                self.nodes[0].start(timeout_seconds)
+                self._is_founded = True
+            for node in self.nodes:
+                if not node.is_running:
+                    node.launch()
+            self.wait_until_up(*self.nodes, timeout_seconds=timeout_seconds)
+            if (running := self.running(self.nodes[0])) != self._names:
+                raise BrokerError(f"{sorted(running)} are one cluster, not {sorted(self._names)}")
+        except BaseException:
+            self.kill()
+            raise
+
+    def kill(self) -> None:
+        """The end: kill -9 of every node, and of the epmd."""
+        for node in self.nodes:
+            if node.is_running:
+                node.kill()
+        self._epmd.stop()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.kill()
+
+    def wait_until_up(self, *nodes: RabbitMQ, timeout_seconds: float = 60.0) -> None:
+        """Until each of them greets a client; raises BrokerError."""
+        for node in nodes:
+            _wait_until(f"{node.name} greets a client", node.is_up, timeout_seconds)
+
+    def others(self, node: RabbitMQ) -> list[RabbitMQ]:
+        """All but this one."""
+        return [other for other in self.nodes if other is not node]
+
+    def running(self, node: RabbitMQ) -> set[str]:
+        """The names of the nodes that this one sees running, itself included."""
+        return _names(node.ctl("eval", "rabbit_nodes:all_running()."))
+
+    def cut_off(self, node: RabbitMQ) -> None:
+        """A network partition: this node on the one side, the others on the other. Clients still reach both.
+
+        The distribution refuses a new connection whose cookie does not match, whichever side opens it.
+        """
+        self._each_other(node, f"erlang:set_cookie(Node, '{_WRONG_COOKIE}'), erlang:disconnect_node(Node)")
+
+    def rejoin(self, node: RabbitMQ) -> None:
+        """Undo `cut_off`."""
+        self._each_other(node, f"erlang:set_cookie(Node, '{_COOKIE}'), net_adm:ping(Node)")
+
+    def is_partitioned(self, node: RabbitMQ) -> bool:
+        """Whether its Mnesia and another's went separate ways: then only a restart unites them.
+
+        So it is with a node that was frozen for longer than the tick time (3.10.8): it connects again so quickly that
+        pause_minority never sees it alone.
+        """
+        return bool(_names(node.ctl("eval", "rabbit_node_monitor:partitions().")))
+
+    def queues(self, node: RabbitMQ) -> dict[str, Queue]:
+        """The quorum queues by name."""
+        lines = node.ctl("list_queues", "--no-table-headers", "name", "leader", "online").splitlines()
+        cells = [line.split("\t") for line in lines]
+        return {name: Queue(leader, _names(online)) for name, leader, online in cells}
+
+    def wait_until_replicated(self, node: RabbitMQ, queue_names: Iterable[str], timeout_seconds: float = 30.0) -> None:
+        """Until each of these quorum queues has a leader, and a member online on every node; raises BrokerError."""
+        wanted = sorted(queue_names)
+
+        def is_replicated() -> bool:
+            queues = self.queues(node)
+            return all(
+                (queue := queues.get(name)) is not None and queue.leader in self._names and queue.online == self._names
+                for name in wanted
+            )
+
+        _wait_until(f"{', '.join(wanted)} on every node", is_replicated, timeout_seconds)
+
+    def sync_new_queues(self) -> None:
+        """See RabbitMQ.sync_new_queues: every member has such a table."""
+        for node in self.nodes:
+            node.sync_new_queues()
+
+    @property
+    def _names(self) -> set[str]:
+        return {node.name for node in self.nodes}
+
+    def _each_other(self, node: RabbitMQ, expressions: str) -> None:
+        others = ", ".join(f"'{other.name}'" for other in self.others(node))
+        node.ctl("eval", f"[begin {expressions} end || Node <- [{others}]].")
+
+
+def _names(text: str) -> set[str]:
+    return set(re.findall(r"[\w-]+@\w+", text))
+
+
+def _wait_until(what: str, condition: Callable[[], bool], timeout_seconds: float) -> None:
+    deadline = time.monotonic() + timeout_seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise BrokerError(f"not within {timeout_seconds:.0f} s: {what}")
+        time.sleep(0.05)
