@@ -8,14 +8,15 @@ RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin predlog && in
 COPY requirements.txt .
 RUN python -m venv --without-pip /opt/venv && pip install --require-hashes -r requirements.txt
 COPY common common
-COPY producer.py consumer.py ./
+COPY producer.py consumer.py deploy/healthcheck.py ./
 RUN python -m compileall -q .
 USER predlog
-ENV HTTP_HOST=0.0.0.0 HTTP_PORT=8000
-EXPOSE 8000
-# The consumer's port is HEALTH_PORT, the producer's HTTP_PORT.
-HEALTHCHECK --interval=5s --timeout=5s --start-period=30s --retries=3 CMD ["python", "-c", \
-  "import os, urllib.request as u; u.urlopen('http://127.0.0.1:%s/readyz' % os.environ.get('HEALTH_PORT', os.environ['HTTP_PORT']), timeout=4)"]
+# HTTP_* are the producer's, HEALTH_* the consumer's.
+ENV HTTP_HOST=0.0.0.0 HTTP_PORT=8000 HEALTH_HOST=0.0.0.0 HEALTH_PORT=8001
+EXPOSE 8000 8001
+# Liveness (/healthz). Readiness (/readyz) is for load balancers: while the broker is away the producer is alive, but
+# not ready, and a restart would not help.
+HEALTHCHECK --interval=5s --timeout=10s --start-period=30s --retries=3 CMD ["python", "healthcheck.py"]
 CMD ["python", "producer.py"]
 
 FROM predlog AS tests

@@ -29,6 +29,20 @@ CALLS = 1000
 DEADLINE_SECONDS = 30.0
 
 
+@pytest.fixture(scope="module", autouse=True)
+def ready() -> None:
+    """The container engine only tells that the producer is alive."""
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while True:
+        try:
+            urllib.request.urlopen(f"{URL}/readyz", timeout=15).close()
+            return
+        except OSError as error:  # also what urllib raises for 503
+            if time.monotonic() > deadline:
+                pytest.fail(f"{URL}/readyz: {error}")
+        time.sleep(0.1)
+
+
 @pytest.fixture
 def events() -> Events:
     """Events of this test and this run alone."""
