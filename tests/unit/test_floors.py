@@ -1,4 +1,7 @@
-"""The structure: a module imports only from floors below its own, and only what its floor may use."""
+"""The import rules: a module imports from its own room and from lower floors, and pure modules do no I/O.
+
+A room is a module or a whole package, named by its dotted path. Rooms of one floor do not know each other.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,29 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 FLOORS = [
-    {"errors", "event", "config", "http1", "content", "frames", "batch", "metrics", "openapi", "letters"},  # pure
-    {"http_server", "fast_lane", "publisher", "csv_file", "journal", "lifecycle", "workers"},  # I/O
-    {"amqp", "store", "api"},
-    {"dead_letters"},
-    {"dead_letter_commands"},
+    {"common.errors", "common.metrics", "common.lifecycle", "common.workers"},
+    {"common.event", "common.http1", "common.content", "common.frames", "common.config", "common.csv_file"},
+    {"common.http_server", "common.fast_lane", "common.publisher", "common.journal", "common.batch", "common.openapi"},
+    {"common.amqp", "common.store", "common.api", "common.letters"},
+    {"common.dead_letters"},
+    {"common.dead_letter_commands"},
     {"producer", "consumer"},
 ]
+# What a room may import of another room on its floor.
+DOORS: set[tuple[str, str]] = {("common.lifecycle", "common.errors"), ("common.workers", "common.errors")}
+PURE = {
+    "common.errors",
+    "common.event",
+    "common.config",
+    "common.http1",
+    "common.content",
+    "common.frames",
+    "common.batch",
+    "common.metrics",
+    "common.openapi",
+    "common.letters",
+}
+KNOWS_ORJSON = {"common.event"}
 IMPURE = {
     "asyncio",
     "os",
@@ -35,71 +54,86 @@ IMPURE = {
 RUN_TIME = {"aiormq", "pamqp", "yarl", "uvloop", "orjson"}  # pamqp and yarl are aiormq's own
 
 
-def files() -> dict[str, Path]:
-    common = {path.stem: path for path in (ROOT / "common").glob("*.py") if path.stem != "__init__"}
-    return common | {name: ROOT / f"{name}.py" for name in ("producer", "consumer")}
+def module_paths() -> dict[str, Path]:
+    """Every module of the two processes by its dotted path; a package stands for its __init__."""
+    paths = [ROOT / "producer.py", ROOT / "consumer.py", *(ROOT / "common").rglob("*.py")]
+    return {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in paths}
 
 
-def imports(path: Path) -> tuple[set[str], set[str]]:
-    """The modules of ours, and the other top-level packages, that a file imports."""
+PATHS = module_paths()
+
+
+def imports(name: str) -> tuple[set[str], set[str]]:
+    """The modules of ours, dotted, and the top-level names of all others, that a module imports anywhere in it."""
     ours, others = set(), set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        names = []
+    for node in ast.walk(ast.parse(PATHS[name].read_text())):
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module == "common":
-            names = [f"common.{alias.name}" for alias in node.names]
+            found = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            names = [node.module or ""]
-        for name in names:
-            top, _, rest = name.partition(".")
-            if top == "common":
-                if rest in files():
-                    ours.add(rest.split(".")[0])
-            elif top in ("producer", "consumer"):
-                ours.add(top)
+            assert not node.level, f"{name} has a relative import, which this test does not read"
+            dotted = [f"{node.module}.{alias.name}" for alias in node.names]
+            found = [each if each in PATHS else str(node.module) for each in dotted]
+        else:
+            continue
+        for each in found:
+            if each.partition(".")[0] in ("common", "producer", "consumer"):
+                assert each in PATHS, f"{name} imports {each}, which is no module"
+                ours.add(each)
             else:
-                others.add(top)
-    return ours, others
+                others.add(each.partition(".")[0])
+    return ours - {"common"}, others  # `common` itself holds the version only
 
 
-def floor(name: str) -> int:
-    return next(number for number, names in enumerate(FLOORS) if name in names)
+def within(name: str, room: str) -> bool:
+    return name == room or name.startswith(room + ".")
 
 
-@pytest.mark.parametrize("name", sorted(files()))
+def room_and_floor(name: str) -> tuple[str, int]:
+    found = [(room, number) for number, rooms in enumerate(FLOORS) for room in rooms if within(name, room)]
+    assert len(found) == 1, f"{name} is in {len(found)} rooms: give it exactly one"
+    return found[0]
+
+
+MODULES = sorted(name for name in PATHS if PATHS[name].read_text().strip() and name != "common")
+
+
+@pytest.mark.parametrize("name", MODULES)
 def test_imports_point_down(name: str) -> None:
-    ours, _ = imports(files()[name])
-    if floor(name) == 0:
-        up = {other for other in ours if floor(other) > 0}
-        assert not up, f"{name} is pure, but imports {up}"
-    else:
-        sideways = {other for other in ours if floor(other) >= floor(name)}
-        assert not sideways, f"{name} imports {sideways} of its own floor or above"
+    room, floor = room_and_floor(name)
+    for other in imports(name)[0]:
+        other_room, other_floor = room_and_floor(other)
+        door = any(within(name, here) and within(other, there) for here, there in DOORS)
+        assert other_room == room or other_floor < floor or door, f"{name} may not import {other}"
 
 
-@pytest.mark.parametrize("name", sorted(FLOORS[0]))
-def test_pure_modules_take_no_clock_socket_or_environment(name: str) -> None:
-    _, others = imports(files()[name])
+@pytest.mark.parametrize("name", sorted(PURE))
+def test_pure_modules_do_no_io(name: str) -> None:
+    """They take no clock, socket, randomness or environment, and import no module of ours that does."""
+    ours, others = imports(name)
     assert not others & IMPURE
+    assert ours <= PURE
 
 
-@pytest.mark.parametrize("name", sorted(files()))
-def test_only_the_three_packages_are_needed_at_run_time(name: str) -> None:
-    _, others = imports(files()[name])
-    assert others - set(sys.stdlib_module_names) <= RUN_TIME
+@pytest.mark.parametrize("name", MODULES)
+def test_run_time_needs_only_three_packages(name: str) -> None:
+    assert imports(name)[1] - set(sys.stdlib_module_names) <= RUN_TIME
 
 
-def test_only_the_event_module_knows_orjson() -> None:
-    assert [name for name, path in files().items() if "orjson" in imports(path)[1]] == ["event"]
+def test_orjson_is_known_in_one_place() -> None:
+    assert {name for name in MODULES if "orjson" in imports(name)[1]} == KNOWS_ORJSON
 
 
-def test_every_module_has_a_floor_and_the_floors_have_no_circle() -> None:
-    assert {name for names in FLOORS for name in names} == set(files())
+def test_every_rule_names_what_exists() -> None:
+    rooms = {room for floor in FLOORS for room in floor}
+    for name in PURE | rooms | {each for door in DOORS for each in door}:
+        assert any(within(module, name) for module in PATHS), f"{name} does not exist"
+
+
+def test_modules_form_no_circle() -> None:
     done: set[str] = set()
-    waiting = set(files())
+    waiting = set(MODULES)
     while waiting:
-        ready = {name for name in waiting if imports(files()[name])[0] <= done}
+        ready = {name for name in waiting if imports(name)[0] & set(MODULES) <= done}
         assert ready, f"a circle among {waiting}"
         done |= ready
         waiting -= ready
