@@ -22,8 +22,8 @@ from common import __version__, amqp, batch, config, dead_letter_commands, dead_
 from common.config import ConsumerSettings
 from common.errors import DiskTrouble, Fatal, HttpError, InvalidEvent
 from common.frames import Delivery
-from common.http1 import Head, Limits, Request
-from common.http_server import Exchange, HttpServer, ServerLimits
+from common.http.parser import Head, Limits, Request
+from common.http.server import Exchange, HttpServer, ServerLimits
 from common.metrics import BATCH_ROWS, LATENCY_SECONDS, Metrics
 from common.metrics import CONTENT_TYPE as METRICS_TYPE
 from common.store import Lock, Store

@@ -21,8 +21,8 @@ from common import __version__, amqp, config, lifecycle, workers
 from common.api import Api, Counters
 from common.config import ProducerSettings
 from common.errors import Fatal, StartupError
-from common.http1 import Limits
-from common.http_server import HttpServer, ServerLimits
+from common.http.parser import Limits
+from common.http.server import HttpServer, ServerLimits
 from common.publisher import Publisher
 
 log = logging.getLogger("predlog.producer")

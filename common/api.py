@@ -10,11 +10,13 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from common import __version__, content, event, openapi
+from common import __version__, event, openapi
 from common.config import ProducerSettings
 from common.errors import HttpError, InvalidEvent, Unavailable
-from common.http1 import Head, Request
-from common.http_server import Exchange, HttpServer
+from common.http.coding import decoded, require_known_coding
+from common.http.fields import idempotency_key, is_json_lines, require_json
+from common.http.parser import Head, Request
+from common.http.server import Exchange, HttpServer
 from common.metrics import CONTENT_TYPE as METRICS_TYPE
 from common.metrics import LATENCY_SECONDS, Metrics
 from common.publisher import Publication, Publisher
@@ -233,9 +235,9 @@ class Api:
             self._authorize(head.authorization)
         if head.method == b"POST":
             if head.content_type != b"application/json":
-                content.require_json(head.content_type, lines=head.path == b"/process/batch")
+                require_json(head.content_type, lines=head.path == b"/process/batch")
             if head.content_encoding is not None:
-                content.require_known_coding(head.content_encoding)
+                require_known_coding(head.content_encoding)
 
     def _authorize(self, given: bytes | None) -> None:
         if given is not None and given[:7].lower() == b"bearer ":
@@ -276,19 +278,19 @@ class Api:
     def _body(self, request: Request) -> bytes:
         if request.head.content_encoding is None:
             return request.body
-        return content.decoded(request.head.content_encoding, request.body, self._settings.max_body_bytes)
+        return decoded(request.head.content_encoding, request.body, self._settings.max_body_bytes)
 
     def _process(self, request: Request, exchange: Exchange) -> None:
-        key = content.idempotency_key(request.head.idempotency_key)
+        key = idempotency_key(request.head.idempotency_key)
         body = event.normalise(self._body(request), self._settings.max_preds)
         self.publish(_Post(body, self.message_id(body, key), self, exchange))
 
     def _process_batch(self, request: Request, exchange: Exchange) -> None:
-        key = content.idempotency_key(request.head.idempotency_key)
+        key = idempotency_key(request.head.idempotency_key)
         trouble = self._publisher.trouble()
         if trouble is not None:
             raise trouble
-        lines = content.is_json_lines(request.head.content_type)
+        lines = is_json_lines(request.head.content_type)
         events = event.normalise_batch(self._body(request), lines, self._settings.max_preds)
         _Batch(self, exchange, key, events).go_on()
 

@@ -10,7 +10,8 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from common.errors import HttpError, Unavailable
 from common.event import loads, normalise
 from common.frames import Confirm, PublishEncoder, packed_seconds
-from common.http1 import Limits, RequestParser, response
+from common.http.parser import Limits, RequestParser
+from common.http.response import encode_response
 from common.publisher import Publication, Publisher
 from tests.bench import events
 
@@ -60,7 +61,7 @@ def test_validate_and_normalise_an_event_with_images(benchmark: BenchmarkFixture
 
 
 def test_encode_an_answer(benchmark: BenchmarkFixture) -> None:
-    assert benchmark(response, 200, BODY).endswith(b"\r\n\r\n" + BODY)
+    assert benchmark(encode_response, 200, BODY).endswith(b"\r\n\r\n" + BODY)
 
 
 def test_encode_a_publish(benchmark: BenchmarkFixture) -> None:

@@ -21,8 +21,8 @@ except ImportError:
     atheris = None
 
 if atheris is not None:
-    with atheris.instrument_imports(include=["common.http1"]):
-        import common.http1  # noqa: F401 (instrumented by its first import)
+    with atheris.instrument_imports(include=["common.http"]):
+        import common.http.parser  # noqa: F401 (instrumented by its first import)
 
 from tests.fuzz import http1_oracle
 
@@ -77,7 +77,7 @@ def fuzz_with_hypothesis(seconds: int) -> None:
 
 if __name__ == "__main__":
     seconds = int(sys.argv[1]) if len(sys.argv) > 1 else 60
-    print(f"fuzzing common.http1 for {seconds} s with {'hypothesis' if atheris is None else 'atheris'}")
+    print(f"fuzzing common.http.parser for {seconds} s with {'hypothesis' if atheris is None else 'atheris'}")
     if atheris is None:
         fuzz_with_hypothesis(seconds)
     else:

@@ -13,7 +13,7 @@ import h11
 import httptools
 
 from common.errors import HttpError
-from common.http1 import Limits, Request, RequestParser
+from common.http.parser import Limits, Request, RequestParser
 
 CORPUS = Path(__file__).parent / "corpus"
 LIMITS = Limits(target_bytes=200, head_bytes=1000, headers=20, body_bytes=500, chunk_overhead_bytes=100)

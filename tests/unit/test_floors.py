@@ -15,21 +15,27 @@ ROOT = Path(__file__).parents[2]
 
 FLOORS = [
     {"common.errors", "common.metrics", "common.lifecycle", "common.workers"},
-    {"common.event", "common.http1", "common.content", "common.frames", "common.config", "common.csv_file"},
-    {"common.http_server", "common.fast_lane", "common.publisher", "common.journal", "common.batch", "common.openapi"},
+    {"common.event", "common.http", "common.frames", "common.config", "common.csv_file"},
+    {"common.fast_lane", "common.publisher", "common.journal", "common.batch", "common.openapi"},
     {"common.amqp", "common.store", "common.api", "common.letters"},
     {"common.dead_letters"},
     {"common.dead_letter_commands"},
     {"producer", "consumer"},
 ]
 # What a room may import of another room on its floor.
-DOORS: set[tuple[str, str]] = {("common.lifecycle", "common.errors"), ("common.workers", "common.errors")}
+DOORS = {
+    ("common.lifecycle", "common.errors"),
+    ("common.workers", "common.errors"),
+    ("common.http.server", "common.event"),
+}
 PURE = {
     "common.errors",
     "common.event",
     "common.config",
-    "common.http1",
-    "common.content",
+    "common.http.parser",
+    "common.http.response",
+    "common.http.fields",
+    "common.http.coding",
     "common.frames",
     "common.batch",
     "common.metrics",

@@ -7,9 +7,8 @@ from typing import cast
 
 import pytest
 
-from common import http1
-from common.http1 import Request
-from common.http_server import Connection, Exchange, HttpServer, ServerLimits
+from common.http.parser import Limits, Request
+from common.http.server import Connection, Exchange, HttpServer, ServerLimits
 
 GET = b"GET / HTTP/1.1\r\nHost: h\r\n\r\n"
 LAST_GET = b"GET / HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n"
@@ -53,7 +52,7 @@ def answer(request: Request, exchange: Exchange) -> None:
 
 @pytest.fixture
 def opened() -> tuple[HttpServer, Connection, Transport]:
-    limits = ServerLimits(http1.Limits(), 10, 8, 1_000_000, 10.0, 10.0, idle_seconds=5.0, write_seconds=20.0)
+    limits = ServerLimits(Limits(), 10, 8, 1_000_000, 10.0, 10.0, idle_seconds=5.0, write_seconds=20.0)
     server, transport = HttpServer(limits, answer), Transport()
     connection = Connection(server)
     connection.connection_made(cast(asyncio.Transport, transport))

@@ -1,6 +1,6 @@
 """HTTP connections: reading, answers in order, time-outs, limits, drain.
 
-The grammar is http1's; what a request means is the handler's, a plain function that answers its exchange now or later.
+The grammar is parser's; what a request means is the handler's, a plain function that answers its exchange now or later.
 
 No task, future or timer is made for a request: answers are callbacks, and one sweep a second looks after all time-outs.
 """
@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from email.utils import formatdate
 from typing import cast
 
-from common import event, http1
+from common import event
 from common.errors import HttpError, InvalidEvent, StartupError, Unavailable
-from common.http1 import Head, Request, RequestParser
+from common.http.parser import Head, Limits, Request, RequestParser
+from common.http.response import CONTINUE, encode_response
 
 log = logging.getLogger("predlog.http")
 
@@ -36,9 +37,9 @@ HANDSHAKE_SECONDS = 10.0
 
 @dataclass(frozen=True, slots=True)
 class ServerLimits:
-    """Bounds on connections and time; http1.Limits has those on one request."""
+    """Bounds on connections and time; parser.Limits has those on one request."""
 
-    request: http1.Limits
+    request: Limits
     connections: int
     pipelined: int  # requests of one connection under way; beyond it we stop reading that connection
     buffered_bytes: int  # of requests that are not complete, all connections together
@@ -68,7 +69,7 @@ class Exchange:
         if server.draining and connection.exchanges and connection.exchanges[-1] is self:  # the last one, not any
             self.close = True
         head = self.head
-        self.response = http1.response(
+        self.response = encode_response(
             status,
             body,
             content_type,
@@ -227,7 +228,7 @@ class Connection(asyncio.Protocol):
             self.server.check(head)
             self._checked = True
             if head.expect_continue and not parser.buffered_bytes and self.transport is not None:
-                self.transport.write(http1.CONTINUE)
+                self.transport.write(CONTINUE)
 
     def _account(self, buffered_bytes: int) -> None:
         """Keep the sum over all connections of what incomplete requests hold in memory, and within its bound."""

@@ -1,4 +1,4 @@
-"""common.content: media types, content codings and idempotency keys, as values that a client may send."""
+"""common.http: media types, content codings and idempotency keys, as values that a client may send."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common import content
-from common.content import JSON, NDJSON
 from common.errors import HttpError
+from common.http.coding import decoded, inflate, require_known_coding
+from common.http.fields import JSON, NDJSON, idempotency_key, is_json_lines, media_type, require_json
 
 
 def refusal(action: Callable[..., object], *args: object) -> HttpError:
@@ -61,20 +61,20 @@ def refusal(action: Callable[..., object], *args: object) -> HttpError:
     ],
 )
 def test_rfc_9110_section_8_3_media_type(value: bytes | None, expected: bytes | None) -> None:
-    assert content.media_type(value) == expected
+    assert media_type(value) == expected
 
 
 def test_json_lines_are_taken_only_where_they_are_asked_for() -> None:
-    content.require_json(JSON)
-    content.require_json(None, lines=True)
-    content.require_json(NDJSON, lines=True)
-    error = refusal(content.require_json, NDJSON)
+    require_json(JSON)
+    require_json(None, lines=True)
+    require_json(NDJSON, lines=True)
+    error = refusal(require_json, NDJSON)
     assert (error.status, error.headers) == (415, (("Accept", "application/json"),))
-    error = refusal(content.require_json, b"text/plain", True)
+    error = refusal(require_json, b"text/plain", True)
     assert (error.status, error.headers) == (415, (("Accept", "application/json, application/x-ndjson"),))
-    assert content.is_json_lines(NDJSON)
-    assert not content.is_json_lines(JSON)
-    assert not content.is_json_lines(None)
+    assert is_json_lines(NDJSON)
+    assert not is_json_lines(JSON)
+    assert not is_json_lines(None)
 
 
 def test_a_hostile_media_type_is_read_in_linear_time() -> None:
@@ -85,37 +85,37 @@ def test_a_hostile_media_type_is_read_in_linear_time() -> None:
         b"a" * 16000,
         b"a/b" + b";a=b" * 4000 + b"=",
     ):
-        assert content.media_type(value) is None
+        assert media_type(value) is None
     assert time.process_time() - began < 0.1
 
 
 @pytest.mark.parametrize("coding", [b"gzip", b"GZIP", b"x-gzip"])
 def test_rfc_9110_section_8_4_gzip_is_decoded(coding: bytes | None) -> None:
-    content.require_known_coding(coding)
-    assert content.decoded(coding, gzip.compress(b"{}"), 2) == b"{}"
+    require_known_coding(coding)
+    assert decoded(coding, gzip.compress(b"{}"), 2) == b"{}"
 
 
 @pytest.mark.parametrize("coding", [None, b"identity"])
 def test_content_without_a_coding_is_left_as_it_is(coding: bytes | None) -> None:
-    content.require_known_coding(coding)
-    assert content.decoded(coding, b"\x1f\x8b", 2) == b"\x1f\x8b"
+    require_known_coding(coding)
+    assert decoded(coding, b"\x1f\x8b", 2) == b"\x1f\x8b"
 
 
 @pytest.mark.parametrize("coding", [b"br", b"deflate", b"gzip, gzip", b"gzip,", b"", b"gzip;q=1"])
 def test_rfc_9110_section_12_5_3_another_coding_is_415_and_gzip_is_offered(coding: bytes | None) -> None:
-    for error in (refusal(content.require_known_coding, coding), refusal(content.decoded, coding, b"", 1)):
+    for error in (refusal(require_known_coding, coding), refusal(decoded, coding, b"", 1)):
         assert (error.status, error.headers) == (415, (("Accept-Encoding", "gzip"),))
 
 
 @given(st.lists(st.binary(max_size=2000), min_size=1, max_size=5))
 def test_rfc_1952_section_2_2_members_are_joined(parts: list[bytes]) -> None:
-    assert content.inflate(b"".join(map(gzip.compress, parts)), 10_000) == b"".join(parts)
+    assert inflate(b"".join(map(gzip.compress, parts)), 10_000) == b"".join(parts)
 
 
 def test_a_member_over_many_slices_is_inflated() -> None:
     data = bytes(range(256)) * 4000 + zlib.crc32(b"x").to_bytes(4, "big")
     noise = bytes((i * i >> 3) & 255 for i in range(300_000))
-    assert content.inflate(gzip.compress(noise, 0) + gzip.compress(data), 1 << 21) == noise + data
+    assert inflate(gzip.compress(noise, 0) + gzip.compress(data), 1 << 21) == noise + data
 
 
 GOOD = gzip.compress(b'{"a": "bbbbbbbbbb"}')
@@ -123,38 +123,38 @@ GOOD = gzip.compress(b'{"a": "bbbbbbbbbb"}')
 
 @pytest.mark.parametrize("length", range(len(GOOD)))
 def test_truncated_gzip_is_400(length: int) -> None:
-    assert refusal(content.inflate, GOOD[:length], 100).status == 400
+    assert refusal(inflate, GOOD[:length], 100).status == 400
     if length:
-        assert refusal(content.inflate, GOOD + GOOD[:length], 100).status == 400
+        assert refusal(inflate, GOOD + GOOD[:length], 100).status == 400
 
 
 @pytest.mark.parametrize("rest", [b"\x00", b"garbage", b"\x00" * 100, b"\x1f\x8b\x08"])
 def test_bytes_after_gzip_are_400(rest: bytes) -> None:
-    assert refusal(content.inflate, GOOD + rest, 100).status == 400
+    assert refusal(inflate, GOOD + rest, 100).status == 400
 
 
 @pytest.mark.parametrize("place", [0, 1, 2, len(GOOD) - 8, len(GOOD) - 1])
 def test_damaged_gzip_is_400(place: int) -> None:
-    assert refusal(content.inflate, GOOD[:place] + bytes([GOOD[place] ^ 1]) + GOOD[place + 1 :], 100).status == 400
+    assert refusal(inflate, GOOD[:place] + bytes([GOOD[place] ^ 1]) + GOOD[place + 1 :], 100).status == 400
 
 
 @pytest.mark.parametrize("body", [b"{}", zlib.compress(b"{}"), b"\x00" * 20])
 def test_what_is_not_gzip_is_400(body: bytes) -> None:
-    assert refusal(content.inflate, body, 100).status == 400
+    assert refusal(inflate, body, 100).status == 400
 
 
 def test_inflated_content_may_reach_the_limit_and_not_pass_it() -> None:
     body = gzip.compress(b"a" * 60) + gzip.compress(b"b" * 40)
-    assert len(content.inflate(body, 100)) == 100
-    assert refusal(content.inflate, body, 99).status == 413
-    assert refusal(content.inflate, body, 59).status == 413
+    assert len(inflate(body, 100)) == 100
+    assert refusal(inflate, body, 99).status == 413
+    assert refusal(inflate, body, 59).status == 413
 
 
 def test_a_bomb_is_413_and_never_inflated_past_the_limit() -> None:
     bomb = gzip.compress(bytes(100_000_000))
     tracemalloc.start()
     try:
-        assert refusal(content.inflate, bomb, 1_000_000).status == 413
+        assert refusal(inflate, bomb, 1_000_000).status == 413
         assert tracemalloc.get_traced_memory()[1] < 4_000_000
     finally:
         tracemalloc.stop()
@@ -163,9 +163,9 @@ def test_a_bomb_is_413_and_never_inflated_past_the_limit() -> None:
 def test_very_many_members_are_400_soon() -> None:
     body = gzip.compress(b"") * 400_000
     began = time.process_time()
-    assert refusal(content.inflate, body, 1_000_000).status == 400
+    assert refusal(inflate, body, 1_000_000).status == 400
     assert time.process_time() - began < 0.5
-    assert content.inflate(gzip.compress(b"a") * 1000, 1000) == b"a" * 1000
+    assert inflate(gzip.compress(b"a") * 1000, 1000) == b"a" * 1000
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_very_many_members_are_400_soon() -> None:
     ],
 )
 def test_idempotency_key(value: bytes | None, key: bytes | None) -> None:
-    assert content.idempotency_key(value) == key
+    assert idempotency_key(value) == key
 
 
 @pytest.mark.parametrize(
@@ -208,4 +208,4 @@ def test_idempotency_key(value: bytes | None, key: bytes | None) -> None:
     ],
 )
 def test_rfc_8941_section_3_3_3_what_is_no_key_is_400(value: bytes | None) -> None:
-    assert refusal(content.idempotency_key, value).status == 400
+    assert refusal(idempotency_key, value).status == 400

@@ -1,4 +1,4 @@
-"""common.http1, rule by rule; each case names the section of RFC 9110 or 9112 that it comes from.
+"""common.http.parser, rule by rule; each case names the section of RFC 9110 or 9112 that it comes from.
 
 Every stream is also read cut in two at every byte, and byte by byte: the result must be the same.
 """
@@ -14,9 +14,9 @@ import h11
 import pytest
 from _pytest.mark.structures import ParameterSet
 
-from common import http1
 from common.errors import HttpError
-from common.http1 import Limits, RequestParser, response
+from common.http.parser import Head, Limits, Request, RequestParser
+from common.http.response import CONTINUE, encode_response
 from tests.fuzz.http1_oracle import Outcome, read, single_bytes
 
 ROOMY = Limits()
@@ -53,7 +53,7 @@ def read_in_every_way(stream: bytes, limits: Limits = ROOMY) -> Outcome:
     return whole
 
 
-def single_request(stream: bytes, limits: Limits = ROOMY) -> http1.Request:
+def single_request(stream: bytes, limits: Limits = ROOMY) -> Request:
     parser = RequestParser(limits)
     parser.receive_data(stream)
     found = parser.next_request()
@@ -606,7 +606,7 @@ def test_buffered_bytes_and_head_tell_how_far_a_request_has_come() -> None:
     parser.receive_data(b"Expect: 100-continue\r\nContent-Length: 5\r\n\r\n")
     assert parser.next_request() is None
     head, *rest = progress(parser)
-    assert isinstance(head, http1.Head)
+    assert isinstance(head, Head)
     assert head.expect_continue
     assert rest == [False, 0]
     parser.receive_data(b"hell")
@@ -654,31 +654,32 @@ def test_no_error_repeats_what_the_client_sent() -> None:
 
 
 def test_response_is_these_bytes() -> None:
-    assert response(200, b"{}", date=b"Tue, 15 Nov 1994 08:12:31 GMT", extra_headers=b"X: y\r\n") == (
+    assert encode_response(200, b"{}", date=b"Tue, 15 Nov 1994 08:12:31 GMT", extra_headers=b"X: y\r\n") == (
         b"HTTP/1.1 200 OK\r\nDate: Tue, 15 Nov 1994 08:12:31 GMT\r\n"
         b"Content-Type: application/json\r\nContent-Length: 2\r\nX: y\r\n\r\n{}"
     )
 
 
 def test_rfc_9110_section_9_3_2_the_answer_to_head_has_the_length_and_not_the_body() -> None:
-    assert response(200, b"{}", head_only=True) == response(200, b"{}")[:-2]
+    assert encode_response(200, b"{}", head_only=True) == encode_response(200, b"{}")[:-2]
 
 
 def test_rfc_9112_section_9_3_keep_alive_is_said_to_1_0_clients_and_close_to_all() -> None:
     for status, http10 in itertools.product((200, 204), (False, True)):
-        assert b"\r\nConnection: close\r\n" in response(status, keep_alive=False, http10=http10)
-        assert (b"\r\nConnection: keep-alive\r\n" in response(status, http10=http10)) == http10
-    assert response(200, http10=True).startswith(b"HTTP/1.1 "), "RFC 9110 section 2.5: our own version"
+        assert b"\r\nConnection: close\r\n" in encode_response(status, keep_alive=False, http10=http10)
+        assert (b"\r\nConnection: keep-alive\r\n" in encode_response(status, http10=http10)) == http10
+    assert encode_response(200, http10=True).startswith(b"HTTP/1.1 "), "RFC 9110 section 2.5: our own version"
 
 
 def test_rfc_9110_section_8_6_no_content_has_no_length() -> None:
     assert (
-        response(204, b"ignored", extra_headers=b"Allow: GET\r\n") == b"HTTP/1.1 204 No Content\r\nAllow: GET\r\n\r\n"
+        encode_response(204, b"ignored", extra_headers=b"Allow: GET\r\n")
+        == b"HTTP/1.1 204 No Content\r\nAllow: GET\r\n\r\n"
     )
 
 
 def test_rfc_9112_section_4_a_status_without_a_known_reason_keeps_the_space() -> None:
-    assert response(299).startswith(b"HTTP/1.1 299 \r\n")
+    assert encode_response(299).startswith(b"HTTP/1.1 299 \r\n")
 
 
 @pytest.mark.parametrize("status", [200, 204, 400, 404, 413, 431, 503, 505])
@@ -690,7 +691,9 @@ def test_h11_reads_our_responses_to_their_last_byte(status: int, method: str, ke
     client.send(h11.EndOfMessage())
     body = b'{"detail":"x"}'
     client.receive_data(
-        response(status, body, date=b"Tue, 15 Nov 1994 08:12:31 GMT", keep_alive=keep_alive, head_only=method == "HEAD")
+        encode_response(
+            status, body, date=b"Tue, 15 Nov 1994 08:12:31 GMT", keep_alive=keep_alive, head_only=method == "HEAD"
+        )
     )
     head = client.next_event()
     assert isinstance(head, h11.Response)
@@ -711,7 +714,7 @@ def test_continue_is_an_interim_response() -> None:
             method="POST", target="/", headers=[("Host", "x"), ("Content-Length", "1"), ("Expect", "100-continue")]
         )
     )
-    client.receive_data(http1.CONTINUE)
+    client.receive_data(CONTINUE)
     event = client.next_event()
     assert isinstance(event, h11.InformationalResponse)
     assert event.status_code == 100

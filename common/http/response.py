@@ -1,0 +1,70 @@
+"""The bytes of an HTTP/1.1 response (RFC 9110, RFC 9112). Pure: no sockets, no clock."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+_REASONS = {
+    200: b"OK",
+    202: b"Accepted",
+    204: b"No Content",
+    207: b"Multi-Status",
+    400: b"Bad Request",
+    401: b"Unauthorized",
+    403: b"Forbidden",
+    404: b"Not Found",
+    405: b"Method Not Allowed",
+    408: b"Request Timeout",
+    409: b"Conflict",
+    413: b"Content Too Large",
+    414: b"URI Too Long",
+    415: b"Unsupported Media Type",
+    417: b"Expectation Failed",
+    422: b"Unprocessable Content",
+    429: b"Too Many Requests",
+    431: b"Request Header Fields Too Large",
+    500: b"Internal Server Error",
+    501: b"Not Implemented",
+    503: b"Service Unavailable",
+    504: b"Gateway Timeout",
+    505: b"HTTP Version Not Supported",
+}
+
+
+def encode_response(
+    status: int,
+    body: bytes = b"",
+    content_type: bytes = b"application/json",
+    date: bytes = b"",
+    extra_headers: bytes = b"",
+    *,
+    keep_alive: bool = True,
+    head_only: bool = False,
+    http10: bool = False,
+) -> bytes:
+    """A whole response.
+
+    `date`: now as an IMF-fixdate (RFC 9110 section 5.6.7), left out when empty. `extra_headers`: field lines, each with
+    its CRLF. `head_only`: the answer to HEAD, with the length that the body would have. `http10`: of the request.
+    """
+    prefix = _response_prefix(status, content_type, date, keep_alive, http10)
+    if status == 204:  # has no content, and no Content-Length (RFC 9110 section 8.6)
+        return b"%b%b\r\n" % (prefix, extra_headers)
+    return b"".join((prefix, b"%d\r\n" % len(body), extra_headers, b"\r\n", b"" if head_only else body))
+
+
+@lru_cache(64)
+def _response_prefix(status: int, content_type: bytes, date: bytes, keep_alive: bool, http10: bool) -> bytes:
+    """A response up to the value of Content-Length. It says HTTP/1.1 to 1.0 clients too (RFC 9110 section 2.5)."""
+    prefix = b"HTTP/1.1 %d %b\r\n" % (status, _REASONS.get(status, b""))
+    if date:
+        prefix += b"Date: %b\r\n" % date
+    if not keep_alive:
+        prefix += b"Connection: close\r\n"
+    elif http10:
+        prefix += b"Connection: keep-alive\r\n"
+    if status == 204:
+        return prefix
+    return prefix + b"Content-Type: %b\r\nContent-Length: " % content_type
