@@ -18,10 +18,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import NamedTuple, TypeVar
 
-from common import __version__, amqp, batch, config, dead_letter_commands, dead_letters, event, frames, lifecycle
+from common import __version__, batch, config, dead_letter_commands, dead_letters, event, lifecycle
+from common.amqp.codec import Delivery, FrameError, ack_frame, ack_frames
+from common.amqp.link import CLOSE_TIMEOUT_SECONDS, CONNECT_TIMEOUT_SECONDS, Link, cancelled, keep_up
+from common.amqp.properties import message_id_of
+from common.amqp.topology import DEAD_LETTER_ARGUMENTS, QUEUE_ARGUMENTS, dead_letter_queue, declare
 from common.config import ConsumerSettings
 from common.errors import DiskTrouble, Fatal, HttpError, InvalidEvent
-from common.frames import Delivery
 from common.http.parser import Head, Limits, Request
 from common.http.server import Exchange, HttpServer, ServerLimits
 from common.metrics import BATCH_ROWS, LATENCY_SECONDS, Metrics
@@ -66,13 +69,13 @@ def rows_of(deliveries: Sequence[Delivery], seen: Callable[[bytes], bool], low_p
     duplicates = rows = 0
     for delivery in deliveries:
         try:
-            message_id = frames.message_id(delivery.header)
+            message_id = message_id_of(delivery.header)
             text, count = event.rows_of(delivery.body, low_prob_threshold)
         except InvalidEvent as error:
             kind = "not_json" if event.is_no_json(error.faults) else "not_an_event"
             poison.append(Poison(delivery, kind, event.reason(error.faults)))
             continue
-        except frames.FrameError as error:
+        except FrameError as error:
             poison.append(Poison(delivery, "not_an_event", str(error)))
             continue
         if message_id is not None:
@@ -144,7 +147,7 @@ class Consumer:
         self._pending = batch.Pending(
             settings.batch_max_rows, settings.prefetch_count, settings.flush_interval_ms / 1000
         )
-        self._link: amqp.Link | None = None
+        self._link: Link | None = None
         self._consumer_tag = ""
         self._held: dict[int, float] = {}  # delivery tags on their way to the dead letters, and since when
         self._burials: set[asyncio.Task[None]] = set()
@@ -157,11 +160,11 @@ class Consumer:
 
     # The broker
 
-    async def prepare(self, link: amqp.Link) -> None:
+    async def prepare(self, link: Link) -> None:
         """Set up a new connection: queues, prefetch, consume."""
         settings = self._settings
-        await amqp.declare(link.channel, settings.queue_name, amqp.QUEUE_ARGUMENTS)
-        await amqp.declare(link.channel, amqp.dead_letter_queue(settings.queue_name), amqp.DEAD_LETTER_ARGUMENTS)
+        await declare(link.channel, settings.queue_name, QUEUE_ARGUMENTS)
+        await declare(link.channel, dead_letter_queue(settings.queue_name), DEAD_LETTER_ARGUMENTS)
         # RabbitMQ cuts a link that is not read for half a minute: in trouble, the next one takes nothing until it ends.
         while self.trouble and not self._draining:
             if link.lane.lost is not None:
@@ -170,7 +173,7 @@ class Consumer:
             await asyncio.sleep(TROUBLE_POLL_SECONDS)
         if self._draining:
             return  # nothing new; the link is only kept up
-        async with asyncio.timeout(amqp.CONNECT_TIMEOUT_SECONDS):
+        async with asyncio.timeout(CONNECT_TIMEOUT_SECONDS):
             await link.channel.basic_qos(prefetch_count=settings.prefetch_count)
             self._link, self.down = link, ""
             link.lane.on_deliveries = self.on_deliveries
@@ -278,12 +281,12 @@ class Consumer:
     async def _in_thread(self, call: Callable[..., T], *args: object) -> T:
         return await self._loop.run_in_executor(self._thread, call, *args)
 
-    def _ack(self, link: amqp.Link | None, tags: Sequence[int]) -> None:
+    def _ack(self, link: Link | None, tags: Sequence[int]) -> None:
         """Ack on the link that delivered, if it is still the one: on another channel the tags mean other messages."""
         if link is not None and link is self._link and link.lane.lost is None:
-            link.lane.send([frames.acks(batch.acks(tags, self._held))])
+            link.lane.send([ack_frames(batch.acks(tags, self._held))])
 
-    def _bury(self, link: amqp.Link | None, poison: Sequence[Poison]) -> None:
+    def _bury(self, link: Link | None, poison: Sequence[Poison]) -> None:
         if link is not self._link:
             return  # they come again, on the new link
         for each in poison:
@@ -300,13 +303,13 @@ class Consumer:
             if self._link is not None:
                 self._link.lane.fail("a message could not be buried")
 
-    async def _bury_one(self, link: amqp.Link | None, poison: Poison) -> None:
+    async def _bury_one(self, link: Link | None, poison: Poison) -> None:
         await self._dead_letters.bury(poison.delivery, poison.reason)
         self._counters.metrics.values[self._counters.dead_letters[poison.kind]] += 1.0
         tag = poison.delivery.delivery_tag
         if link is self._link and self._held.pop(tag, None) is not None:
             assert link is not None
-            link.lane.send([frames.ack(tag, False)])
+            link.lane.send([ack_frame(tag, False)])
 
     # Watching, and the end
 
@@ -346,10 +349,10 @@ class Consumer:
         if link is not None and link.lane.lost is None:
             try:
                 # No answer wanted: it would come behind all deliveries under way, and not at all while held back.
-                async with asyncio.timeout(amqp.CLOSE_TIMEOUT_SECONDS):
+                async with asyncio.timeout(CLOSE_TIMEOUT_SECONDS):
                     await link.channel.basic_cancel(self._consumer_tag, nowait=True)
             except (Exception, asyncio.CancelledError) as error:
-                if amqp.cancelled():
+                if cancelled():
                     raise
                 log.debug("while cancelling: %r", error)
         self._wake.set()
@@ -472,7 +475,7 @@ async def serve(settings: ConsumerSettings) -> None:
         running = asyncio.create_task(consumer.run())
         ticker = asyncio.create_task(tick())
         link = asyncio.create_task(
-            amqp.keep_up(settings.amqp_url, "consumer", consumer.prepare, consumer.on_down, consumer.on_trouble)
+            keep_up(settings.amqp_url, "consumer", consumer.prepare, consumer.on_down, consumer.on_trouble)
         )
         try:
             await lifecycle.first_of(stop, running, ticker, link)

@@ -17,7 +17,9 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 
-from common import __version__, amqp, config, lifecycle, workers
+from common import __version__, config, lifecycle, workers
+from common.amqp.link import Link, keep_up
+from common.amqp.topology import QUEUE_ARGUMENTS, declare
 from common.api import Api, Counters
 from common.config import ProducerSettings
 from common.errors import Fatal, StartupError
@@ -126,8 +128,8 @@ async def serve(
 
     is_up = asyncio.Event()
 
-    async def prepare(link: amqp.Link) -> None:
-        await amqp.declare(link.channel, settings.queue_name, amqp.QUEUE_ARGUMENTS)
+    async def prepare(link: Link) -> None:
+        await declare(link.channel, settings.queue_name, QUEUE_ARGUMENTS)
         link.lane.on_confirms = publisher.confirms
         link.lane.on_blocked = on_blocked
         publisher.link_up(link.lane, link.frame_max)
@@ -155,7 +157,7 @@ async def serve(
     loop.add_signal_handler(signal.SIGHUP, reload_certificate)
     ticker = asyncio.create_task(tick())
     link = asyncio.create_task(
-        amqp.keep_up(settings.amqp_url, "producer", prepare, on_down, on_trouble, settings.max_unconfirmed_bytes)
+        keep_up(settings.amqp_url, "producer", prepare, on_down, on_trouble, settings.max_unconfirmed_bytes)
     )
     try:
         if replaces:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+from common.amqp.codec import Delivery
 from common.event import row_count
-from common.frames import Delivery
 
 FULL_BYTES = 16 * 1024 * 1024  # a batch of large events is full long before it has many rows
 

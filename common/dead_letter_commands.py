@@ -17,7 +17,9 @@ from typing import BinaryIO, TextIO
 import aiormq
 from aiormq.abc import DeliveredMessage
 
-from common import amqp, frames
+from common.amqp.codec import Delivery, ack_frames
+from common.amqp.link import CONNECTION_ERRORS, Link, cancelled, closed, explain, open_link
+from common.amqp.topology import QUEUE_ARGUMENTS, dead_letter_queue, declare
 from common.config import ConsumerSettings, masked_url
 from common.dead_letters import Nacked, Outbox
 from common.errors import StartupError
@@ -31,12 +33,12 @@ PAGE_LETTERS, PAGE_BYTES = 256, 16 * 1024 * 1024
 
 _BAR = 30  # characters
 
-Pages = AsyncGenerator[list[frames.Delivery], None]
+Pages = AsyncGenerator[list[Delivery], None]
 
 
 async def show(settings: ConsumerSettings) -> int:
     """List the dead letters on stdout, oldest first, and leave them as they are. The exit code; raises StartupError."""
-    dead = amqp.dead_letter_queue(settings.queue_name)
+    dead = dead_letter_queue(settings.queue_name)
     async with _connection(settings.amqp_url) as source:
         if count := await _ready(source, dead):
             await _pour(_look(source, dead, count), count, table_row, sys.stdout.buffer, "stdout", TABLE_HEAD)
@@ -50,7 +52,7 @@ async def export(settings: ConsumerSettings, path: str) -> int:
 
     They stay where they are. For a line see `letters.json_line`. The exit code; raises StartupError.
     """
-    dead = amqp.dead_letter_queue(settings.queue_name)
+    dead = dead_letter_queue(settings.queue_name)
     async with _connection(settings.amqp_url) as source:
         count = await _ready(source, dead) or 0
         pages = _look(source, dead, count)
@@ -69,7 +71,7 @@ async def replay(settings: ConsumerSettings) -> int:
     Each is acked only after its copy is confirmed, and keeps its message_id: what a kill in between leaves in both
     queues, the consumer drops the second time.
     """
-    queue_name, dead = settings.queue_name, amqp.dead_letter_queue(settings.queue_name)
+    queue_name, dead = settings.queue_name, dead_letter_queue(settings.queue_name)
     async with _connection(settings.amqp_url) as source:
         count = await _ready(source, dead)
         if not count:
@@ -78,14 +80,14 @@ async def replay(settings: ConsumerSettings) -> int:
         with Progress(count, sys.stderr) as progress:
             try:
                 async with _connection(settings.amqp_url) as target:
-                    await amqp.declare(target.channel, queue_name, amqp.QUEUE_ARGUMENTS)
+                    await declare(target.channel, queue_name, QUEUE_ARGUMENTS)
                     outbox = Outbox(target)
                     target.lane.on_lost = outbox.fail
                     async for page in _pages(source, dead, count):
                         futures = [outbox.publish(queue_name, live_copy(letter)) for letter in page]
                         await outbox.wait(futures)
                         errors = [future.exception() for future in futures]
-                        source.lane.send([frames.acks(_moved(page, errors))])
+                        source.lane.send([ack_frames(_moved(page, errors))])
                         progress.advance(errors.count(None))
                         if error := next(filter(None, errors), None):
                             raise error
@@ -97,7 +99,7 @@ async def replay(settings: ConsumerSettings) -> int:
     return 0
 
 
-def _moved(page: list[frames.Delivery], errors: list[BaseException | None]) -> Iterator[tuple[int, bool]]:
+def _moved(page: list[Delivery], errors: list[BaseException | None]) -> Iterator[tuple[int, bool]]:
     """The acks of those without an error: one for all in front of the first error.
 
     Of many acks RabbitMQ may drop some: beyond 32 that a quorum queue has not taken yet, the channel keeps them until
@@ -112,31 +114,31 @@ def _moved(page: list[frames.Delivery], errors: list[BaseException | None]) -> I
 
 
 @asynccontextmanager
-async def _connection(url: str) -> AsyncIterator[amqp.Link]:
+async def _connection(url: str) -> AsyncIterator[Link]:
     """A link for a command. Whatever goes wrong with it is a StartupError, which says in one line what."""
     try:
-        link = await amqp.open_link(url, "dead-letters-command")
-    except amqp.CONNECTION_ERRORS as error:
-        raise StartupError(amqp.explain(error, url)) from None
+        link = await open_link(url, "dead-letters-command")
+    except CONNECTION_ERRORS as error:
+        raise StartupError(explain(error, url)) from None
     link.connection.closing.add_done_callback(lambda _: link.lane.fail("connection closed"))
     link.channel.closing.add_done_callback(lambda _: link.lane.fail("channel closed"))
     try:
         yield link
     except aiormq.exceptions.ChannelAccessRefused as error:
-        raise StartupError(amqp.explain(error, url)) from None
+        raise StartupError(explain(error, url)) from None
     except Nacked:
         raise StartupError(f"the broker at {masked_url(url)} takes no more messages for the queue (nack)") from None
-    except (*amqp.CONNECTION_ERRORS, asyncio.CancelledError) as error:
-        if isinstance(error, asyncio.CancelledError) and amqp.cancelled():
+    except (*CONNECTION_ERRORS, asyncio.CancelledError) as error:
+        if isinstance(error, asyncio.CancelledError) and cancelled():
             raise
         why = link.lane.lost or str(error) or "no answer"
         raise StartupError(f"lost the broker at {masked_url(url)}: {why}") from None
     finally:
         await link.close()
-        await amqp.closed()
+        await closed()
 
 
-async def _ready(link: amqp.Link, queue_name: str) -> int | None:
+async def _ready(link: Link, queue_name: str) -> int | None:
     """How many messages wait in the queue; None if there is no such queue, and then the channel is closed."""
     try:
         async with asyncio.timeout(ANSWER_TIMEOUT_SECONDS):
@@ -145,7 +147,7 @@ async def _ready(link: amqp.Link, queue_name: str) -> int | None:
         return None
 
 
-async def _look(link: amqp.Link, queue_name: str, count: int) -> Pages:
+async def _look(link: Link, queue_name: str, count: int) -> Pages:
     """`_pages` for those who take nothing: at the end all is put back in its order."""
     nacks: list[int] = []
     try:
@@ -158,7 +160,7 @@ async def _look(link: amqp.Link, queue_name: str, count: int) -> Pages:
             await _put_back(link, queue_name, nacks)
 
 
-async def _put_back(link: amqp.Link, queue_name: str, nacks: list[int]) -> None:
+async def _put_back(link: Link, queue_name: str, nacks: list[int]) -> None:
     """Return all that was delivered on the link: each of `nacks` is the last delivery tag of up to 32 of one page.
 
     RabbitMQ 3.10 shuffles what comes back in one nack if that is more or of two consumers, what exceeds 32 nacks on
@@ -176,17 +178,17 @@ async def _put_back(link: amqp.Link, queue_name: str, nacks: list[int]) -> None:
             await asyncio.sleep(0.005)
 
 
-async def _pages(link: amqp.Link, queue_name: str, count: int) -> Pages:
+async def _pages(link: Link, queue_name: str, count: int) -> Pages:
     """The first `count` messages, unacked, a page at a time: no more than fits in PAGE_BYTES, if the largest of one
     page tells what the next may hold. Ends early when other readers have the rest.
 
     Each page has a consumer of its own, that is cancelled before the page is given out: what it was sent stays unacked
     on the channel, nothing piles up while the caller takes its time, and the next page begins behind it.
     """
-    arrived: list[frames.Delivery] = []
+    arrived: list[Delivery] = []
     wake = asyncio.Event()
 
-    def take(deliveries: list[frames.Delivery]) -> None:
+    def take(deliveries: list[Delivery]) -> None:
         arrived.extend(deliveries)
         wake.set()
 
@@ -221,7 +223,7 @@ async def _never_called(_: DeliveredMessage) -> None: ...
 
 
 async def _pour(
-    pages: Pages, count: int, line: Callable[[frames.Delivery], bytes], out: BinaryIO, name: str, head: bytes = b""
+    pages: Pages, count: int, line: Callable[[Delivery], bytes], out: BinaryIO, name: str, head: bytes = b""
 ) -> None:
     """Write a line for each of `count` letters, or for as many as whoever reads stdout wants. Raises StartupError.
 

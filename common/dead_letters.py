@@ -19,7 +19,9 @@ from pamqp.body import ContentBody
 from pamqp.commands import Basic
 from pamqp.frame import marshal
 
-from common import amqp, frames
+from common.amqp.codec import HOT_CHANNEL, Confirm, Delivery
+from common.amqp.link import Link, keep_up
+from common.amqp.topology import DEAD_LETTER_ARGUMENTS, dead_letter_queue, declare
 from common.errors import StartupError
 from common.letters import Copy, dead_copy
 
@@ -39,7 +41,7 @@ class Outbox:
     A returned message ends the link (fast_lane), so its future fails as all others do that are unconfirmed then.
     """
 
-    def __init__(self, link: amqp.Link) -> None:
+    def __init__(self, link: Link) -> None:
         self.blocked = ""  # the broker's reason while it takes no messages
         self._link = link
         self._loop = asyncio.get_running_loop()
@@ -57,7 +59,7 @@ class Outbox:
             _fail(future, ConnectionError(lane.lost))
             return future
         header = copy.bare if bare or 0 < frame_max < len(copy.header) + 8 else copy.header
-        channel = frames.HOT_CHANNEL
+        channel = HOT_CHANNEL
         parts = [
             marshal(Basic.Publish(exchange="", routing_key=queue_name, mandatory=True), channel),
             _FRAME.pack(2, channel, len(header)) + header + b"\xce",
@@ -85,7 +87,7 @@ class Outbox:
         for future, _ in unconfirmed.values():
             _fail(future, ConnectionError(reason))
 
-    def _confirm(self, confirms: list[frames.Confirm]) -> None:
+    def _confirm(self, confirms: list[Confirm]) -> None:
         for tag, multiple, ok in confirms:
             covered = list(takewhile(tag.__ge__, self._unconfirmed)) if multiple else [tag]
             for each in covered:
@@ -121,13 +123,13 @@ class DeadLetters:
     def __init__(self, url: str, queue_name: str) -> None:
         self._url = url
         self._queue_name = queue_name
-        self._dead = amqp.dead_letter_queue(queue_name)
+        self._dead = dead_letter_queue(queue_name)
         self._outbox: Outbox | None = None
         self._is_up = asyncio.Event()
         self._link_task: asyncio.Task[None] | None = None
         self._in_trouble = False
 
-    async def bury(self, delivery: frames.Delivery, reason: str) -> None:
+    async def bury(self, delivery: Delivery, reason: str) -> None:
         """Returns once a copy of `delivery` is confirmed, whatever that takes. Any number may run at a time.
 
         The copy has the body and the properties of the original and the headers x-predlog-reason, x-predlog-time
@@ -170,7 +172,7 @@ class DeadLetters:
         said = ""
         while True:
             try:
-                await amqp.keep_up(self._url, "dead-letters", self._up, self._down)
+                await keep_up(self._url, "dead-letters", self._up, self._down)
             except StartupError as error:  # no reason to stop here: somebody may mend it
                 if str(error) != said:
                     said = str(error)
@@ -179,8 +181,8 @@ class DeadLetters:
                 log.exception("dead letters: unexpected; connecting again")
             await asyncio.sleep(random.uniform(0.5, 1) * BACKOFF_SECONDS)
 
-    async def _up(self, link: amqp.Link) -> None:
-        await amqp.declare(link.channel, self._dead, amqp.DEAD_LETTER_ARGUMENTS)
+    async def _up(self, link: Link) -> None:
+        await declare(link.channel, self._dead, DEAD_LETTER_ARGUMENTS)
         self._outbox = Outbox(link)
         self._is_up.set()
 

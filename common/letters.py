@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 from pamqp import decode
 
-from common import event, frames
+from common import event
+from common.amqp.codec import Delivery, FrameError
 
 REASON_CHARS = 250
 
@@ -72,7 +73,7 @@ def split_properties(header: bytes) -> tuple[Properties, Headers]:
     except IndexError:
         at = -1
     if at != len(header) or flags & 3:
-        raise frames.FrameError("a content header whose properties do not add up")
+        raise FrameError("a content header whose properties do not add up")
     return properties, _split_table(properties.pop("headers", bytes(4))[4:])
 
 
@@ -88,7 +89,7 @@ def _split_table(table: bytes) -> Headers:
     except (IndexError, KeyError):
         at = -1
     if at != len(table):
-        raise frames.FrameError("a table of headers that does not add up")
+        raise FrameError("a table of headers that does not add up")
     return headers
 
 
@@ -124,7 +125,7 @@ class Copy(NamedTuple):
     body: bytes
 
 
-def dead_copy(delivery: frames.Delivery, queue_name: str, reason: str, now: datetime, new_id: bytes) -> Copy:
+def dead_copy(delivery: Delivery, queue_name: str, reason: str, now: datetime, new_id: bytes) -> Copy:
     """The copy of a message of `queue_name` for its dead letters.
 
     One without message_id gets `new_id` (32 hexadecimal digits, random), so that a replay can tell it from its double.
@@ -145,7 +146,7 @@ def dead_copy(delivery: frames.Delivery, queue_name: str, reason: str, now: date
     return Copy(content_header(properties, headers | ours, size), content_header(least, ours, size), delivery.body)
 
 
-def live_copy(letter: frames.Delivery) -> Copy:
+def live_copy(letter: Delivery) -> Copy:
     """The message that a dead letter was."""
     properties, headers = _repeatable(*_tolerant(letter.header))
     header = content_header(properties, headers, len(letter.body))
@@ -156,7 +157,7 @@ def _tolerant(header: bytes) -> tuple[Properties, Headers]:
     """`split_properties`, but nothing for what it refuses: there must be no message that cannot be buried."""
     try:
         return split_properties(header)
-    except frames.FrameError:
+    except FrameError:
         return {}, {}
 
 
@@ -187,14 +188,14 @@ def _cut(text: str, width: int) -> str:
 TABLE_HEAD = _row("ID", "REASON", "WHEN", "SIZE", "FIRST BYTES")
 
 
-def table_row(letter: frames.Delivery) -> bytes:
+def table_row(letter: Delivery) -> bytes:
     """A dead letter as one line of a table, under TABLE_HEAD."""
     message_id, reason, when = (printable(value or "-") for value in _account(letter)[:3])
     first = repr(letter.body[:_FIRST_BYTES])[2:-1][:_FIRST_BYTES]
     return _row(message_id, reason, when, str(len(letter.body)), first)
 
 
-def json_line(letter: frames.Delivery) -> bytes:
+def json_line(letter: Delivery) -> bytes:
     """A dead letter as one line of JSON: {id, reason, time, size (bytes), headers, body}.
 
     body_base64 instead of body if that is not UTF-8; id, reason and time are null when nobody set them.
@@ -208,7 +209,7 @@ def json_line(letter: frames.Delivery) -> bytes:
     return event.dumps(entry) + b"\n"
 
 
-def _account(letter: frames.Delivery) -> tuple[str | None, str | None, str | None, dict[str, Any]]:
+def _account(letter: Delivery) -> tuple[str | None, str | None, str | None, dict[str, Any]]:
     """A dead letter's id, reason, time and headers, as its publishers wrote them."""
     properties, headers = _tolerant(letter.header)
     message_id = properties.get("message_id", b"")[1:].decode("utf-8", "replace")

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import takewhile
 from typing import Protocol, cast
 
+from common.amqp.codec import Confirm, PublishEncoder, packed_seconds
 from common.errors import HttpError, Unavailable
-from common.frames import Confirm, PublishEncoder, packed_seconds
 
 # What RabbitMQ (3.8 and later: max_message_size) closes the channel with.
 _TOO_LARGE = re.compile(r"larger than configured max size (\d+)")

@@ -15,7 +15,7 @@ from uuid import uuid4
 
 from pamqp import body, commands, frame, header
 
-from common.amqp import QUEUE_ARGUMENTS
+from common.amqp.topology import QUEUE_ARGUMENTS
 
 PROTOCOL_HEADER = b"AMQP\x00\x00\x09\x01"
 CHANNEL = 1

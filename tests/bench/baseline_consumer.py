@@ -14,7 +14,7 @@ import aio_pika
 import orjson
 import uvloop
 
-from common.amqp import QUEUE_ARGUMENTS
+from common.amqp.topology import QUEUE_ARGUMENTS
 
 HEADER = ("device_id", "client_id", "created_at", "license_id", "image_frame", "prob", "tags")
 LOW_PROB_THRESHOLD = 0.25

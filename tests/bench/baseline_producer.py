@@ -16,7 +16,7 @@ import uvicorn
 from fastapi import FastAPI, Response
 from pydantic import BaseModel, ConfigDict
 
-from common.amqp import QUEUE_ARGUMENTS
+from common.amqp.topology import QUEUE_ARGUMENTS
 
 QUEUE_NAME = os.environ["QUEUE_NAME"]
 

@@ -15,8 +15,9 @@ import pytest
 from pamqp import body, commands, frame, header
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from common.amqp.codec import HOT_CHANNEL, Delivery, FrameDecoder
+from common.amqp.properties import message_id_of
 from common.event import digest, rows_of
-from common.frames import HOT_CHANNEL, Delivery, FrameDecoder, message_id
 from common.store import Store
 from tests.bench import events
 
@@ -50,7 +51,7 @@ def test_decode_deliveries(benchmark: BenchmarkFixture) -> None:
 
 def test_read_message_ids(benchmark: BenchmarkFixture) -> None:
     headers = [delivery.header for delivery in _deliveries()]
-    ids = benchmark(lambda: [digest(message_id(h) or b"") for h in headers])
+    ids = benchmark(lambda: [digest(message_id_of(h) or b"") for h in headers])
     assert len(set(ids)) == MESSAGES
 
 

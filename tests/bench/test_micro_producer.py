@@ -7,9 +7,9 @@ from itertools import count
 
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from common.amqp.codec import Confirm, PublishEncoder, packed_seconds
 from common.errors import HttpError, Unavailable
 from common.event import loads, normalise
-from common.frames import Confirm, PublishEncoder, packed_seconds
 from common.http.parser import Limits, RequestParser
 from common.http.response import encode_response
 from common.publisher import Publication, Publisher

@@ -15,10 +15,11 @@ from typing import Any
 import aiormq
 import pytest
 
-from common import amqp, frames
+from common.amqp.codec import Confirm, Delivery, PublishEncoder, packed_seconds
+from common.amqp.link import open_link
+from common.amqp.topology import QUEUE_ARGUMENTS, declare
 from common.config import ConsumerSettings
 from common.event import dumps
-from common.frames import Delivery, PublishEncoder
 from common.store import Store
 from consumer import Consumer, Counters
 from tests.conftest import Service, Start
@@ -38,18 +39,18 @@ def event_of(device: str) -> bytes:
 
 async def publish(url: str, queue_name: str, bodies: list[bytes]) -> None:
     """All of them at once, and until the broker has confirmed each."""
-    link = await amqp.open_link(url, "test")
-    await amqp.declare(link.channel, queue_name, amqp.QUEUE_ARGUMENTS)
+    link = await open_link(url, "test")
+    await declare(link.channel, queue_name, QUEUE_ARGUMENTS)
     encoder, unconfirmed = PublishEncoder(queue_name, link.frame_max), set(range(1, len(bodies) + 1))
 
-    def confirmed(confirms: list[frames.Confirm]) -> None:
+    def confirmed(confirms: list[Confirm]) -> None:
         for tag, multiple, ok in confirms:
             assert ok
             unconfirmed.difference_update([low for low in unconfirmed if low <= tag] if multiple else [tag])
 
     link.lane.on_confirms = confirmed
     for number, body in enumerate(bodies):
-        link.lane.send(encoder.encode(body, b"%032d" % number, frames.packed_seconds(0)))
+        link.lane.send(encoder.encode(body, b"%032d" % number, packed_seconds(0)))
     await until("all is confirmed", lambda: not unconfirmed)
     await link.close()
 

@@ -18,11 +18,14 @@ from aiormq.abc import AbstractChannel, DeliveredMessage
 from pamqp.commands import Basic
 from pamqp.header import ContentHeader
 
-from common import amqp, dead_letter_commands, dead_letters
+from common import dead_letter_commands, dead_letters
+from common.amqp import link as link_module
+from common.amqp.codec import Delivery
+from common.amqp.link import Link, open_link
+from common.amqp.topology import DEAD_LETTER_ARGUMENTS, QUEUE_ARGUMENTS, dead_letter_queue, declare
 from common.config import ConsumerSettings
 from common.dead_letters import DeadLetters, Outbox
 from common.errors import StartupError
-from common.frames import Delivery
 from common.letters import dead_copy
 from tests.conftest import ROOT
 from tests.rabbitmq import RabbitMQ
@@ -81,8 +84,8 @@ def ids(messages: list[DeliveredMessage]) -> list[str]:
 
 async def bury_many(url: str, queue_name: str, count: int, body: bytes = b"not JSON") -> None:
     """Like `bury`, thousands at a time."""
-    link = await amqp.open_link(url, "test")
-    await amqp.declare(link.channel, dead := amqp.dead_letter_queue(queue_name), amqp.DEAD_LETTER_ARGUMENTS)
+    link = await open_link(url, "test")
+    await declare(link.channel, dead := dead_letter_queue(queue_name), DEAD_LETTER_ARGUMENTS)
     outbox, now = Outbox(link), datetime.now(UTC)
     originals = [message(body, message_id=f"{n:032x}") for n in range(count)]
     copies = [dead_copy(original, queue_name, "not JSON", now, b"") for original in originals]
@@ -99,7 +102,7 @@ def settings(broker: RabbitMQ, queue_name: str) -> ConsumerSettings:
 
 @pytest.fixture
 def dead(queue_name: str) -> str:
-    return amqp.dead_letter_queue(queue_name)
+    return dead_letter_queue(queue_name)
 
 
 @pytest.fixture
@@ -193,7 +196,7 @@ async def test_a_copy_that_the_broker_refuses_for_its_properties_is_buried_witho
 ) -> None:
     monkeypatch.setattr("common.letters._DROPPED_PROPERTIES", frozenset())
     monkeypatch.setattr(dead_letters, "BACKOFF_SECONDS", 0.01)
-    monkeypatch.setattr(amqp, "BACKOFF_FIRST_SECONDS", 0.01)
+    monkeypatch.setattr(link_module, "BACKOFF_FIRST_SECONDS", 0.01)
     await asyncio.wait_for(letters.bury(message(b"x", message_id="m", user_id="nobody"), "why"), 10)
     (found,) = await take_all(broker.url, dead)
     assert found.header.properties.message_id == "m"
@@ -205,7 +208,7 @@ async def test_a_nack_is_tried_again_until_there_is_room(
     broker: RabbitMQ, queue_name: str, dead: str, letters: DeadLetters, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full = {"x-max-length": 1, "x-overflow": "reject-publish"}
-    monkeypatch.setattr(amqp, "DEAD_LETTER_ARGUMENTS", full)
+    monkeypatch.setattr(dead_letters, "DEAD_LETTER_ARGUMENTS", full)
     monkeypatch.setattr(dead_letters, "BACKOFF_SECONDS", 0.05)
     await letters.bury(message(b"first"), "why")
     second = asyncio.ensure_future(letters.bury(message(b"second"), "why"))
@@ -304,7 +307,7 @@ async def test_thousands_of_dead_letters_are_listed_exported_and_replayed_in_ord
 
 KILL_SWITCH = """
 import asyncio, os, signal, sys
-from common import dead_letter_commands, dead_letters, frames
+from common import dead_letter_commands, dead_letters
 from common.config import ConsumerSettings
 
 def die():
@@ -312,7 +315,7 @@ def die():
 
 point, url, queue = sys.argv[1:]
 outbox = dead_letters.Outbox
-publish, wait, acks, looked = outbox.publish, outbox.wait, frames.acks, dead_letter_commands._pages
+publish, wait, looked = outbox.publish, outbox.wait, dead_letter_commands._pages
 published = pages = 0
 
 async def dying_wait(self, futures):
@@ -377,7 +380,7 @@ async def test_a_replay_ends_although_each_message_is_dead_lettered_again(
     again = 0
 
     async with channel(broker.url) as opened:
-        await amqp.declare(opened, settings.queue_name, amqp.QUEUE_ARGUMENTS)
+        await declare(opened, settings.queue_name, QUEUE_ARGUMENTS)
         await opened.basic_qos(prefetch_count=100)
 
         async def bury_again(found: DeliveredMessage) -> None:
@@ -399,7 +402,7 @@ async def test_a_replay_into_a_queue_that_refuses_stops_and_keeps_the_rest(
     broker: RabbitMQ, settings: ConsumerSettings, dead: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full = {"x-max-length": 10, "x-overflow": "reject-publish"}
-    monkeypatch.setattr(amqp, "QUEUE_ARGUMENTS", full)
+    monkeypatch.setattr(dead_letter_commands, "QUEUE_ARGUMENTS", full)
     await bury_many(broker.url, settings.queue_name, 300)
     with pytest.raises(StartupError, match=r"nack.*; moved \d+ of 300, the others are still in"):
         await dead_letter_commands.replay(settings)
@@ -473,7 +476,7 @@ async def test_an_export_beside_another_reader_is_not_taken_for_whole(
 
         async def take(_: DeliveredMessage) -> None: ...
 
-        async def late_look(link: amqp.Link, queue: str, count: int) -> dead_letter_commands.Pages:
+        async def late_look(link: Link, queue: str, count: int) -> dead_letter_commands.Pages:
             await other.basic_qos(prefetch_count=100)
             await other.basic_consume(dead, take)
             await until(lambda: waiting(broker.url, dead), 500)

@@ -15,8 +15,10 @@ import aiormq
 import pytest
 import trustme
 
-from common import amqp, frames
-from common.frames import Confirm, Delivery, PublishEncoder
+from common.amqp.codec import Confirm, Delivery, PublishEncoder, ack_frame, ack_frames, packed_seconds
+from common.amqp.link import Link, open_link
+from common.amqp.properties import message_id_of
+from common.amqp.topology import QUEUE_ARGUMENTS, declare
 from tests.rabbitmq import RabbitMQ
 
 SIZES = [0, 1, 500, 131_063, 131_064, 131_065, 400_000]  # around frame_max - 8, and several frames
@@ -25,7 +27,7 @@ SIZES = [0, 1, 500, 131_063, 131_064, 131_065, 400_000]  # around frame_max - 8,
 class Lane:
     """A link through the fast lane, with all that it hears."""
 
-    def __init__(self, link: amqp.Link, queue_name: str) -> None:
+    def __init__(self, link: Link, queue_name: str) -> None:
         self.link = link
         self.encoder = PublishEncoder(queue_name, link.frame_max)
         self.confirms: list[Confirm] = []
@@ -37,10 +39,10 @@ class Lane:
 
     @classmethod
     async def open(cls, url: str, queue_name: str) -> Lane:
-        return cls(await amqp.open_link(url, "test"), queue_name)
+        return cls(await open_link(url, "test"), queue_name)
 
     def publish(self, body: bytes, number: int) -> None:
-        self.link.lane.send(self.encoder.encode(body, b"%032d" % number, frames.packed_seconds(number)))
+        self.link.lane.send(self.encoder.encode(body, b"%032d" % number, packed_seconds(number)))
 
     async def consume(self, queue_name: str, prefetch: int = 0) -> None:
         await self.link.channel.basic_qos(prefetch_count=prefetch)
@@ -77,7 +79,7 @@ async def test_messages_of_any_size_arrive_the_same_through_lane_and_stock(
 ) -> None:
     sent = bodies()
     lane = await Lane.open(broker.url, queue_name)
-    await amqp.declare(lane.link.channel, queue_name, amqp.QUEUE_ARGUMENTS)
+    await declare(lane.link.channel, queue_name, QUEUE_ARGUMENTS)
     if publish_by == "lane":
         for number, body in enumerate(sent, 1):
             lane.publish(body, number)
@@ -100,7 +102,7 @@ async def test_messages_of_any_size_arrive_the_same_through_lane_and_stock(
             await lane.consume(queue_name)
             await until(lambda: len(lane.deliveries) == len(sent))
             for delivery in lane.deliveries:
-                message_id = frames.message_id(delivery.header)
+                message_id = message_id_of(delivery.header)
                 got.append((delivery.body, message_id.decode() if message_id else None))
     assert got == [(body, f"{number:032d}") for number, body in enumerate(sent, 1)]
     await lane.link.close()
@@ -108,17 +110,17 @@ async def test_messages_of_any_size_arrive_the_same_through_lane_and_stock(
 
 async def test_acks_settle_what_they_cover_and_the_rest_comes_again(broker: RabbitMQ, queue_name: str) -> None:
     lane = await Lane.open(broker.url, queue_name)
-    await amqp.declare(lane.link.channel, queue_name, amqp.QUEUE_ARGUMENTS)
+    await declare(lane.link.channel, queue_name, QUEUE_ARGUMENTS)
     for number in range(1, 21):
         lane.publish(b"x", number)
     await lane.consume(queue_name, prefetch=20)
     await until(lambda: len(lane.deliveries) == 20)
-    lane.link.lane.send([frames.acks([(5, True), (7, False), (20, False)])])
+    lane.link.lane.send([ack_frames([(5, True), (7, False), (20, False)])])
     await lane.link.close()
     again = await Lane.open(broker.url, queue_name)
     await again.consume(queue_name)
     await until(lambda: len(again.deliveries) == 13)
-    came = {int(frames.message_id(delivery.header) or 0) for delivery in again.deliveries}
+    came = {int(message_id_of(delivery.header) or 0) for delivery in again.deliveries}
     assert came == {6, *range(8, 20)}
     assert all(delivery.redelivered for delivery in again.deliveries)
     await again.link.close()
@@ -154,12 +156,12 @@ async def test_a_deleted_queue_a_closed_channel_and_a_cut_connection_are_noticed
         other = await connection.channel()
         for trouble, words in (("delete", "cancelled"), ("ack", "unknown delivery tag"), ("cut", "closed")):
             lane = await Lane.open(broker.url, queue_name)
-            await amqp.declare(lane.link.channel, queue_name, amqp.QUEUE_ARGUMENTS)
+            await declare(lane.link.channel, queue_name, QUEUE_ARGUMENTS)
             await lane.consume(queue_name)
             if trouble == "delete":
                 await other.queue_delete(queue_name)
             elif trouble == "ack":
-                lane.link.lane.send([frames.ack(99, False)])
+                lane.link.lane.send([ack_frame(99, False)])
             else:
                 lane.link.lane.fail("connection closed by the test")
             async with asyncio.timeout(10):
@@ -170,7 +172,7 @@ async def test_a_deleted_queue_a_closed_channel_and_a_cut_connection_are_noticed
 async def test_idle_and_busy_connections_outlive_many_heartbeats(broker: RabbitMQ, queue_name: str) -> None:
     url = broker.url + "?heartbeat=1"  # aiormq's grace is then 6 s, the broker's 2 s
     idle, busy = await Lane.open(url, queue_name), await Lane.open(url, queue_name)
-    await amqp.declare(busy.link.channel, queue_name, amqp.QUEUE_ARGUMENTS)
+    await declare(busy.link.channel, queue_name, QUEUE_ARGUMENTS)
     held = await Lane.open(url, queue_name)
     held.link.lane.hold_back(True)
     loop = asyncio.get_running_loop()
@@ -220,9 +222,9 @@ async def test_the_lane_works_over_tls_with_its_own_ca_and_never_without_verifyi
 ) -> None:
     _, url, ca_file = tls_broker
     with pytest.raises((ssl.SSLError, aiormq.AMQPError)):
-        await amqp.open_link(url, "test")
+        await open_link(url, "test")
     lane = await Lane.open(f"{url}?cafile={ca_file}", queue_name)
-    await amqp.declare(lane.link.channel, queue_name, amqp.QUEUE_ARGUMENTS)
+    await declare(lane.link.channel, queue_name, QUEUE_ARGUMENTS)
     sent = bodies()
     for number, body in enumerate(sent, 1):
         lane.publish(body, number)

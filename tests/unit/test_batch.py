@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common import batch
-from common.frames import Delivery
+from common.amqp.codec import Delivery
 
 
 def deliveries(*bodies: bytes) -> list[Delivery]:

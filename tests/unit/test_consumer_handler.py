@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from common import event, frames
-from common.frames import Delivery, FrameDecoder, PublishEncoder
+from common import event
+from common.amqp.codec import Delivery, FrameDecoder, PublishEncoder, packed_seconds
 from common.store import Store
 from consumer import rows_of
 
@@ -21,7 +21,7 @@ from consumer import rows_of
 def message(tag: int, body: bytes, message_id: bytes) -> Delivery:
     """A delivery as the broker would make it of what our producer publishes."""
     encoder = PublishEncoder("predictions", 131072)
-    published = b"".join(encoder.encode(body, message_id, frames.packed_seconds(0)))
+    published = b"".join(encoder.encode(body, message_id, packed_seconds(0)))
     deliver = b"\x01\x00\x01\x00\x00\x00\x11\x00\x3c\x00\x3c\x01t" + tag.to_bytes(8, "big") + b"\x00\x00\x01q"
     decoder = FrameDecoder()
     decoder.feed(

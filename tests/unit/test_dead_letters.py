@@ -5,9 +5,10 @@ from typing import cast
 
 import pytest
 
-from common import amqp, dead_letters
+from common import dead_letters
+from common.amqp.codec import Confirm
+from common.amqp.link import Link
 from common.dead_letters import Nacked, Outbox
-from common.frames import Confirm
 from common.letters import Copy
 
 
@@ -28,7 +29,7 @@ class Lane:
 
 
 def outbox_of(lane: Lane, frame_max: int = 0) -> Outbox:
-    outbox = Outbox(cast(amqp.Link, SimpleNamespace(lane=lane, frame_max=frame_max)))
+    outbox = Outbox(cast(Link, SimpleNamespace(lane=lane, frame_max=frame_max)))
     lane.on_lost = outbox.fail
     return outbox
 

@@ -15,9 +15,9 @@ ROOT = Path(__file__).parents[2]
 
 FLOORS = [
     {"common.errors", "common.metrics", "common.lifecycle", "common.workers"},
-    {"common.event", "common.http", "common.frames", "common.config", "common.csv_file"},
-    {"common.fast_lane", "common.publisher", "common.journal", "common.batch", "common.openapi"},
-    {"common.amqp", "common.store", "common.api", "common.letters"},
+    {"common.event", "common.http", "common.config", "common.csv_file"},
+    {"common.amqp", "common.publisher", "common.journal", "common.batch", "common.openapi"},
+    {"common.store", "common.api", "common.letters"},
     {"common.dead_letters"},
     {"common.dead_letter_commands"},
     {"producer", "consumer"},
@@ -36,7 +36,8 @@ PURE = {
     "common.http.response",
     "common.http.fields",
     "common.http.coding",
-    "common.frames",
+    "common.amqp.codec",
+    "common.amqp.properties",
     "common.batch",
     "common.metrics",
     "common.openapi",

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common.amqp.codec import Confirm
 from common.errors import HttpError, Unavailable
-from common.frames import Confirm
 from common.publisher import Publication, Publisher
 
 

@@ -15,8 +15,19 @@ from pamqp.body import ContentBody
 from pamqp.header import ContentHeader
 from pamqp.heartbeat import Heartbeat
 
-from common import frames
-from common.frames import HOT_CHANNEL, Confirm, Delivery, FrameDecoder, FrameError, Notice, PublishEncoder
+from common.amqp.codec import (
+    HEARTBEAT,
+    HOT_CHANNEL,
+    Confirm,
+    Delivery,
+    FrameDecoder,
+    FrameError,
+    Notice,
+    PublishEncoder,
+    ack_frames,
+    packed_seconds,
+)
+from common.amqp.properties import message_id_of
 
 Frame = tuple[int, object]  # channel, pamqp frame
 
@@ -142,26 +153,26 @@ def test_any_stream_split_anywhere_decodes_as_pamqp_does(stream: list[Frame], cu
     assert decoder.confirms == confirms
     assert decoder.notices == notices
     assert cold == expected_cold
-    assert [frames.message_id(delivery.header) for delivery in decoder.deliveries] == [
+    assert [message_id_of(delivery.header) for delivery in decoder.deliveries] == [
         None if text is None else text.encode() for text in ids
     ]
 
 
 def test_a_stream_split_at_every_byte_decodes_the_same() -> None:
     encoder = PublishEncoder("predictions", 64)
-    message = b"".join(encoder.encode(b"x" * 150, b"0123456789abcdef" * 2, frames.packed_seconds(7)))
+    message = b"".join(encoder.encode(b"x" * 150, b"0123456789abcdef" * 2, packed_seconds(7)))
     content_frames = message[message.index(b"\xce") + 1 :]
     deliver = wire((1, commands.Basic.Deliver("tag", 5, True, "", "predictions")))
     data = wire((1, commands.Basic.Ack(3, True))) + deliver + content_frames + wire((0, Heartbeat()))
     for cut in range(len(data) + 1):
         decoder = FrameDecoder()
-        assert decoder.feed(data[:cut]) + decoder.feed(data[cut:]) == frames.HEARTBEAT
+        assert decoder.feed(data[:cut]) + decoder.feed(data[cut:]) == HEARTBEAT
         assert decoder.confirms == [(3, True, True)]
         [delivery] = decoder.deliveries
         assert (delivery.delivery_tag, delivery.redelivered, delivery.body) == (5, True, b"x" * 150)
-        assert frames.message_id(delivery.header) == b"0123456789abcdef" * 2
+        assert message_id_of(delivery.header) == b"0123456789abcdef" * 2
     decoder = FrameDecoder()
-    assert b"".join(decoder.feed(data[at : at + 1]) for at in range(len(data))) == frames.HEARTBEAT
+    assert b"".join(decoder.feed(data[at : at + 1]) for at in range(len(data))) == HEARTBEAT
     assert len(decoder.deliveries) == 1
 
 
@@ -169,7 +180,7 @@ def test_a_stream_split_at_every_byte_decodes_the_same() -> None:
 def test_a_published_message_is_what_pamqp_reads_with_no_frame_above_frame_max(size: int) -> None:
     body = bytes(range(256)) * 4
     encoder = PublishEncoder("predictions", 64 + 64)
-    data = b"".join(encoder.encode(body[:size], b"a" * 32, frames.packed_seconds(1_700_000_000)))
+    data = b"".join(encoder.encode(body[:size], b"a" * 32, packed_seconds(1_700_000_000)))
     read, sizes = [], []
     while data:
         used, channel, frame = pamqp.frame.unmarshal(data)
@@ -196,7 +207,7 @@ def test_a_published_message_is_what_pamqp_reads_with_no_frame_above_frame_max(s
 
 def test_an_ack_is_what_pamqp_writes() -> None:
     expected = wire((1, commands.Basic.Ack(2**40 + 1, True))) + wire((1, commands.Basic.Ack(7, False)))
-    assert frames.acks([(2**40 + 1, True), (7, False)]) == expected
+    assert ack_frames([(2**40 + 1, True), (7, False)]) == expected
 
 
 @pytest.mark.parametrize(
@@ -242,5 +253,5 @@ def test_a_broker_that_wants_another_protocol_is_left_to_aiormq() -> None:
 def test_an_empty_message_id_is_none() -> None:
     properties = commands.Basic.Properties(message_id="x", delivery_mode=2)
     header = wire((1, ContentHeader(body_size=1, properties=properties)))[7:-1]
-    assert frames.message_id(header) == b"x"
-    assert frames.message_id(header.replace(b"\x01x", b"\x00")) is None
+    assert message_id_of(header) == b"x"
+    assert message_id_of(header.replace(b"\x01x", b"\x00")) is None

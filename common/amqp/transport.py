@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 from aiormq import AMQPConnectionError, TransportFactory
 
-from common import frames
+from common.amqp.codec import HEARTBEAT, Confirm, Delivery, FrameDecoder, FrameError
 from common.errors import StartupError
 
 if TYPE_CHECKING:
     from yarl import URL
+
 
 HEARTBEAT_FEED_SECONDS = 1.0
 
@@ -34,13 +35,13 @@ class FastLane(asyncio.StreamReaderProtocol):
 
     def __init__(self, reader: asyncio.StreamReader, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(reader, loop=loop)
-        self.on_deliveries: Callable[[list[frames.Delivery]], None] = _ignore
-        self.on_confirms: Callable[[list[frames.Confirm]], None] = _ignore
+        self.on_deliveries: Callable[[list[Delivery]], None] = _ignore
+        self.on_confirms: Callable[[list[Confirm]], None] = _ignore
         self.on_blocked: Callable[[str], None] = _ignore  # the broker's reason; "" when unblocked
         self.on_lost: Callable[[str], None] = _ignore
         self.congested = False  # more than `high_water_bytes` wait for the broker to read them
         self.lost: str | None = None
-        self._decoder = frames.FrameDecoder()
+        self._decoder = FrameDecoder()
         self._cold_reader = reader
         self._lane_loop = loop
         self._out: list[bytes] = []
@@ -86,7 +87,7 @@ class FastLane(asyncio.StreamReaderProtocol):
     def keep_alive(self) -> None:
         """Call now and then while held back: aiormq's liveness clock must not take our own pause for a dead broker."""
         if self._held_back and self.lost is None:
-            self._cold_reader.feed_data(frames.HEARTBEAT)
+            self._cold_reader.feed_data(HEARTBEAT)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._lane_transport = cast(asyncio.Transport, transport)  # uvloop's is one by its methods, not by its class
@@ -96,7 +97,7 @@ class FastLane(asyncio.StreamReaderProtocol):
         decoder = self._decoder
         try:
             cold = decoder.feed(data)
-        except (frames.FrameError, struct.error, IndexError) as error:
+        except (FrameError, struct.error, IndexError) as error:
             self.fail(f"the broker sent what is not AMQP: {error}")
             return
         if cold:
@@ -119,7 +120,7 @@ class FastLane(asyncio.StreamReaderProtocol):
         now = self._lane_loop.time()
         if now >= self._heartbeat_due:
             self._heartbeat_due = now + HEARTBEAT_FEED_SECONDS
-            self._cold_reader.feed_data(frames.HEARTBEAT)
+            self._cold_reader.feed_data(HEARTBEAT)
 
     def _handle_notices(self) -> None:
         notices, self._decoder.notices = self._decoder.notices, []

@@ -8,17 +8,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 import aiormq
 from aiormq.abc import AbstractChannel, AbstractConnection
 from pamqp.exceptions import PAMQPException
 
+from common.amqp.codec import HOT_CHANNEL
+from common.amqp.transport import FastLane, FastLaneFactory
 from common.config import masked_url
 from common.errors import StartupError
-from common.fast_lane import FastLane, FastLaneFactory
-from common.frames import HOT_CHANNEL
 
 log = logging.getLogger("predlog.amqp")
 
@@ -37,20 +37,6 @@ CONNECTION_ERRORS = (
     RuntimeError,
     asyncio.IncompleteReadError,
 )
-
-# x-delivery-limit: RabbitMQ 4.x drops a message at its 20th return unless a limit is set, and 3.10 takes the -1 that
-# means "none" to 4.x for zero. The largest number that both take keeps every message through any number of reconnects.
-# x-single-active-consumer: a standby gets nothing, so that it sits on no unacked messages (RabbitMQ 3.8 and later).
-QUEUE_ARGUMENTS: Mapping[str, str | int | bool] = {
-    "x-queue-type": "quorum",
-    "x-delivery-limit": 2**31 - 1,
-    "x-single-active-consumer": True,
-}
-DEAD_LETTER_ARGUMENTS: Mapping[str, str | int | bool] = {"x-queue-type": "quorum", "x-delivery-limit": 2**31 - 1}
-
-
-def dead_letter_queue(queue_name: str) -> str:
-    return queue_name + ".dead"
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,18 +129,6 @@ def _lost(link: Link) -> asyncio.Future[str]:
     link.connection.closing.add_done_callback(lambda _: lane.fail("connection closed"))
     link.channel.closing.add_done_callback(lambda _: lane.fail("channel closed"))
     return lost
-
-
-async def declare(channel: AbstractChannel, queue_name: str, arguments: Mapping[str, str | int | bool]) -> None:
-    """Declare a durable queue; raises StartupError when it exists with other arguments, naming the difference."""
-    try:
-        async with asyncio.timeout(CONNECT_TIMEOUT_SECONDS):
-            await channel.queue_declare(queue_name, durable=True, arguments=dict(arguments))
-    except (aiormq.exceptions.ChannelPreconditionFailed, aiormq.exceptions.ChannelLockedResource) as error:
-        said = str(error.args[0] if error.args else error).removeprefix("PRECONDITION_FAILED - ")
-        raise StartupError(
-            f"queue '{queue_name}' exists with other arguments: {said}. Delete it, or set QUEUE_NAME to another name"
-        ) from None
 
 
 def explain(error: BaseException, url: str) -> str:

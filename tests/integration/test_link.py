@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
-from common import amqp
+from common.amqp import link as link_module
+from common.amqp.link import CONNECT_TIMEOUT_SECONDS, Link, keep_up
+from common.amqp.topology import QUEUE_ARGUMENTS, declare
 from common.errors import StartupError
 from scripts.rabbitmq import free_port
 from tests.proxy import Proxy
@@ -22,7 +24,7 @@ AT_ONCE = 8  # connections kept up side by side
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """No pause between attempts, and no account of aiormq's, as in production."""
-    monkeypatch.setattr(amqp, "BACKOFF_FIRST_SECONDS", 0.0)
+    monkeypatch.setattr(link_module, "BACKOFF_FIRST_SECONDS", 0.0)
     for name in ("aiormq", "aiormq.connection", "aiormq.channel"):
         monkeypatch.setattr(logging.getLogger(name), "level", logging.CRITICAL)
 
@@ -37,12 +39,12 @@ class Kept:
         self.connected = asyncio.Event()
         self.downs: list[str] = []
         self._queue_name = queue_name
-        self._link: amqp.Link | None = None
-        self.task = asyncio.create_task(amqp.keep_up(url, "test", self._prepare, self._down))
+        self._link: Link | None = None
+        self.task = asyncio.create_task(keep_up(url, "test", self._prepare, self._down))
 
-    async def _prepare(self, link: amqp.Link) -> None:
-        await amqp.declare(link.channel, self._queue_name, amqp.QUEUE_ARGUMENTS)
-        async with asyncio.timeout(amqp.CONNECT_TIMEOUT_SECONDS):
+    async def _prepare(self, link: Link) -> None:
+        await declare(link.channel, self._queue_name, QUEUE_ARGUMENTS)
+        async with asyncio.timeout(CONNECT_TIMEOUT_SECONDS):
             await link.channel.basic_qos(prefetch_count=10)
             await link.channel.basic_consume(self._queue_name, ignore)
         self._link = link
@@ -121,12 +123,12 @@ async def test_cancelled_at_any_turn_of_the_loop_after_a_loss_during_a_call_it_e
             proxy.silent = False
             entered = asyncio.get_running_loop().create_future()
 
-            async def prepare(link: amqp.Link, entered: asyncio.Future[amqp.Link] = entered) -> None:
+            async def prepare(link: Link, entered: asyncio.Future[Link] = entered) -> None:
                 proxy.silent = True
                 entered.set_result(link)
-                await amqp.declare(link.channel, queue_name, amqp.QUEUE_ARGUMENTS)
+                await declare(link.channel, queue_name, QUEUE_ARGUMENTS)
 
-            task = asyncio.create_task(amqp.keep_up(proxy.url, "test", prepare, lambda _: None))
+            task = asyncio.create_task(keep_up(proxy.url, "test", prepare, lambda _: None))
             link = await entered
             await asyncio.sleep(0.005)  # the call is under way; nothing tells when
             assert link.lane._lane_transport is not None
@@ -151,14 +153,14 @@ async def test_a_refused_port_is_waited_for_and_said_once(
     broker: RabbitMQ, queue_name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     attempts = 0
-    open_link = amqp.open_link
+    open_link = link_module.open_link
 
-    async def counted(*arguments: Any) -> amqp.Link:
+    async def counted(*arguments: Any) -> Link:
         nonlocal attempts
         attempts += 1
         return await open_link(*arguments)
 
-    monkeypatch.setattr(amqp, "open_link", counted)
+    monkeypatch.setattr(link_module, "open_link", counted)
     caplog.set_level(logging.INFO, "predlog.amqp")
     proxy = Proxy(broker.port)
     proxy.port = free_port()

@@ -1,0 +1,38 @@
+"""The queues: their names and arguments, and how they are declared. Nothing here publishes or consumes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+
+import aiormq
+from aiormq.abc import AbstractChannel
+
+from common.amqp.link import CONNECT_TIMEOUT_SECONDS
+from common.errors import StartupError
+
+# x-delivery-limit: RabbitMQ 4.x drops a message at its 20th return unless a limit is set, and 3.10 takes the -1 that
+# means "none" to 4.x for zero. The largest number that both take keeps every message through any number of reconnects.
+# x-single-active-consumer: a standby gets nothing, so that it sits on no unacked messages (RabbitMQ 3.8 and later).
+QUEUE_ARGUMENTS: Mapping[str, str | int | bool] = {
+    "x-queue-type": "quorum",
+    "x-delivery-limit": 2**31 - 1,
+    "x-single-active-consumer": True,
+}
+DEAD_LETTER_ARGUMENTS: Mapping[str, str | int | bool] = {"x-queue-type": "quorum", "x-delivery-limit": 2**31 - 1}
+
+
+def dead_letter_queue(queue_name: str) -> str:
+    return queue_name + ".dead"
+
+
+async def declare(channel: AbstractChannel, queue_name: str, arguments: Mapping[str, str | int | bool]) -> None:
+    """Declare a durable queue; raises StartupError when it exists with other arguments, naming the difference."""
+    try:
+        async with asyncio.timeout(CONNECT_TIMEOUT_SECONDS):
+            await channel.queue_declare(queue_name, durable=True, arguments=dict(arguments))
+    except (aiormq.exceptions.ChannelPreconditionFailed, aiormq.exceptions.ChannelLockedResource) as error:
+        said = str(error.args[0] if error.args else error).removeprefix("PRECONDITION_FAILED - ")
+        raise StartupError(
+            f"queue '{queue_name}' exists with other arguments: {said}. Delete it, or set QUEUE_NAME to another name"
+        ) from None
