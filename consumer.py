@@ -18,17 +18,22 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import NamedTuple, TypeVar
 
-from common import __version__, batch, config, dead_letter_commands, dead_letters, event, lifecycle
+from common import __version__, batch, dead_letter_commands, dead_letters
 from common.amqp.codec import Delivery, FrameError, ack_frame, ack_frames
 from common.amqp.link import CLOSE_TIMEOUT_SECONDS, CONNECT_TIMEOUT_SECONDS, Link, cancelled, keep_up
 from common.amqp.properties import message_id_of
 from common.amqp.topology import DEAD_LETTER_ARGUMENTS, QUEUE_ARGUMENTS, dead_letter_queue, declare
-from common.config import ConsumerSettings
+from common.config import ConsumerSettings, describe, load, parser_for
 from common.errors import DiskTrouble, Fatal, HttpError, InvalidEvent
+from common.event.faults import describe_faults, is_not_json
+from common.event.ids import id_digest
+from common.event.rows import csv_rows
 from common.http.parser import Head, Limits, Request
 from common.http.server import Exchange, HttpServer, ServerLimits
+from common.logs import set_up_logging
 from common.metrics import BATCH_ROWS, LATENCY_SECONDS, Metrics
 from common.metrics import CONTENT_TYPE as METRICS_TYPE
+from common.process import end, fail, first_of, on_stop, run
 from common.store import Lock, Store
 
 log = logging.getLogger("predlog.consumer")
@@ -70,16 +75,16 @@ def rows_of(deliveries: Sequence[Delivery], seen: Callable[[bytes], bool], low_p
     for delivery in deliveries:
         try:
             message_id = message_id_of(delivery.header)
-            text, count = event.rows_of(delivery.body, low_prob_threshold)
+            text, count = csv_rows(delivery.body, low_prob_threshold)
         except InvalidEvent as error:
-            kind = "not_json" if event.is_no_json(error.faults) else "not_an_event"
-            poison.append(Poison(delivery, kind, event.reason(error.faults)))
+            kind = "not_json" if is_not_json(error.faults) else "not_an_event"
+            poison.append(Poison(delivery, kind, describe_faults(error.faults)))
             continue
         except FrameError as error:
             poison.append(Poison(delivery, "not_an_event", str(error)))
             continue
         if message_id is not None:
-            digest = event.digest(message_id)
+            digest = id_digest(message_id)
             if digest in fresh or seen(digest):
                 duplicates += 1
                 stored.append(delivery.delivery_tag)
@@ -444,7 +449,7 @@ _HEALTH_LIMITS = ServerLimits(Limits(body_bytes=1024), 100, 8, 2**20, 5.0, 5.0, 
 
 async def serve(settings: ConsumerSettings) -> None:
     """Run the consumer until a signal, then drain."""
-    loop, stop = asyncio.get_running_loop(), lifecycle.on_stop()
+    loop, stop = asyncio.get_running_loop(), on_stop()
     loop.add_signal_handler(signal.SIGHUP, lambda: None)  # a standby has no file to open again
     counters = Counters()
     counters.metrics.values[counters.start_time] = time.time()
@@ -478,14 +483,14 @@ async def serve(settings: ConsumerSettings) -> None:
             keep_up(settings.amqp_url, "consumer", consumer.prepare, consumer.on_down, consumer.on_trouble)
         )
         try:
-            await lifecycle.first_of(stop, running, ticker, link)
+            await first_of(stop, running, ticker, link)
             log.info("stopping")
             try:
                 await asyncio.wait_for(consumer.drain(running), settings.shutdown_timeout_ms / 1000)
             except TimeoutError:
                 log.warning("not everything could be stored in time; the broker keeps it")
         finally:
-            await lifecycle.end(running, ticker, link)
+            await end(running, ticker, link)
             await consumer.close()
             await loop.run_in_executor(thread, store.close)
             server.abort()
@@ -494,25 +499,25 @@ async def serve(settings: ConsumerSettings) -> None:
 
 
 def main(argv: Sequence[str], environ: dict[str, str]) -> int:
-    parser = config.parser_for(ConsumerSettings, "consumer.py", "Messages from RabbitMQ into CSV, each exactly once.")
+    parser = parser_for(ConsumerSettings, "consumer.py", "Messages from RabbitMQ into CSV, each exactly once.")
     commands = parser.add_mutually_exclusive_group()
     commands.add_argument("--dead-letters", action="store_true", help="list the dead letters, and end")
     commands.add_argument("--replay-dead-letters", action="store_true", help="move the dead letters back, and end")
     commands.add_argument("--export-dead-letters", metavar="FILE", help="write the dead letters as JSON lines, and end")
     flags: argparse.Namespace = parser.parse_args(argv)
     try:
-        settings = config.load(ConsumerSettings, flags, environ)
+        settings = load(ConsumerSettings, flags, environ)
     except Fatal as error:
-        return lifecycle.fail("consumer", error)
-    lifecycle.set_up_logging("consumer", settings.log_level, settings.log_format)
+        return fail("consumer", error)
+    set_up_logging("consumer", settings.log_level, settings.log_format)
     if flags.dead_letters:
-        return lifecycle.run("consumer", lambda: dead_letter_commands.show(settings))
+        return run("consumer", lambda: dead_letter_commands.show(settings))
     if flags.replay_dead_letters:
-        return lifecycle.run("consumer", lambda: dead_letter_commands.replay(settings))
+        return run("consumer", lambda: dead_letter_commands.replay(settings))
     if flags.export_dead_letters is not None:
-        return lifecycle.run("consumer", lambda: dead_letter_commands.export(settings, flags.export_dead_letters))
-    log.info("predlog %s consumer: %s", __version__, config.describe(settings))
-    return lifecycle.run("consumer", lambda: serve(settings))
+        return run("consumer", lambda: dead_letter_commands.export(settings, flags.export_dead_letters))
+    log.info("predlog %s consumer: %s", __version__, describe(settings))
+    return run("consumer", lambda: serve(settings))
 
 
 if __name__ == "__main__":

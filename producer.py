@@ -17,14 +17,16 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 
-from common import __version__, config, lifecycle, workers
+from common import __version__, workers
 from common.amqp.link import Link, keep_up
 from common.amqp.topology import QUEUE_ARGUMENTS, declare
 from common.api import Api, Counters
-from common.config import ProducerSettings
+from common.config import ProducerSettings, describe, parse
 from common.errors import Fatal, StartupError
 from common.http.parser import Limits
 from common.http.server import HttpServer, ServerLimits
+from common.logs import set_up_logging
+from common.process import end, fail, first_of, on_stop, raise_file_limit, run
 from common.publisher import Publisher
 
 log = logging.getLogger("predlog.producer")
@@ -88,7 +90,7 @@ async def serve(
     """
     counters.metrics.values[counters.start_time] = time.time()
     loop = asyncio.get_running_loop()
-    stop = lifecycle.on_stop()
+    stop = on_stop()
     if alive_fd is not None:
 
         def orphaned() -> None:
@@ -96,7 +98,7 @@ async def serve(
             stop.set()
 
         loop.add_reader(alive_fd, orphaned)
-    most_connections = lifecycle.raise_file_limit() - FILES_BESIDE_CONNECTIONS
+    most_connections = raise_file_limit() - FILES_BESIDE_CONNECTIONS
     if most_connections < settings.max_connections:
         log.warning(
             "the limit on open files allows %d connections, not %d (ulimit -n)",
@@ -163,13 +165,13 @@ async def serve(
         if replaces:
             with suppress(TimeoutError):
                 async with asyncio.timeout(REPLACEMENT_LISTENS_SECONDS):
-                    await lifecycle.first_of(is_up, ticker, link)
+                    await first_of(is_up, ticker, link)
         bound = await server.listen(
             settings.http_host, settings.http_port if port is None else port, tls, reuse_port=port is not None
         )
         host = f"[{settings.http_host}]" if ":" in settings.http_host else settings.http_host
         log.info("POST to %s://%s:%d/process, pages at /docs", "https" if tls else "http", host, bound)
-        await lifecycle.first_of(stop, ticker, link)
+        await first_of(stop, ticker, link)
         log.info("stopping: %d event(s) under way", publisher.unconfirmed)
         publisher.draining = True
         server.stop_listening()
@@ -182,29 +184,29 @@ async def serve(
             await asyncio.sleep(0.1)  # for those answers to leave
     finally:
         server.abort()
-        await lifecycle.end(ticker, link)
+        await end(ticker, link)
     log.info("stopped")
 
 
 def main(argv: Sequence[str], environ: dict[str, str]) -> int:
     try:
         what = "Takes events over HTTP, answers 200 once RabbitMQ has them on disk."
-        settings = config.parse(ProducerSettings, "producer.py", what, argv, environ)
-        lifecycle.set_up_logging("producer", settings.log_level, settings.log_format)
-        log.info("predlog %s producer: %s", __version__, config.describe(settings))
+        settings = parse(ProducerSettings, "producer.py", what, argv, environ)
+        set_up_logging("producer", settings.log_level, settings.log_format)
+        log.info("predlog %s producer: %s", __version__, describe(settings))
         counters = Counters()
         if settings.workers == 1:
-            return lifecycle.run("producer", lambda: serve(settings, counters))
+            return run("producer", lambda: serve(settings, counters))
         _tls(settings)
         port = workers.reserve_port(settings.http_host, settings.http_port)
     except Fatal as error:
-        return lifecycle.fail("producer", error)
+        return fail("producer", error)
     rows = workers.shared_rows(settings.workers, counters.metrics.size)
 
     def work(index: int, alive_fd: int, replaces: bool) -> int:
         counters.metrics.bind(rows[index])
         shared_port = port.getsockname()[1]
-        return lifecycle.run("producer", lambda: serve(settings, counters, rows, shared_port, alive_fd, replaces))
+        return run("producer", lambda: serve(settings, counters, rows, shared_port, alive_fd, replaces))
 
     return workers.supervise(settings.workers, work, settings.shutdown_timeout_ms / 1000)
 

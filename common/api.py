@@ -10,9 +10,13 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from common import __version__, event, openapi
+from common import __version__, openapi
 from common.config import ProducerSettings
 from common.errors import HttpError, InvalidEvent, Unavailable
+from common.event.document import write_json
+from common.event.ids import keyed_message_id
+from common.event.rows import count_rows
+from common.event.schema import normalise_batch, normalise_event
 from common.http.coding import decoded, require_known_coding
 from common.http.fields import idempotency_key, is_json_lines, require_json
 from common.http.parser import Head, Request
@@ -139,7 +143,7 @@ class _Batch:
         if not self._under_way:
             accepted = sum(result["status"] == 200 for result in self._results)
             status = 200 if accepted == len(self._events) else 207
-            self._exchange.answer(status, event.dumps({"accepted": accepted, "results": self._results}))
+            self._exchange.answer(status, write_json({"accepted": accepted, "results": self._results}))
 
     def accept(self, position: int) -> None:
         """An event is confirmed."""
@@ -207,7 +211,7 @@ class Api:
         self._counters = counters
         self._rows = rows  # the metrics of every worker
         self._tokens = [b"Bearer " + token.encode() for token in settings.api_token.split(",") if token]
-        self._openapi = event.dumps(
+        self._openapi = write_json(
             openapi.document(
                 __version__, settings.max_preds, settings.max_body_bytes, bool(self._tokens), settings.protect_pages
             )
@@ -282,7 +286,7 @@ class Api:
 
     def _process(self, request: Request, exchange: Exchange) -> None:
         key = idempotency_key(request.head.idempotency_key)
-        body = event.normalise(self._body(request), self._settings.max_preds)
+        body = normalise_event(self._body(request), self._settings.max_preds)
         self.publish(_Post(body, self.message_id(body, key), self, exchange))
 
     def _process_batch(self, request: Request, exchange: Exchange) -> None:
@@ -291,12 +295,12 @@ class Api:
         if trouble is not None:
             raise trouble
         lines = is_json_lines(request.head.content_type)
-        events = event.normalise_batch(self._body(request), lines, self._settings.max_preds)
+        events = normalise_batch(self._body(request), lines, self._settings.max_preds)
         _Batch(self, exchange, key, events).go_on()
 
     def message_id(self, body: bytes, key: bytes | None) -> bytes:
         """Of a normalised event: with a key it is the same at every retry, else random."""
-        return next(self._uuids) if key is None else event.message_id(key, body)
+        return next(self._uuids) if key is None else keyed_message_id(key, body)
 
     # Metrics
 
@@ -304,7 +308,7 @@ class Api:
         counters = self._counters
         values = counters.metrics.values
         values[counters.events] += 1.0
-        values[counters.predictions] += event.row_count(body)
+        values[counters.predictions] += count_rows(body)
         values[counters.event_bytes] += len(body)
         counters.confirm_seconds.observe(seconds)
 

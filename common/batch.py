@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from common.amqp.codec import Delivery
-from common.event import row_count
+from common.event.rows import count_rows
 
 FULL_BYTES = 16 * 1024 * 1024  # a batch of large events is full long before it has many rows
 
@@ -29,7 +29,7 @@ class Pending:
         for delivery in deliveries:
             body = delivery.body
             self.bytes += len(body)
-            self.rows += row_count(body)
+            self.rows += count_rows(body)
 
     @property
     def full(self) -> bool:

@@ -12,8 +12,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import urlsplit
 
+from common.amqp.address import masked_url
 from common.errors import SettingError
 
 DEFAULT_AMQP_URL = "amqp://guest:guest@localhost:5672/"
@@ -196,14 +197,6 @@ def _check_amqp_url(url: str) -> None:
     if parts.scheme not in ("amqp", "amqps") or not parts.hostname or port == 0:
         raise SettingError("AMQP_URL must look like amqp://user:password@host:5672/vhost (or amqps://)")
     _check_host("the host in AMQP_URL", parts.hostname)
-
-
-def masked_url(url: str) -> str:
-    """The URL without its password and query, for logs."""
-    parts = urlsplit(url)
-    user = f"{quote(unquote(parts.username))}:***@" if parts.username else ""
-    host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
-    return f"{parts.scheme}://{user}{host}{f':{parts.port}' if parts.port else ''}{parts.path}"
 
 
 def describe(settings: Settings) -> str:

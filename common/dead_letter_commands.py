@@ -17,10 +17,11 @@ from typing import BinaryIO, TextIO
 import aiormq
 from aiormq.abc import DeliveredMessage
 
+from common.amqp.address import masked_url
 from common.amqp.codec import Delivery, ack_frames
 from common.amqp.link import CONNECTION_ERRORS, Link, cancelled, closed, explain, open_link
 from common.amqp.topology import QUEUE_ARGUMENTS, dead_letter_queue, declare
-from common.config import ConsumerSettings, masked_url
+from common.config import ConsumerSettings
 from common.dead_letters import Nacked, Outbox
 from common.errors import StartupError
 from common.letters import TABLE_HEAD, json_line, live_copy, table_row

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 from pamqp import decode
 
-from common import event
 from common.amqp.codec import Delivery, FrameError
+from common.event.document import write_json
 
 REASON_CHARS = 250
 
@@ -206,7 +206,7 @@ def json_line(letter: Delivery) -> bytes:
         entry["body"] = letter.body.decode()
     except UnicodeDecodeError:
         entry["body_base64"] = base64.b64encode(letter.body).decode()
-    return event.dumps(entry) + b"\n"
+    return write_json(entry) + b"\n"
 
 
 def _account(letter: Delivery) -> tuple[str | None, str | None, str | None, dict[str, Any]]:
@@ -226,7 +226,7 @@ def _for_json(value: bytes) -> Any:
     """A header's value, or its octets in hexadecimal if JSON or pamqp has no form for it."""
     try:
         plain = _plain(decode.embedded_value(value)[1])
-        event.dumps(plain)
+        write_json(plain)
     except Exception:  # whatever a publisher put in there, for example tables a thousand deep
         return value.hex()
     return plain

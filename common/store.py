@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 from common.csv_file import CsvFile, compress, free_name, make_directory, sync_directory
 from common.errors import DiskTrouble, StartupError
-from common.event import HEADER
+from common.event.rows import CSV_HEADER
 from common.journal import ID_BYTES, FileState, Journal, JournalCorrupt
 
 _MAY_END = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
@@ -132,7 +132,7 @@ class Store:
 
     @property
     def has_rows(self) -> bool:
-        return self.committed_bytes > len(HEADER)
+        return self.committed_bytes > len(CSV_HEADER)
 
     @property
     def started_at(self) -> float:
@@ -309,7 +309,7 @@ def _recover(file: CsvFile, existed: bool, left: tuple[FileState, bool] | None, 
     # Every CSV of this kind begins with the header. When no more than that was committed, rows after it are taken for
     # the rest of a crash only in the very file that we wrote; otherwise somebody put a file with rows there.
     known = (
-        state.committed_bytes > len(HEADER)
+        state.committed_bytes > len(CSV_HEADER)
         or size == state.committed_bytes
         or (file.inode == state.inode and not clean)
     )
@@ -362,14 +362,14 @@ def _adopt(file: CsvFile, notes: list[str]) -> FileState:
     Raises OSError for a file that does not begin with our header.
     """
     size = file.size()
-    head = b"".join(file.read(0, min(size, len(HEADER))))
-    if head != HEADER[: len(head)]:
-        header = HEADER.decode().strip()
+    head = b"".join(file.read(0, min(size, len(CSV_HEADER))))
+    if head != CSV_HEADER[: len(head)]:
+        header = CSV_HEADER.decode().strip()
         raise OSError(errno.EINVAL, f"does not begin with the line {header!r} and CRLF: move it away", file.path)
-    if size < len(HEADER):
+    if size < len(CSV_HEADER):
         file.cut(0)
-        file.write(HEADER)
-        end = len(HEADER)
+        file.write(CSV_HEADER)
+        end = len(CSV_HEADER)
     else:
         end = file.rows_end()
         if end < size:

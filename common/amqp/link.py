@@ -15,9 +15,9 @@ import aiormq
 from aiormq.abc import AbstractChannel, AbstractConnection
 from pamqp.exceptions import PAMQPException
 
+from common.amqp.address import masked_url
 from common.amqp.codec import HOT_CHANNEL
 from common.amqp.transport import FastLane, FastLaneFactory
-from common.config import masked_url
 from common.errors import StartupError
 
 log = logging.getLogger("predlog.amqp")

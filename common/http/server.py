@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from email.utils import formatdate
 from typing import cast
 
-from common import event
 from common.errors import HttpError, InvalidEvent, StartupError, Unavailable
+from common.event.document import write_json
 from common.http.parser import Head, Limits, Request, RequestParser
 from common.http.response import CONTINUE, encode_response
 
@@ -86,9 +86,9 @@ class Exchange:
         """Answer with an error, in the contract's shape."""
         extra = b""
         if isinstance(error, InvalidEvent):
-            body = event.dumps({"detail": error.faults})
+            body = write_json({"detail": error.faults})
         else:
-            body = event.dumps({"detail": str(error)})
+            body = write_json({"detail": str(error)})
             if isinstance(error, Unavailable):
                 extra = b"Retry-After: 1\r\n"
                 self._connection.server.on_refusal(error.reason)

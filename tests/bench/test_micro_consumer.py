@@ -17,7 +17,8 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from common.amqp.codec import HOT_CHANNEL, Delivery, FrameDecoder
 from common.amqp.properties import message_id_of
-from common.event import digest, rows_of
+from common.event.ids import id_digest
+from common.event.rows import csv_rows
 from common.store import Store
 from tests.bench import events
 
@@ -51,12 +52,12 @@ def test_decode_deliveries(benchmark: BenchmarkFixture) -> None:
 
 def test_read_message_ids(benchmark: BenchmarkFixture) -> None:
     headers = [delivery.header for delivery in _deliveries()]
-    ids = benchmark(lambda: [digest(message_id_of(h) or b"") for h in headers])
+    ids = benchmark(lambda: [id_digest(message_id_of(h) or b"") for h in headers])
     assert len(set(ids)) == MESSAGES
 
 
 def test_events_to_rows(benchmark: BenchmarkFixture) -> None:
-    rows = benchmark(lambda: "".join([rows_of(text, 0.25)[0] for text in SMALL.bodies]).encode())
+    rows = benchmark(lambda: "".join([csv_rows(text, 0.25)[0] for text in SMALL.bodies]).encode())
     assert rows == ROWS
 
 

@@ -19,7 +19,7 @@ from common.amqp.codec import Confirm, Delivery, PublishEncoder, packed_seconds
 from common.amqp.link import open_link
 from common.amqp.topology import QUEUE_ARGUMENTS, declare
 from common.config import ConsumerSettings
-from common.event import dumps
+from common.event.document import write_json
 from common.store import Store
 from consumer import Consumer, Counters
 from tests.conftest import Service, Start
@@ -32,7 +32,7 @@ SHUTDOWN_TIMEOUT_MS = 1500
 
 def event_of(device: str) -> bytes:
     preds = [{"image_frame": "frame", "prob": 0.5, "tags": ["cat"]}]
-    return dumps(
+    return write_json(
         {"device_id": device, "client_id": "c", "created_at": "t", "data": {"license_id": "l", "preds": preds}}
     )
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import DiskTrouble, StartupError
-from common.event import HEADER
+from common.event.rows import CSV_HEADER
 from common.store import Lock, Store
 
 PAGE_BYTES = 4096
@@ -72,7 +72,7 @@ def test_on_a_full_disk_an_append_fails_leaves_the_file_whole_and_works_once_the
         assert not store.seen(ids[0])
     ballast.unlink()
     store.append(data, ids)
-    assert (disk / "data.csv").read_bytes() == HEADER + ROW + data
+    assert (disk / "data.csv").read_bytes() == CSV_HEADER + ROW + data
     assert store.seen(ids[0])
     store.close()
     assert sorted(os.listdir(disk)) == ["data.csv", "data.csv.journal", "data.csv.journal.mark"]
@@ -94,7 +94,7 @@ def test_a_crash_on_a_full_disk_loses_nothing_that_was_committed(disk: Path) -> 
     assert store.seen(message_id(0))
     assert not store.seen(message_id(1))
     store.append(ROW * 2, [message_id(1)])
-    assert (disk / "data.csv").read_bytes() == HEADER + ROW * 3
+    assert (disk / "data.csv").read_bytes() == CSV_HEADER + ROW * 3
     store.close()
 
 
@@ -107,9 +107,9 @@ def test_rotation_on_a_full_disk_goes_on_once_there_is_space(disk: Path) -> None
             store.rotate()
     ballast.unlink()
     store.append(ROW * 2, [message_id(1)])
-    assert (disk / "data.csv").read_bytes() == HEADER + ROW * 2
+    assert (disk / "data.csv").read_bytes() == CSV_HEADER + ROW * 2
     (rotated,) = disk.glob("data-*.csv")
-    assert rotated.read_bytes() == HEADER + ROW
+    assert rotated.read_bytes() == CSV_HEADER + ROW
     store.close()
 
 
@@ -141,17 +141,17 @@ def test_at_a_file_size_limit_a_short_write_is_taken_back_and_all_is_written_lat
     def limited() -> None:
         store = open_store(tmp_path)
         hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-        resource.setrlimit(resource.RLIMIT_FSIZE, (len(HEADER) + room, hard))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(CSV_HEADER) + room, hard))
         for _ in range(2):
             with pytest.raises(OSError, match="File too large"):
                 store.append(ROW * 2, [message_id(0)])
-            assert (tmp_path / "data.csv").read_bytes() == HEADER
+            assert (tmp_path / "data.csv").read_bytes() == CSV_HEADER
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
         store.append(ROW * 2, [message_id(0)])
         store.close()
 
     in_a_process_of_its_own(limited)
-    assert (tmp_path / "data.csv").read_bytes() == HEADER + ROW * 2
+    assert (tmp_path / "data.csv").read_bytes() == CSV_HEADER + ROW * 2
 
 
 @pytest.mark.parametrize("existing", [False, True])

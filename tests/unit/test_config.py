@@ -7,17 +7,16 @@ import io
 
 import pytest
 
-from common import config
-from common.config import ConsumerSettings, ProducerSettings, Settings
+from common.config import ConsumerSettings, ProducerSettings, Settings, describe, parse
 from common.errors import SettingError
 
 
 def producer(*argv: str, **environ: str) -> ProducerSettings:
-    return config.parse(ProducerSettings, "producer.py", "", argv, environ)
+    return parse(ProducerSettings, "producer.py", "", argv, environ)
 
 
 def consumer(*argv: str, **environ: str) -> ConsumerSettings:
-    return config.parse(ConsumerSettings, "consumer.py", "", argv, environ)
+    return parse(ConsumerSettings, "consumer.py", "", argv, environ)
 
 
 def test_the_defaults_are_the_contract_s() -> None:
@@ -75,8 +74,8 @@ def test_an_ipv6_address_is_a_broker_host() -> None:
 
 
 def test_a_switch_needs_no_value() -> None:
-    assert config.parse(ConsumerSettings, "prog", "", ["--rotate-gzip"], {}).rotate_gzip
-    assert not config.parse(ConsumerSettings, "prog", "", ["--rotate-gzip", "0"], {}).rotate_gzip
+    assert parse(ConsumerSettings, "prog", "", ["--rotate-gzip"], {}).rotate_gzip
+    assert not parse(ConsumerSettings, "prog", "", ["--rotate-gzip", "0"], {}).rotate_gzip
 
 
 @pytest.mark.parametrize("value", ["nan", "high", "inf"])
@@ -86,7 +85,7 @@ def test_a_threshold_that_is_no_number_is_refused(value: str) -> None:
 
 
 def test_secrets_are_in_no_message() -> None:
-    shown = config.describe(producer(AMQP_URL="amqps://user:hidden@h:1/v?cafile=x", API_TOKEN="hidden"))
+    shown = describe(producer(AMQP_URL="amqps://user:hidden@h:1/v?cafile=x", API_TOKEN="hidden"))
     assert "hidden" not in shown
     assert "AMQP_URL=amqps://user:***@h:1/v" in shown
     for bad in ("amqp:/user:hidden@h", "amqp://user:hidden@h:x/"):
@@ -99,7 +98,7 @@ def test_secrets_are_in_no_message() -> None:
 def test_help_prints_every_setting_with_its_default(kind: type[Settings]) -> None:
     out = io.StringIO()
     with contextlib.redirect_stdout(out), pytest.raises(SystemExit):
-        config.parse(kind, "prog", "", ["--help"], {})
+        parse(kind, "prog", "", ["--help"], {})
     text = " ".join(out.getvalue().split())
     for name in kind.__dataclass_fields__:
         assert "--" + name.replace("_", "-") in text

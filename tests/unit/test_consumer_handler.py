@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 
-from common import event
 from common.amqp.codec import Delivery, FrameDecoder, PublishEncoder, packed_seconds
+from common.event.document import write_json
+from common.event.rows import CSV_HEADER, split_tags
+from common.event.schema import validate_event
 from common.store import Store
 from consumer import rows_of
 
@@ -73,15 +75,15 @@ def store(tmp_path: Path) -> Any:
 
 def read(store: Store) -> list[list[str]]:
     header, *rows = csv.reader(io.StringIO(Path(store.path).read_bytes().decode(), newline=""), delimiter=";")
-    assert ";".join(header).encode() + b"\r\n" == event.HEADER
-    return [[*row[:6], *event.split_tags(row[6])] for row in rows]
+    assert ";".join(header).encode() + b"\r\n" == CSV_HEADER
+    return [[*row[:6], *split_tags(row[6])] for row in rows]
 
 
 def test_a_thousand_messages_become_exactly_their_rows(store: Store) -> None:
     rng = random.Random(7)
     events = [random_event(rng, number) for number in range(1000)]
     messages = [
-        message(tag, event.dumps(event.validate(document)), b"%032x" % rng.getrandbits(128))
+        message(tag, write_json(validate_event(document)), b"%032x" % rng.getrandbits(128))
         for tag, document in enumerate(events, 1)
     ]
     for start in range(0, 1000, 100):
@@ -147,7 +149,7 @@ def test_ids_that_differ_in_case_are_two(store: Store) -> None:
 
 def test_an_event_without_predictions_is_remembered_though_it_has_no_row(store: Store) -> None:
     empty = {**random_event(random.Random(1), 1), "data": {"license_id": "l", "preds": []}}
-    prepared = rows_of([message(1, event.dumps(empty), b"a" * 32)], store.seen, 0.25)
+    prepared = rows_of([message(1, write_json(empty), b"a" * 32)], store.seen, 0.25)
     assert (prepared.data, prepared.rows, len(prepared.ids)) == (b"", 0, 1)
     store.append(prepared.data, prepared.ids)
-    assert rows_of([message(2, event.dumps(empty), b"a" * 32)], store.seen, 0.25).duplicates == 1
+    assert rows_of([message(2, write_json(empty), b"a" * 32)], store.seen, 0.25).duplicates == 1

@@ -18,8 +18,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, BeforeValidator, Field
 
-from common import event
 from common.errors import InvalidEvent
+from common.event.document import write_json
+from common.event.faults import describe_faults
+from common.event.ids import id_digest, keyed_message_id
+from common.event.rows import CSV_HEADER, count_rows, csv_rows
+from common.event.schema import (
+    _validate_carefully,
+    _validate_quickly,
+    normalise_batch,
+    normalise_event,
+    read_event,
+    validate_event,
+)
 
 MAX_PREDS = 100
 
@@ -40,7 +51,7 @@ def faults_of(body: bytes | dict[str, Any]) -> list[tuple[str, str]]:
     """The faults of a body as (loc joined with dots, type); none when it is an event."""
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
     try:
-        event.normalise(raw, MAX_PREDS)
+        normalise_event(raw, MAX_PREDS)
     except InvalidEvent as error:
         return [(".".join(map(str, fault["loc"])), str(fault["type"])) for fault in error.faults]  # type: ignore[call-overload]
     return []
@@ -125,7 +136,7 @@ def reference() -> Iterator[Reference]:
 
 def answer(body: bytes) -> tuple[int, Any]:
     try:
-        return 200, json.loads(event.normalise(body, MAX_PREDS))
+        return 200, json.loads(normalise_event(body, MAX_PREDS))
     except InvalidEvent as error:
         return 422, error.faults
 
@@ -277,9 +288,9 @@ def test_any_document_is_answered_as_fastapi_answers_it(reference: Reference, do
 @settings(max_examples=100, deadline=None)
 @given(document=ALMOST_EVENTS)
 def test_the_quick_and_the_careful_reading_agree(document: Any) -> None:
-    quick = event._validate_quickly(document, MAX_PREDS)
+    quick = _validate_quickly(document, MAX_PREDS)
     if quick is not None:
-        assert repr(quick) == repr(event._validate_carefully(document, MAX_PREDS))
+        assert repr(quick) == repr(_validate_carefully(document, MAX_PREDS))
 
 
 # --- what is an event ---
@@ -311,13 +322,13 @@ def test_normal_form_is_compact_json_of_the_known_members_in_the_contracts_order
     body = b"""{"x": 1, "data": {"preds": [{"tags": [], "y": {}, "prob": 1, "image_frame": "\\u00e9"}],
         "license_id": 7}, "created_at": 1675781809386042, "client_id": -0,
         "device_id": 123456789012345678901234567890}"""
-    normal = event.normalise(body, MAX_PREDS)
+    normal = normalise_event(body, MAX_PREDS)
     assert (
         normal.decode()
         == '{"device_id":"123456789012345678901234567890","client_id":"0","created_at":"1675781809386042",'
         '"data":{"license_id":"7","preds":[{"image_frame":"é","prob":1.0,"tags":[]}]}}'
     )
-    assert event.normalise(normal, MAX_PREDS) == normal
+    assert normalise_event(normal, MAX_PREDS) == normal
 
 
 @pytest.mark.parametrize(
@@ -325,7 +336,7 @@ def test_normal_form_is_compact_json_of_the_known_members_in_the_contracts_order
     [("1", 1.0), ("-0.0", -0.0), ("-0", 0.0), ('"-0"', -0.0), ('" 2.5 "', 2.5), ("1e-400", 0.0), ("5e-324", 5e-324)],
 )
 def test_prob_always_leaves_as_a_float(literal: str, prob: float) -> None:
-    decoded = event.decode(one_value(with_preds(a_pred(prob="?")), literal))["data"]["preds"][0]["prob"]
+    decoded = read_event(one_value(with_preds(a_pred(prob="?")), literal))["data"]["preds"][0]["prob"]
     assert type(decoded) is float
     assert (decoded, math.copysign(1, decoded)) == (prob, math.copysign(1, prob))
 
@@ -340,7 +351,7 @@ def test_a_prob_that_is_not_finite_is_named(literal: str) -> None:
 @pytest.mark.parametrize("prob", [math.nan, math.inf, -math.inf, 10**400, True])
 def test_validate_refuses_such_a_prob_in_a_document_of_any_origin(prob: float) -> None:
     with pytest.raises(InvalidEvent):
-        event.validate(with_preds(a_pred(prob=prob)))
+        validate_event(with_preds(a_pred(prob=prob)))
 
 
 @pytest.mark.parametrize("member", ["image_frame", "tags"])
@@ -413,24 +424,24 @@ def test_a_lone_surrogate_in_a_member_is_named() -> None:
 
 def test_the_reason_is_one_short_line_without_the_documents_text() -> None:
     with pytest.raises(InvalidEvent) as caught:
-        event.decode(b'{"device_id":"secret\\n","client_id":[]}')
-    assert event.reason(caught.value.faults) == "body.client_id: Input should be a valid string (and 2 more)"
-    assert event.reason(caught.value.faults[:1]) == "body.client_id: Input should be a valid string"
+        read_event(b'{"device_id":"secret\\n","client_id":[]}')
+    assert describe_faults(caught.value.faults) == "body.client_id: Input should be a valid string (and 2 more)"
+    assert describe_faults(caught.value.faults[:1]) == "body.client_id: Input should be a valid string"
 
 
 # --- identity ---
 
 
 def test_a_message_id_is_32_lower_hex_digits_that_depend_on_key_and_event() -> None:
-    ids = [event.message_id(key, normal) for key, normal in [(b"k", b"e"), (b"k", b"f"), (b"ke", b""), (b"", b"ke")]]
+    ids = [keyed_message_id(key, normal) for key, normal in [(b"k", b"e"), (b"k", b"f"), (b"ke", b""), (b"", b"ke")]]
     assert len(set(ids)) == 4
     assert all(len(one) == 32 and set(one) <= set(b"0123456789abcdef") for one in ids)
-    assert event.message_id(b"k", b"e") == ids[0]
+    assert keyed_message_id(b"k", b"e") == ids[0]
 
 
 def test_a_message_id_stays_the_same_from_version_to_version() -> None:
     """Else a client's retry across an upgrade of the producer would make a second row."""
-    assert event.message_id(b"key", b"{}") == b"09003706efcb6a18985ed2fe4b728eb9"
+    assert keyed_message_id(b"key", b"{}") == b"09003706efcb6a18985ed2fe4b728eb9"
 
 
 @pytest.mark.parametrize(
@@ -449,10 +460,10 @@ def test_a_message_id_stays_the_same_from_version_to_version() -> None:
     ],
 )
 def test_a_digest_is_the_ids_own_16_bytes_or_a_hash_of_it(message_id: str | bytes, own: bool) -> None:
-    digest = event.digest(message_id)
+    digest = id_digest(message_id)
     assert len(digest) == 16
     assert (digest == bytes.fromhex("00112233445566778899aabbccddeeff")) == own
-    assert digest == event.digest(
+    assert digest == id_digest(
         message_id if isinstance(message_id, bytes) else message_id.encode(errors="surrogateescape")
     )
 
@@ -484,27 +495,27 @@ def test_a_digest_is_the_ids_own_16_bytes_or_a_hash_of_it(message_id: str | byte
     ids=ascii,
 )
 def test_a_row_has_the_original_dialect_and_low_prob(pred: dict[str, Any], row: bytes) -> None:
-    assert event.rows_of(event.dumps(with_preds(pred)), 0.25) == (row.decode(), 1)
+    assert csv_rows(write_json(with_preds(pred)), 0.25) == (row.decode(), 1)
 
 
 def test_rows_follow_the_order_of_predictions() -> None:
-    text, count = event.rows_of(event.dumps(with_preds(*[a_pred(image_frame=str(n)) for n in range(3)])), 0.25)
+    text, count = csv_rows(write_json(with_preds(*[a_pred(image_frame=str(n)) for n in range(3)])), 0.25)
     assert [line.split(";")[4] for line in text.splitlines()] == ["0", "1", "2"]
     assert count == 3
-    assert event.rows_of(event.dumps(with_preds()), 0.25) == ("", 0)
+    assert csv_rows(write_json(with_preds()), 0.25) == ("", 0)
 
 
 def test_rows_are_counted_without_parsing_whatever_the_strings_hold() -> None:
     tricky = a_pred(image_frame='"prob":', tags=['{"prob":1}', '\\"prob":', "prob"])
     for preds in [], [tricky], [tricky] * 3:
-        assert event.row_count(event.dumps(event.validate(with_preds(*preds)))) == len(preds)
+        assert count_rows(write_json(validate_event(with_preds(*preds)))) == len(preds)
 
 
 def test_the_header_is_what_csv_writer_writes() -> None:
     file = io.StringIO(newline="")
     names = ["device_id", "client_id", "created_at", "license_id", "image_frame", "prob", "tags"]
     csv.writer(file, delimiter=";").writerow(names)
-    assert file.getvalue().encode() == event.HEADER
+    assert file.getvalue().encode() == CSV_HEADER
 
 
 # --- batches ---
@@ -516,9 +527,9 @@ def test_a_batch_gives_each_event_its_own_outcome(lines: bool) -> None:
         json.dumps(document) for document in (an_event(), {**an_event(), "device_id": None}, with_preds(a_pred()))
     ]
     body = "\r\n\n".join(documents) if lines else f"[{','.join(documents)}]"
-    good, bad, other = event.normalise_batch(body.encode(), lines, MAX_PREDS)
-    assert good == event.dumps(an_event())
-    assert other == event.dumps(with_preds(a_pred()))
+    good, bad, other = normalise_batch(body.encode(), lines, MAX_PREDS)
+    assert good == write_json(an_event())
+    assert other == write_json(with_preds(a_pred()))
     assert isinstance(bad, InvalidEvent)
     assert bad.faults == [
         {"loc": ["body", 1, "device_id"], "msg": "Input should be a valid string", "type": "string_type"}
@@ -536,13 +547,13 @@ def test_a_batch_gives_each_event_its_own_outcome(lines: bool) -> None:
 )
 def test_a_batch_that_cannot_be_taken_is_refused_whole(body: bytes, kind: str) -> None:
     with pytest.raises(InvalidEvent) as caught:
-        event.normalise_batch(body, False, MAX_PREDS)
+        normalise_batch(body, False, MAX_PREDS)
     assert [(fault["loc"][0], fault["type"]) for fault in caught.value.faults] == [("body", kind)]  # type: ignore[index]
 
 
 def test_beyond_the_most_faults_an_event_of_a_batch_has_one_that_says_so() -> None:
-    *bad, good = event.normalise_batch(b"\n".join([b"{}"] * 2501 + [event.dumps(an_event())]), True, 10_000)
-    assert good == event.dumps(an_event())
+    *bad, good = normalise_batch(b"\n".join([b"{}"] * 2501 + [write_json(an_event())]), True, 10_000)
+    assert good == write_json(an_event())
     faults = [item.faults for item in bad if isinstance(item, InvalidEvent)]
     assert len(faults) == 2501
     assert {len(own) for own in faults[:500]} == {4}
@@ -551,7 +562,7 @@ def test_beyond_the_most_faults_an_event_of_a_batch_has_one_that_says_so() -> No
 
 
 def test_the_predictions_of_a_batch_are_bounded_for_each_event_only() -> None:
-    bodies = event.normalise_batch(json.dumps([with_preds(*[a_pred()] * 6)] * 50).encode(), False, MAX_PREDS)
+    bodies = normalise_batch(json.dumps([with_preds(*[a_pred()] * 6)] * 50).encode(), False, MAX_PREDS)
     assert len([body for body in bodies if isinstance(body, bytes)]) == 50
 
 
@@ -573,11 +584,11 @@ def test_each_event_of_a_batch_is_judged_as_it_would_be_alone(lines: bool, frame
     documents = [*ONE_BY_ONE, json.dumps(with_preds(a_pred(image_frame="1,[" * (frame_bytes // 3) + '\\"')))]
     for text in documents:
         try:
-            alone.append(event.normalise(text.encode(), MAX_PREDS))
+            alone.append(normalise_event(text.encode(), MAX_PREDS))
         except InvalidEvent as error:
             alone.append([(fault["loc"][1:], fault["type"]) for fault in error.faults])  # type: ignore[index]
     body = "\n".join(documents) if lines else f"[{','.join(documents)}]"
-    together = event.normalise_batch(body.encode(), lines, MAX_PREDS)
+    together = normalise_batch(body.encode(), lines, MAX_PREDS)
     assert [
         [(fault["loc"][2:], fault["type"]) for fault in item.faults] if isinstance(item, InvalidEvent) else item  # type: ignore[index]
         for item in together

@@ -8,8 +8,9 @@ from collections.abc import Callable
 
 import pytest
 
-from common import event
 from common.errors import InvalidEvent
+from common.event.document import write_json
+from common.event.schema import MAX_FAULTS, normalise_batch, normalise_event, read_event
 
 MAX_PREDS = 10_000
 BODY_BYTES = 8 << 20
@@ -46,11 +47,11 @@ def answer(body: bytes) -> tuple[str, float]:
     for _ in range(3):  # the machine is shared: one quick answer proves it
         start = time.process_time()
         try:
-            event.normalise(body, MAX_PREDS)
+            normalise_event(body, MAX_PREDS)
             kind = "ok"
         except InvalidEvent as error:
             kind = str(error.faults[0]["type"])
-            event.dumps({"detail": error.faults})
+            write_json({"detail": error.faults})
         seconds = time.process_time() - start
         if seconds < CPU_SECONDS:
             break
@@ -79,7 +80,7 @@ def test_a_body_with_too_many_values_is_refused_before_it_is_parsed(
     def never(body: bytes) -> None:
         raise AssertionError("parsed")
 
-    monkeypatch.setattr(event, "loads", never)
+    monkeypatch.setattr("common.event.schema.read_json", never)
     kind, seconds = answer(make())
     assert kind == "json_too_large"
     assert seconds < CPU_SECONDS
@@ -137,12 +138,12 @@ def test_a_costly_body_has_its_answer_soon(make: Callable[[], bytes], kind: str)
 
 def test_the_list_of_faults_is_bounded_and_says_so() -> None:
     with pytest.raises(InvalidEvent) as caught:
-        event.normalise(an_event(list_of(b"{}", MAX_PREDS)), MAX_PREDS)
+        normalise_event(an_event(list_of(b"{}", MAX_PREDS)), MAX_PREDS)
     *listed, last = caught.value.faults
-    assert len(listed) == event.MAX_FAULTS
+    assert len(listed) == MAX_FAULTS
     assert last == {
         "loc": ["body"],
-        "msg": f"Only the first {event.MAX_FAULTS} faults are listed",
+        "msg": f"Only the first {MAX_FAULTS} faults are listed",
         "type": "too_many_faults",
     }
 
@@ -160,16 +161,16 @@ def test_the_list_of_faults_is_bounded_and_says_so() -> None:
     ],
 )
 def test_a_big_honest_body_is_accepted(body: bytes) -> None:
-    assert event.normalise(body, MAX_PREDS) == body
+    assert normalise_event(body, MAX_PREDS) == body
 
 
 def test_small_limits_leave_room_for_tags() -> None:
     body = with_tags(list_of(b'"a"', 5000))
-    assert event.normalise(body, max_preds=1) == body
+    assert normalise_event(body, max_preds=1) == body
 
 
 def test_without_a_limit_any_number_of_predictions_is_an_event() -> None:
-    assert len(event.decode(an_event(list_of(PRED, MAX_PREDS * 3)))["data"]["preds"]) == MAX_PREDS * 3
+    assert len(read_event(an_event(list_of(PRED, MAX_PREDS * 3)))["data"]["preds"]) == MAX_PREDS * 3
 
 
 COSTLY_BATCHES: dict[str, tuple[Callable[[], bytes], bool, str]] = {
@@ -189,7 +190,7 @@ def test_a_costly_batch_has_its_answer_soon(make: Callable[[], bytes], lines: bo
     for _ in range(3):  # the machine is shared: one quick answer proves it
         start, found = time.process_time(), "ok"
         try:
-            event.normalise_batch(body, lines, MAX_PREDS)
+            normalise_batch(body, lines, MAX_PREDS)
         except InvalidEvent as error:
             found = str(error.faults[0]["type"])
         assert found == kind

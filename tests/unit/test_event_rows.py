@@ -14,11 +14,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from common import event
 from common.errors import InvalidEvent
+from common.event.document import write_json
+from common.event.rows import CSV_HEADER, _join_tags, count_rows, csv_rows, split_tags
+from common.event.schema import Event, normalise_event, read_event
 
 THRESHOLD = 0.25
-NAMES = event.HEADER.decode().strip().split(";")
+NAMES = CSV_HEADER.decode().strip().split(";")
 
 # Mostly what the dialect gives a meaning to, and what readers like to guess about.
 NASTY = st.text(st.sampled_from(list(";,\"\r\n\0'\t \\#|é\u2028\ufeff😀a1")), max_size=6)
@@ -29,15 +31,15 @@ TEXT = NASTY | WORDS | st.text(st.characters(exclude_categories=["Cs"]), max_siz
 FINITE = st.floats(allow_nan=False, allow_infinity=False) | st.floats(0, 1)
 
 
-def events(text: st.SearchStrategy[str]) -> st.SearchStrategy[event.Event]:
+def events(text: st.SearchStrategy[str]) -> st.SearchStrategy[Event]:
     pred = st.fixed_dictionaries({"image_frame": text, "prob": FINITE, "tags": st.lists(text, max_size=4)})
     data = st.fixed_dictionaries({"license_id": text, "preds": st.lists(pred, max_size=4)})
     return st.fixed_dictionaries({"device_id": text, "client_id": text, "created_at": text, "data": data})
 
 
-def encode_rows(batch: list[event.Event], threshold: float) -> bytes:
+def encode_rows(batch: list[Event], threshold: float) -> bytes:
     """The rows of a batch, as the consumer makes them of the messages' bodies."""
-    made = [event.rows_of(event.dumps(one), threshold) for one in batch]
+    made = [csv_rows(write_json(one), threshold) for one in batch]
     assert [count for _, count in made] == [len(one["data"]["preds"]) for one in batch]
     return "".join(text for text, _ in made).encode()
 
@@ -45,7 +47,7 @@ def encode_rows(batch: list[event.Event], threshold: float) -> bytes:
 Row = tuple[str, str, str, str, str, float, list[str]]
 
 
-def expected_rows(batch: list[event.Event]) -> list[Row]:
+def expected_rows(batch: list[Event]) -> list[Row]:
     return [
         (
             *(one["device_id"], one["client_id"], one["created_at"], one["data"]["license_id"], pred["image_frame"]),
@@ -58,11 +60,11 @@ def expected_rows(batch: list[event.Event]) -> list[Row]:
 
 
 def typed(cells: list[list[str]]) -> list[Row]:
-    return [(*ids, frame, float(prob), event.split_tags(tags)) for *ids, frame, prob, tags in cells]  # type: ignore[misc]
+    return [(*ids, frame, float(prob), split_tags(tags)) for *ids, frame, prob, tags in cells]  # type: ignore[misc]
 
 
-def file_of(batch: list[event.Event]) -> bytes:
-    return event.HEADER + encode_rows(batch, THRESHOLD)
+def file_of(batch: list[Event]) -> bytes:
+    return CSV_HEADER + encode_rows(batch, THRESHOLD)
 
 
 def same(left: list[Row], right: list[Row]) -> bool:
@@ -74,7 +76,7 @@ thorough = settings(max_examples=40, deadline=None, suppress_health_check=[Healt
 
 @thorough
 @given(batch=st.lists(events(TEXT), max_size=3))
-def test_pythons_csv_reads_back_every_event(batch: list[event.Event]) -> None:
+def test_pythons_csv_reads_back_every_event(batch: list[Event]) -> None:
     rows = list(csv.reader(io.StringIO(file_of(batch).decode(), newline=""), delimiter=";"))
     assert rows[0] == NAMES
     assert same(typed(rows[1:]), expected_rows(batch))
@@ -82,7 +84,7 @@ def test_pythons_csv_reads_back_every_event(batch: list[event.Event]) -> None:
 
 @thorough
 @given(batch=st.lists(events(TEXT), max_size=3))
-def test_the_bytes_are_what_csv_writer_writes(batch: list[event.Event]) -> None:
+def test_the_bytes_are_what_csv_writer_writes(batch: list[Event]) -> None:
     file = io.StringIO(newline="")
     writer = csv.writer(file, delimiter=";")
     for row in expected_rows(batch):
@@ -100,7 +102,7 @@ PLAIN_TAG = st.text(st.characters(exclude_categories=["Cs"], exclude_characters=
     batch=st.lists(events(TEXT), max_size=3),
     tags=st.lists(st.lists(PLAIN_TAG, max_size=4), min_size=12, max_size=12),
 )
-def test_with_plain_tags_the_bytes_are_what_the_original_wrote(batch: list[event.Event], tags: list[list[str]]) -> None:
+def test_with_plain_tags_the_bytes_are_what_the_original_wrote(batch: list[Event], tags: list[list[str]]) -> None:
     """The original: csv.writer(file, delimiter=";") and ",".join(tags)."""
     file = io.StringIO(newline="")
     writer = csv.writer(file, delimiter=";")
@@ -113,7 +115,7 @@ def test_with_plain_tags_the_bytes_are_what_the_original_wrote(batch: list[event
 
 @thorough
 @given(batch=st.lists(events(TEXT), max_size=3))
-def test_pandas_reads_back_every_event(batch: list[event.Event]) -> None:
+def test_pandas_reads_back_every_event(batch: list[Event]) -> None:
     """Cells are text here, not values to guess: dtype, keep_default_na."""
     frame = pandas.read_csv(io.BytesIO(file_of(batch)), sep=";", dtype=str, keep_default_na=False)
     assert list(frame.columns) == NAMES
@@ -133,7 +135,7 @@ def read_with_duckdb(path: Path) -> list[list[Any]]:
 
 @thorough
 @given(batch=st.lists(events(TEXT), max_size=3))
-def test_duckdb_reads_back_every_event(batch: list[event.Event], tmp_path: Path) -> None:
+def test_duckdb_reads_back_every_event(batch: list[Event], tmp_path: Path) -> None:
     path = tmp_path / "data.csv"
     path.write_bytes(file_of(batch))
     assert same(typed(read_with_duckdb(path)), expected_rows(batch))
@@ -142,29 +144,29 @@ def test_duckdb_reads_back_every_event(batch: list[event.Event], tmp_path: Path)
 @settings(max_examples=100, deadline=None)
 @given(tags=st.lists(TEXT, max_size=5))
 def test_a_list_of_tags_is_read_back_from_its_cell(tags: list[str]) -> None:
-    assert event.split_tags(event._join_tags(tags)) == tags
+    assert split_tags(_join_tags(tags)) == tags
 
 
 @thorough
 @given(one=events(TEXT))
-def test_normal_form_survives_the_queue(one: event.Event) -> None:
-    normal = event.normalise(event.dumps(one), max_preds=10)
-    decoded = event.decode(normal)
+def test_normal_form_survives_the_queue(one: Event) -> None:
+    normal = normalise_event(write_json(one), max_preds=10)
+    decoded = read_event(normal)
     assert decoded == one
     assert same(expected_rows([decoded]), expected_rows([one]))
-    assert event.dumps(decoded) == normal == event.normalise(normal, max_preds=10)
-    assert event.row_count(normal) == len(one["data"]["preds"])
+    assert write_json(decoded) == normal == normalise_event(normal, max_preds=10)
+    assert count_rows(normal) == len(one["data"]["preds"])
 
 
 @thorough
 @given(batch=st.lists(events(st.text(st.sampled_from('ab\u00e9;",\n'), max_size=3)), min_size=1, max_size=1))
-def test_what_another_publisher_laid_out_gives_the_same_rows(batch: list[event.Event]) -> None:
+def test_what_another_publisher_laid_out_gives_the_same_rows(batch: list[Event]) -> None:
     """Integers for ids and prob, unknown members, other order: the look closer finds what the quick look would."""
     [one] = batch
     loose = json.dumps({"more": 1, **dict(reversed(list(one.items()))), "device_id": 7}, indent=1).encode()
     expected = encode_rows([{**one, "device_id": "7"}], THRESHOLD)
-    assert event.rows_of(loose, THRESHOLD)[0].encode() == expected
-    assert event.rows_of(loose.replace(b'"device_id": 7', b'"device_id": "7"'), THRESHOLD)[0].encode() == expected
+    assert csv_rows(loose, THRESHOLD)[0].encode() == expected
+    assert csv_rows(loose.replace(b'"device_id": 7', b'"device_id": "7"'), THRESHOLD)[0].encode() == expected
 
 
 @pytest.mark.parametrize(
@@ -177,9 +179,9 @@ def test_what_another_publisher_laid_out_gives_the_same_rows(batch: list[event.E
 def test_no_row_is_made_of_what_is_not_an_event(fault: dict[str, object]) -> None:
     pred = {"image_frame": "f", "prob": 0.5, "tags": ["a"]}
     data = {"license_id": "l", "preds": [pred, pred | fault]}
-    body = event.dumps({"device_id": "d", "client_id": "c", "created_at": "t", "data": data})
+    body = write_json({"device_id": "d", "client_id": "c", "created_at": "t", "data": data})
     with pytest.raises(InvalidEvent):
-        event.rows_of(body, THRESHOLD)
+        csv_rows(body, THRESHOLD)
 
 
 def test_readers_get_the_same_table_with_their_own_types() -> None:
@@ -197,7 +199,7 @@ def test_readers_get_the_same_table_with_their_own_types() -> None:
     ]
     frame = pandas.read_csv(io.BytesIO(file_of(batch)), sep=";")
     assert frame["prob"].tolist() == [n / 7 for n in range(8)]
-    assert [event.split_tags(cell) for cell in frame["tags"]][-1] == ["cat", "a,b"]
+    assert [split_tags(cell) for cell in frame["tags"]][-1] == ["cat", "a,b"]
 
 
 def test_a_cell_beyond_pythons_default_field_limit_is_still_one_cell() -> None:

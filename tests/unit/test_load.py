@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from common.event import rows_of
+from common.event.rows import csv_rows
 from scripts.load import generator
 from scripts.load.client import Connection, Target
 from scripts.load.events import VARIANTS, Events
@@ -191,7 +191,7 @@ class _Transport(asyncio.Transport):
 @pytest.mark.parametrize("variant", range(VARIANTS))
 def test_the_rows_that_are_expected_are_what_the_program_makes_of_every_variant(variant: int) -> None:
     for number in range(300):
-        text, _ = rows_of(EVENTS.body(number, variant), 0.25)
+        text, _ = csv_rows(EVENTS.body(number, variant), 0.25)
         assert text.encode() == b"".join(EVENTS.rows(number))
 
 

@@ -13,8 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common import api, event, openapi
+from common import api, openapi
 from common.errors import HttpError, InvalidEvent
+from common.event.document import read_json, write_json
+from common.event.schema import normalise_batch, normalise_event, validate_event
 from common.http.fields import idempotency_key
 
 MAX_PREDS = 5
@@ -86,13 +88,13 @@ def test_operation_ids_are_unique_and_every_answer_is_described() -> None:
 def test_an_example_is_valid_accepted_and_answered_as_described(name: str) -> None:
     example = cast(dict[str, Any], openapi.EVENT_EXAMPLES[name])["value"]
     EVENT_IN.validate(example)
-    EVENT.validate(event.loads(event.normalise(event.dumps(example), MAX_PREDS)))
+    EVENT.validate(read_json(normalise_event(write_json(example), MAX_PREDS)))
 
 
 def test_batch_examples_are_what_they_say() -> None:
     def batch(example: object, lines: bool) -> list[bool]:
-        body = example.encode() if isinstance(example, str) else event.dumps(example)
-        return [isinstance(item, bytes) for item in event.normalise_batch(body, lines, MAX_PREDS)]
+        body = example.encode() if isinstance(example, str) else write_json(example)
+        return [isinstance(item, bytes) for item in normalise_batch(body, lines, MAX_PREDS)]
 
     examples = cast(dict[str, Any], openapi.BATCH_EXAMPLES | openapi.LINES_EXAMPLES)
     assert batch(examples["batch"]["value"], False) == batch(examples["lines"]["value"], True) == [True, True]
@@ -104,9 +106,9 @@ def test_a_refused_example_is_refused_with_the_faults_it_promises() -> None:
     for name, example in cast(dict[str, Any], openapi.REFUSED_EXAMPLES).items():
         value = example["value"]
         with pytest.raises(InvalidEvent) as refused:
-            event.normalise(value.encode() if isinstance(value, str) else event.dumps(value), MAX_PREDS)
+            normalise_event(value.encode() if isinstance(value, str) else write_json(value), MAX_PREDS)
         faults[name] = refused.value.faults
-        FAULTS.validate(event.loads(event.dumps({"detail": refused.value.faults})))
+        FAULTS.validate(read_json(write_json({"detail": refused.value.faults})))
     assert not EVENT_IN.is_valid(openapi.FAULTY_EVENT)
     assert len(faults["faults"]) > 1
     assert faults["not_json"][0]["type"] == "json_invalid"
@@ -132,7 +134,7 @@ events = st.fixed_dictionaries(
 @given(events)
 def test_whatever_matches_the_schema_is_accepted_and_answered_as_described(document: dict[str, Any]) -> None:
     try:
-        answer = event.loads(event.normalise(json.dumps(document).encode(), MAX_PREDS))
+        answer = read_json(normalise_event(json.dumps(document).encode(), MAX_PREDS))
     except InvalidEvent:
         accepted = False
     else:
@@ -145,7 +147,7 @@ def test_whatever_matches_the_schema_is_accepted_and_answered_as_described(docum
 @given(st.from_regex(openapi.NUMERIC_STRING))
 def test_a_numeric_string_by_the_schema_is_a_finite_number(text: str) -> None:
     document = {**openapi.EVENT, "data": {"license_id": "", "preds": [{"image_frame": "", "prob": text, "tags": []}]}}
-    assert event.validate(document)["data"]["preds"][0]["prob"] == float(text)
+    assert validate_event(document)["data"]["preds"][0]["prob"] == float(text)
 
 
 @pytest.mark.parametrize("text", ["", " ", "high", "nan", "inf", "-Infinity", "0x10", "1,5", "1.5.2", "٣", "1e", "--1"])
@@ -153,7 +155,7 @@ def test_what_is_no_number_matches_neither_the_schema_nor_the_validation(text: s
     document = {**openapi.EVENT, "data": {"license_id": "", "preds": [{"image_frame": "", "prob": text, "tags": []}]}}
     assert not EVENT_IN.is_valid(document)
     with pytest.raises(InvalidEvent):
-        event.validate(document)
+        validate_event(document)
 
 
 @given(st.from_regex(r'[!-~"\\ é]{0,4}', fullmatch=True) | st.text(st.characters(max_codepoint=0x7F), min_size=250))
@@ -182,9 +184,9 @@ def test_security_is_asked_for_just_where_the_settings_ask_for_it() -> None:
 
 def test_limits_are_those_of_the_settings() -> None:
     small = openapi.document("1", max_preds=7, max_body_bytes=1000)
-    assert b'"maxItems":7' in event.dumps(small)
-    assert b"1000 bytes" in event.dumps(small)
-    assert b"8 MiB" in event.dumps(OPEN)
+    assert b'"maxItems":7' in write_json(small)
+    assert b"1000 bytes" in write_json(small)
+    assert b"8 MiB" in write_json(OPEN)
 
 
 # --- the page ---

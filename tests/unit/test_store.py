@@ -26,7 +26,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from common.csv_file import CsvFile
 from common.errors import StartupError
-from common.event import HEADER
+from common.event.rows import CSV_HEADER
 from common.journal import Journal
 from common.store import Lock, Store
 from tests.unit.test_store_crash import die_before
@@ -119,8 +119,8 @@ def case(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Case:
 def test_a_first_start_makes_a_file_with_the_header(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     store = Store.open(str(tmp_path / "data.csv"), 100, 10, log)
-    assert (tmp_path / "data.csv").read_bytes() == HEADER
-    assert store.committed_bytes == len(HEADER)
+    assert (tmp_path / "data.csv").read_bytes() == CSV_HEADER
+    assert store.committed_bytes == len(CSV_HEADER)
     assert not store.has_rows
     assert [record.levelno for record in caplog.records] == [logging.INFO]
 
@@ -129,7 +129,7 @@ def test_after_a_clean_stop_it_goes_on_where_it_was(case: Case) -> None:
     case.store.close()
     line = case.restart()
     assert "goes on after" in line
-    assert case.content == HEADER + rows(1, 2, 9)
+    assert case.content == CSV_HEADER + rows(1, 2, 9)
     assert case.store.seen(*ids(1))
 
 
@@ -139,7 +139,7 @@ def test_bytes_past_the_committed_length_are_moved_aside_after_a_crash(case: Cas
     case.path.write_bytes(case.content + tail)
     line = case.restart()
     assert f"{len(tail)} bytes that the last run had not committed were moved to {case.path}.uncommitted-" in line
-    assert case.content == HEADER + rows(1, 2, 9)
+    assert case.content == CSV_HEADER + rows(1, 2, 9)
     assert asides(case.folder) == [tail]
 
 
@@ -148,7 +148,7 @@ def test_bytes_that_appeared_after_a_clean_stop_are_anothers_and_are_moved_aside
     case.path.write_bytes(case.content + row(3))
     line = case.restart()
     assert f"{len(row(3))} bytes that another program appended after a clean stop were moved to" in line
-    assert case.content == HEADER + rows(1, 2, 9)
+    assert case.content == CSV_HEADER + rows(1, 2, 9)
     assert asides(case.folder) == [row(3)]
 
 
@@ -157,11 +157,11 @@ def test_a_missing_csv_is_started_anew_and_the_ids_are_kept(case: Case, clean: b
     case.store.close() if clean else crash(case.store)
     case.path.unlink()
     assert "was missing and is started anew" in case.restart()
-    assert case.content == HEADER + row(9)
+    assert case.content == CSV_HEADER + row(9)
     assert case.store.seen(*ids(1))
 
 
-@pytest.mark.parametrize("new", [None, b"", HEADER])
+@pytest.mark.parametrize("new", [None, b"", CSV_HEADER])
 def test_after_a_crash_the_uncommitted_end_is_also_cut_from_a_renamed_file(case: Case, new: bytes | None) -> None:
     crash(case.store)
     case.path.write_bytes(case.content + row(3)[:30])
@@ -170,8 +170,8 @@ def test_after_a_crash_the_uncommitted_end_is_also_cut_from_a_renamed_file(case:
         case.path.write_bytes(new)
     line = case.restart()
     assert f"the file of the last run is now {renamed}; 30 bytes that were not committed there moved to" in line
-    assert renamed.read_bytes() == HEADER + rows(1, 2)
-    assert case.content == HEADER + row(9)
+    assert renamed.read_bytes() == CSV_HEADER + rows(1, 2)
+    assert case.content == CSV_HEADER + row(9)
     assert asides(case.folder) == [row(3)[:30]]
 
 
@@ -181,11 +181,11 @@ def test_after_a_clean_stop_a_renamed_file_is_nobodys_business(case: Case) -> No
     with renamed.open("ab") as file:
         file.write(row(3))
     case.restart()
-    assert renamed.read_bytes() == HEADER + rows(1, 2, 3)
+    assert renamed.read_bytes() == CSV_HEADER + rows(1, 2, 3)
 
 
 @pytest.mark.parametrize(
-    "length", [0, 10, len(HEADER), len(HEADER) + 5, len(HEADER + row(1)), len(HEADER + row(1)) + 16]
+    "length", [0, 10, len(CSV_HEADER), len(CSV_HEADER) + 5, len(CSV_HEADER + row(1)), len(CSV_HEADER + row(1)) + 16]
 )
 @pytest.mark.parametrize("clean", [True, False])
 def test_a_truncated_csv_is_taken_as_it_is_but_for_a_torn_row(case: Case, length: int, clean: bool) -> None:
@@ -193,7 +193,7 @@ def test_a_truncated_csv_is_taken_as_it_is_but_for_a_torn_row(case: Case, length
     before = case.content
     os.truncate(case.path, length)
     assert f"was truncated or replaced: it has {length} bytes, and {len(before)} were committed" in case.restart()
-    kept = HEADER + row(1) if length >= len(HEADER + row(1)) else HEADER
+    kept = CSV_HEADER + row(1) if length >= len(CSV_HEADER + row(1)) else CSV_HEADER
     assert case.content == kept + row(9)
     torn = before[len(kept) : length]
     assert asides(case.folder) == ([torn] if torn else [])
@@ -203,9 +203,9 @@ def test_a_truncated_csv_is_taken_as_it_is_but_for_a_torn_row(case: Case, length
 def test_a_replaced_csv_keeps_all_its_rows(case: Case, clean: bool) -> None:
     case.store.close() if clean else crash(case.store)
     case.path.unlink()
-    case.path.write_bytes(HEADER + rows(*range(20, 40)))
+    case.path.write_bytes(CSV_HEADER + rows(*range(20, 40)))
     assert "was replaced or changed by another program" in case.restart()
-    assert case.content == HEADER + rows(*range(20, 40), 9)
+    assert case.content == CSV_HEADER + rows(*range(20, 40), 9)
 
 
 def test_a_csv_edited_in_place_keeps_all_its_rows(case: Case) -> None:
@@ -222,7 +222,7 @@ def test_a_restored_copy_with_another_inode_is_still_our_file(case: Case) -> Non
     with case.path.open("ab") as file:
         file.write(b"torn")
     assert "4 bytes that the last run had not committed were moved" in case.restart()
-    assert case.content == HEADER + rows(1, 2, 9)
+    assert case.content == CSV_HEADER + rows(1, 2, 9)
 
 
 @pytest.mark.parametrize("tail", [b"", row(3), row(3)[:20]])
@@ -233,7 +233,7 @@ def test_after_a_crash_the_same_inode_under_another_device_number_is_still_our_f
     line = case.restart()
     assert ("that the last run had not committed were moved" in line) == bool(tail)
     assert "the file of the last run is now" not in line
-    assert case.content == HEADER + rows(1, 2, 9)
+    assert case.content == CSV_HEADER + rows(1, 2, 9)
     assert asides(case.folder) == ([tail] if tail else [])
     assert all(map(case.store.seen, ids(1, 2)))
 
@@ -257,9 +257,9 @@ def test_a_csv_of_the_original_put_in_after_an_empty_run_keeps_its_rows(
     Store.open(str(path), 100, 10, log).close()
     if how == "as a new file":
         path.unlink()
-    path.write_bytes(HEADER + rows(1, 2))
+    path.write_bytes(CSV_HEADER + rows(1, 2))
     Store.open(str(path), 100, 10, log).close()
-    assert path.read_bytes() == HEADER + rows(1, 2)
+    assert path.read_bytes() == CSV_HEADER + rows(1, 2)
     assert asides(tmp_path) == []
 
 
@@ -271,7 +271,7 @@ def test_a_csv_without_a_journal_is_taken_over_and_the_weaker_promise_is_said(ca
         file.write(torn)
     line = case.restart()
     assert "without a journal the last rows, if their messages come again, are doubled once" in line
-    assert case.content == HEADER + rows(1, 2, 9)
+    assert case.content == CSV_HEADER + rows(1, 2, 9)
     assert asides(case.folder) == ([torn] if torn else [])
 
 
@@ -284,7 +284,7 @@ def test_a_corrupt_journal_is_moved_aside_and_the_rows_stay(case: Case, damage: 
     assert "without a journal the last rows" in line
     (aside,) = case.folder.glob("*.journal.corrupt-*")
     assert aside.read_bytes() == damage
-    assert case.content == HEADER + rows(1, 2, 9)
+    assert case.content == CSV_HEADER + rows(1, 2, 9)
 
 
 def test_an_older_csv_and_its_journal_put_back_together_are_gone_on_with(case: Case) -> None:
@@ -325,7 +325,9 @@ def test_a_journal_whose_end_is_gone_takes_no_row_out_of_the_csv(case: Case, dam
     assert case.store.seen(*ids(1))
 
 
-@pytest.mark.parametrize("content", [b"a;b;c\r\n1;2;3\r\n", HEADER[:-2] + b"\n", b"\xef\xbb\xbf" + HEADER, b"\0" * 100])
+@pytest.mark.parametrize(
+    "content", [b"a;b;c\r\n1;2;3\r\n", CSV_HEADER[:-2] + b"\n", b"\xef\xbb\xbf" + CSV_HEADER, b"\0" * 100]
+)
 def test_a_file_that_is_not_ours_is_refused_and_not_touched(case: Case, content: bytes) -> None:
     case.store.close()
     case.path.write_bytes(content)
@@ -371,14 +373,14 @@ def test_trouble_at_the_start_is_one_clear_line_and_the_next_start_works(
             case.open()
     assert "\n" not in str(caught.value)
     case.restart()
-    assert case.content == HEADER + rows(1, 2, 9)
+    assert case.content == CSV_HEADER + rows(1, 2, 9)
 
 
 def test_a_second_store_on_the_same_file_is_refused(case: Case) -> None:
     with pytest.raises(StartupError, match="is in use by another consumer"):
         case.open()
     append(case.store, 3)
-    assert case.content == HEADER + rows(1, 2, 3)
+    assert case.content == CSV_HEADER + rows(1, 2, 3)
 
 
 # Running
@@ -438,11 +440,11 @@ def test_an_append_that_failed_at_any_step_goes_on_from_there(
             calls = fail_at(patch, step)
             until_it_works(lambda case=case: append(case.store, 3, 4))  # type: ignore[misc]
         kept = b"" if trouble in ("a renamed file", "a truncated file") else rows(1, 2)
-        assert case.content == HEADER + kept + rows(3, 4)
+        assert case.content == CSV_HEADER + kept + rows(3, 4)
         assert set(asides(case.folder)) == ({row(7)} if trouble == "foreign bytes" else set())
         crash(case.store)
         case.restart()
-        assert case.content == HEADER + kept + rows(3, 4, 9)
+        assert case.content == CSV_HEADER + kept + rows(3, 4, 9)
         assert all(case.store.seen(id) for id in ids(1, 2, 3, 4))
         crash(case.store)
         if calls() < step:
@@ -461,8 +463,8 @@ def test_a_rotation_that_failed_at_any_step_loses_and_doubles_nothing(
             until_it_works(case.store.rotate)
             until_it_works(lambda case=case: append(case.store, 3))  # type: ignore[misc]
         (rotated,) = case.folder.glob("data-*.csv")
-        assert rotated.read_bytes() == HEADER + rows(1, 2)
-        assert case.content == HEADER + row(3)
+        assert rotated.read_bytes() == CSV_HEADER + rows(1, 2)
+        assert case.content == CSV_HEADER + row(3)
         crash(case.store)
         if calls() < step:
             break
@@ -485,7 +487,7 @@ def test_after_a_failed_fsync_everything_is_written_again(case: Case, monkeypatc
         patch.setattr(CsvFile, "sync", fail)
         with pytest.raises(OSError, match="Input/output error"):
             append(case.store, 3)
-    assert case.content == HEADER + rows(1, 2)
+    assert case.content == CSV_HEADER + rows(1, 2)
     append(case.store, 3)
     assert written == [row(3), row(3)]
 
@@ -500,7 +502,7 @@ def test_after_a_failed_commit_the_rows_stay_and_only_the_commit_is_tried_again(
         patch.setattr(Journal, "commit", fail)
         with pytest.raises(OSError, match="No space left on device"):
             append(case.store, 3)
-    assert case.content == HEADER + rows(1, 2, 3)
+    assert case.content == CSV_HEADER + rows(1, 2, 3)
     assert not case.store.seen(*ids(3))
     assert case.store.rotate() is None
     with pytest.raises(ValueError, match="the batch before is not committed"):
@@ -508,7 +510,7 @@ def test_after_a_failed_commit_the_rows_stay_and_only_the_commit_is_tried_again(
     with monkeypatch.context() as patch:
         patch.setattr(CsvFile, "write", fail)
         append(case.store, 3)
-    assert case.content == HEADER + rows(1, 2, 3)
+    assert case.content == CSV_HEADER + rows(1, 2, 3)
 
 
 def test_a_store_closed_before_a_batch_is_settled_is_not_marked_clean(case: Case, monkeypatch: Any) -> None:
@@ -521,7 +523,7 @@ def test_a_store_closed_before_a_batch_is_settled_is_not_marked_clean(case: Case
             append(case.store, 3)
     case.store.close()
     assert "that the last run had not committed" in case.restart()
-    assert case.content == HEADER + rows(1, 2, 9)
+    assert case.content == CSV_HEADER + rows(1, 2, 9)
 
 
 def test_an_append_makes_two_fsyncs_and_says_how_long_each_step_took(case: Case, monkeypatch: Any) -> None:
@@ -546,20 +548,20 @@ def test_messages_without_rows_are_remembered_and_rows_without_ids_are_written(c
     crash(case.store)
     case.restart()
     assert case.store.seen(*ids(3))
-    assert case.content == HEADER + rows(1, 2, 4, 9)
+    assert case.content == CSV_HEADER + rows(1, 2, 4, 9)
 
 
 def test_an_id_of_another_length_is_refused_before_anything_is_written(case: Case) -> None:
     with pytest.raises(ValueError, match="16 bytes"):
         case.store.append(row(3), [b"short"])
-    assert case.content == HEADER + rows(1, 2)
+    assert case.content == CSV_HEADER + rows(1, 2)
 
 
 def test_bytes_appended_by_another_program_while_running_are_moved_aside(case: Case) -> None:
     with case.path.open("ab") as file:
         file.write(b"foreign")
     append(case.store, 3)
-    assert case.content == HEADER + rows(1, 2, 3)
+    assert case.content == CSV_HEADER + rows(1, 2, 3)
     assert asides(case.folder) == [b"foreign"]
     assert f"7 bytes of another program were moved to {case.path}.uncommitted-" in case.lines[-1]
 
@@ -576,7 +578,7 @@ def test_bytes_appended_between_check_and_write_are_moved_aside_too(case: Case, 
         with pytest.raises(OSError, match="another program wrote to it at the same moment"):
             append(case.store, 3)
     append(case.store, 3)
-    assert case.content == HEADER + rows(1, 2, 3)
+    assert case.content == CSV_HEADER + rows(1, 2, 3)
     assert asides(case.folder) == [b"foreign" + row(3)]
 
 
@@ -589,12 +591,12 @@ def test_when_the_csv_goes_away_while_running_the_next_rows_are_in_the_file_at_i
     if how == "replaced by an empty file":
         case.path.touch()
     elif how == "replaced by a CSV":
-        case.path.write_bytes(HEADER + row(7))
+        case.path.write_bytes(CSV_HEADER + row(7))
     append(case.store, 3)
-    begin = HEADER + row(7) if how == "replaced by a CSV" else HEADER
+    begin = CSV_HEADER + row(7) if how == "replaced by a CSV" else CSV_HEADER
     assert case.content == begin + row(3)
     if how != "removed":
-        assert (case.folder / "data.csv.1").read_bytes() == HEADER + rows(1, 2)
+        assert (case.folder / "data.csv.1").read_bytes() == CSV_HEADER + rows(1, 2)
     assert "was renamed, removed or replaced" in case.lines[-1]
     crash(case.store)
     case.restart()
@@ -604,17 +606,17 @@ def test_when_the_csv_goes_away_while_running_the_next_rows_are_in_the_file_at_i
 
 def test_reopen_starts_a_new_file_at_once(case: Case) -> None:
     case.store.reopen()
-    assert case.content == HEADER + rows(1, 2)
+    assert case.content == CSV_HEADER + rows(1, 2)
     case.path.rename(case.folder / "data.csv.1")
     case.store.reopen()
-    assert case.content == HEADER
+    assert case.content == CSV_HEADER
 
 
 def test_logrotates_copytruncate_while_running_keeps_the_file_whole(case: Case) -> None:
     shutil.copy(case.path, case.folder / "data.csv.1")
     os.truncate(case.path, 0)
     append(case.store, 3)
-    assert case.content == HEADER + row(3)
+    assert case.content == CSV_HEADER + row(3)
     assert "was truncated or changed by another program" in case.lines[-1]
 
 
@@ -627,7 +629,7 @@ def test_a_file_that_is_not_ours_put_there_while_running_is_left_alone_until_it_
     assert case.content == b"mine, mine, mine"
     case.path.unlink()
     append(case.store, 3)
-    assert case.content == HEADER + row(3)
+    assert case.content == CSV_HEADER + row(3)
 
 
 # Rotation
@@ -637,19 +639,19 @@ def test_a_rotated_file_has_a_name_of_its_own_and_the_new_one_its_header(case: C
     rotated = []
     for number in range(3, 6):
         rotated.append(case.store.rotate())
-        assert case.content == HEADER
+        assert case.content == CSV_HEADER
         append(case.store, number)
     assert len(set(rotated)) == 3
     assert [Path(name or "").read_bytes() for name in rotated] == [
-        HEADER + rows(1, 2),
-        HEADER + row(3),
-        HEADER + row(4),
+        CSV_HEADER + rows(1, 2),
+        CSV_HEADER + row(3),
+        CSV_HEADER + row(4),
     ]
     assert all(Path(name or "").name.startswith("data-20") for name in rotated)
     assert case.store.seen(*ids(1))
     crash(case.store)
     case.restart()
-    assert case.content == HEADER + rows(5, 9)
+    assert case.content == CSV_HEADER + rows(5, 9)
 
 
 def test_a_file_without_rows_is_not_rotated(case: Case) -> None:
@@ -686,7 +688,7 @@ def test_the_age_of_a_file_counts_from_its_first_row(case: Case) -> None:
 def test_rotated_files_are_packed_also_those_that_an_earlier_run_left_plain(case: Case) -> None:
     left = case.store.rotate()
     append(case.store, 3)
-    (case.folder / "data-of-mine.csv").write_bytes(HEADER)
+    (case.folder / "data-of-mine.csv").write_bytes(CSV_HEADER)
     case.store.close()
     case.store = case.open(rotate_gzip=True)
     rotated = case.store.rotate()
@@ -694,9 +696,9 @@ def test_rotated_files_are_packed_also_those_that_an_earlier_run_left_plain(case
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline and list(case.folder.glob("data-20*.csv")):
         time.sleep(0.005)
-    assert gzip.decompress(Path(f"{left}.gz").read_bytes()) == HEADER + rows(1, 2)
-    assert gzip.decompress(Path(f"{rotated}.gz").read_bytes()) == HEADER + row(3)
-    assert case.content == HEADER + row(4)
+    assert gzip.decompress(Path(f"{left}.gz").read_bytes()) == CSV_HEADER + rows(1, 2)
+    assert gzip.decompress(Path(f"{rotated}.gz").read_bytes()) == CSV_HEADER + row(3)
+    assert case.content == CSV_HEADER + row(4)
     assert (case.folder / "data-of-mine.csv").exists()
     case.store.close()
 
@@ -739,7 +741,7 @@ def test_a_link_to_the_csv_leads_to_the_same_lock_and_file(case: Case) -> None:
     store = Store.open(str(case.folder / "link.csv"), 100, 10, log)
     append(store, 3)
     store.rotate()
-    assert (case.folder / "link.csv").read_bytes() == HEADER
+    assert (case.folder / "link.csv").read_bytes() == CSV_HEADER
 
 
 # Anything in any order
@@ -866,7 +868,7 @@ class Life(RuleBasedStateMachine):
             if ".uncommitted-" in path.name or ".journal" in path.name:
                 continue
             whole = ROW.findall(path.read_bytes())
-            assert path.read_bytes() == HEADER + b"".join(whole)
+            assert path.read_bytes() == CSV_HEADER + b"".join(whole)
             found.update(whole)
         assert found == +self.expected
 

@@ -32,7 +32,7 @@ import pytest
 from common import journal, store
 from common.csv_file import CsvFile
 from common.errors import StartupError
-from common.event import HEADER
+from common.event.rows import CSV_HEADER
 from common.journal import FileState, Journal
 from common.store import Store
 
@@ -82,8 +82,10 @@ def check(folder: Path) -> None:
         if ".uncommitted-" in path.name or ".journal" in path.name:
             continue
         content = path.read_bytes()
-        assert content.startswith(HEADER) or HEADER.startswith(content), f"no header in {path.name}"
-        found.update(map(tuple, csv.reader(io.StringIO(content[len(HEADER) :].decode(), newline=""), delimiter=";")))
+        assert content.startswith(CSV_HEADER) or CSV_HEADER.startswith(content), f"no header in {path.name}"
+        found.update(
+            map(tuple, csv.reader(io.StringIO(content[len(CSV_HEADER) :].decode(), newline=""), delimiter=";"))
+        )
     expected = Counter(tuple(row) for message in MESSAGES for row in rows(message))
     assert not expected - found, f"lost: {expected - found}"
     assert not found - expected, f"doubled or torn: {found - expected}"

@@ -10,8 +10,9 @@ import sys
 
 import pytest
 
-from common import lifecycle
 from common.errors import Fatal, SettingError, StartupError
+from common.logs import JsonFormatter, TextFormatter
+from common.process import run
 from tests.conftest import ROOT
 
 HOSTILE = 'a\nb\rc\x00d\x1b[31me\x7ff\x9bg\x85h\u2028i\u2029j"k\\'
@@ -23,13 +24,13 @@ def record(message: str, *arguments: object) -> logging.LogRecord:
 
 
 def test_a_text_log_line_has_no_control_character_whatever_is_logged() -> None:
-    line = lifecycle.TextFormatter("p", colour=False).format(record("hears %s", HOSTILE))
+    line = TextFormatter("p", colour=False).format(record("hears %s", HOSTILE))
     assert not CONTROLS & set(line)
     assert "a\\nb\\rc\\x00d\\x1b[31me\\x7ff\\x9bg\\x85h\\u2028i\\u2029j" in line
 
 
 def test_a_json_log_line_has_no_control_character_and_reads_back_as_what_was_logged() -> None:
-    line = lifecycle.JsonFormatter("p").format(record("hears %s", HOSTILE))
+    line = JsonFormatter("p").format(record("hears %s", HOSTILE))
     assert not CONTROLS & set(line)
     assert json.loads(line)["message"] == f"hears {HOSTILE}"
 
@@ -41,20 +42,20 @@ def test_what_ends_a_process_is_one_line_without_a_traceback_and_an_exit_code(
     async def main() -> int:
         raise kind("no\nsuch file")
 
-    assert lifecycle.run("prog", main) == exit_code
+    assert run("prog", main) == exit_code
     assert capsys.readouterr() == ("", "prog: no\\nsuch file\n")
 
 
 STOPPING = """
 import asyncio, sys
-from common import lifecycle
+from common import process
 async def main():
-    stop = lifecycle.on_stop()
+    stop = process.on_stop()
     print("ready", flush=True)
     await stop.wait()
     print("stopping", flush=True)
     await asyncio.sleep(60)
-sys.exit(lifecycle.run("prog", main))
+sys.exit(process.run("prog", main))
 """
 
 

@@ -1,0 +1,26 @@
+"""Message ids: the one that an idempotency key gives, and the 16 bytes by which one is remembered. Pure."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from hashlib import blake2b
+
+
+def keyed_message_id(key: bytes, normalised: bytes) -> bytes:
+    """The AMQP message id for an event sent with an idempotency key: 32 hex digits, a 128-bit digest of both.
+
+    The same key with another event gives another id.
+    """
+    head = len(key).to_bytes(4, "big") + key
+    return blake2b(head + normalised, digest_size=16, person=b"predlog-msg-id").hexdigest().encode()
+
+
+def id_digest(message_id: str | bytes) -> bytes:
+    """The 16 bytes a message id is remembered by: its own when it is 32 hex digits, else a digest of it."""
+    text = message_id.encode(errors="surrogateescape") if isinstance(message_id, str) else message_id
+    if len(text) == 32:
+        with suppress(ValueError):
+            own = bytes.fromhex(text.decode())
+            if own.hex().encode() == text:  # fromhex passes over white space, and takes capitals
+                return own
+    return blake2b(text, digest_size=16, person=b"predlog-digest").digest()

@@ -1,0 +1,71 @@
+"""Log records as lines: text for people, JSON for machines. Nothing here decides what is logged."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sys
+import time
+from typing import TextIO
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_COLOURS = {
+    logging.DEBUG: "\x1b[2m",
+    logging.WARNING: "\x1b[33m",
+    logging.ERROR: "\x1b[31m",
+    logging.CRITICAL: "\x1b[31m",
+}
+
+
+def escaped(text: str) -> str:
+    """Text with its control characters spelled out, so that nobody's input can forge a log line or drive a terminal."""
+    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+class TextFormatter(logging.Formatter):
+    """One line an event, for people."""
+
+    def __init__(self, prog: str, colour: bool) -> None:
+        super().__init__()
+        self._prog = prog
+        self._colour = colour
+
+    def format(self, record: logging.LogRecord) -> str:
+        when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        line = f"{when}.{int(record.msecs):03}Z {self._prog} {record.levelname.lower()} {escaped(record.getMessage())}"
+        if record.exc_info:
+            line += "\n" + "\n".join(map(escaped, self.formatException(record.exc_info).splitlines()))
+        colour = _COLOURS.get(record.levelno) if self._colour else None
+        return f"{colour}{line}\x1b[0m" if colour else line
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object an event, for machines."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__()
+        self._prog = prog
+
+    def format(self, record: logging.LogRecord) -> str:
+        when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        entry = {
+            "time": f"{when}.{int(record.msecs):03}Z",
+            "level": record.levelname.lower(),
+            "process": self._prog,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            entry["exception"] = self.formatException(record.exc_info)
+        return json.dumps(entry)
+
+
+def set_up_logging(prog: str, level: str, fmt: str, stream: TextIO | None = None) -> None:
+    """Log to stderr. aiormq's own account of a lost connection is left out: we say it in one line."""
+    stream = stream or sys.stderr
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(JsonFormatter(prog) if fmt == "json" else TextFormatter(prog, stream.isatty()))
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    for name in ("aiormq", "aiormq.connection", "aiormq.channel"):
+        logging.getLogger(name).setLevel(logging.CRITICAL if level != "debug" else logging.DEBUG)
