@@ -34,7 +34,8 @@ from common.logs import set_up_logging
 from common.metrics import BATCH_ROWS, LATENCY_SECONDS, Metrics
 from common.metrics import CONTENT_TYPE as METRICS_TYPE
 from common.process import end, fail, first_of, on_stop, run
-from common.store import Lock, Store
+from common.storage.lock import Lock
+from common.storage.store import Store
 
 log = logging.getLogger("predlog.consumer")
 

@@ -19,7 +19,7 @@ from common.amqp.codec import HOT_CHANNEL, Delivery, FrameDecoder
 from common.amqp.properties import message_id_of
 from common.event.ids import id_digest
 from common.event.rows import csv_rows
-from common.store import Store
+from common.storage.store import Store
 from tests.bench import events
 
 MESSAGES = 500

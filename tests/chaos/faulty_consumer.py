@@ -16,10 +16,11 @@ from collections.abc import Callable
 from typing import Any
 
 import consumer
-from common import csv_file, journal, store
-from common.csv_file import CsvFile
-from common.journal import Journal
-from common.store import Store
+from common.storage import files, journal, store
+from common.storage.csv_file import CsvFile
+from common.storage.journal import Journal
+from common.storage.recovery import adopt
+from common.storage.store import Store
 
 Strike = Callable[..., None]
 Arm = Callable[[Strike], None]
@@ -92,10 +93,10 @@ RECOVERING: dict[str, Arm] = {
 
 ROTATING: dict[str, Arm] = {
     "renamed-to-new-file": _before(Store, "_start_file"),
-    "new-file-to-commit": _after(store, "_adopt"),
+    "new-file-to-commit": _after(store, "adopt"),
     "new-file-commit": _after(Store, "_start_file"),
     "in-gzip": _before(shutil, "copyfileobj"),
-    "gzip-to-unlink": _after(csv_file, "sync_directory"),
+    "gzip-to-unlink": _after(files, "sync_directory"),
 }
 """What a rotation passes (one of them a start, too)."""
 
@@ -125,10 +126,10 @@ def _no_dedup() -> None:
 
 def _no_cut() -> None:
     def recover(file: CsvFile, existed: bool, left: object, notes: list[str]) -> journal.FileState:
-        return store._adopt(file, notes)
+        return adopt(file, notes)
 
     CsvFile.rows_end = CsvFile.size  # type: ignore[method-assign]
-    store._recover = recover
+    store.recover = recover
 
 
 MUTATIONS: dict[str, Callable[[], None]] = {

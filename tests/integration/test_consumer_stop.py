@@ -20,7 +20,7 @@ from common.amqp.link import open_link
 from common.amqp.topology import QUEUE_ARGUMENTS, declare
 from common.config import ConsumerSettings
 from common.event.document import write_json
-from common.store import Store
+from common.storage.store import Store
 from consumer import Consumer, Counters
 from tests.conftest import Service, Start
 from tests.proxy import Proxy

@@ -16,7 +16,8 @@ import pytest
 
 from common.errors import DiskTrouble, StartupError
 from common.event.rows import CSV_HEADER
-from common.store import Lock, Store
+from common.storage.lock import Lock
+from common.storage.store import Store
 
 PAGE_BYTES = 4096
 ROW = b"device;client;2024;license;" + b"frame" * 200 + b";0.5;cat\r\n"

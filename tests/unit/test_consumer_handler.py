@@ -16,7 +16,7 @@ from common.amqp.codec import Delivery, FrameDecoder, PublishEncoder, packed_sec
 from common.event.document import write_json
 from common.event.rows import CSV_HEADER, split_tags
 from common.event.schema import validate_event
-from common.store import Store
+from common.storage.store import Store
 from consumer import rows_of
 
 

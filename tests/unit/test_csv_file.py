@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.csv_file import CsvFile, compress, free_name, make_directory, rows_end
+from common.storage.csv_file import CsvFile, rows_end
+from common.storage.files import compress, free_name, make_directory
 
 cells = st.text(st.sampled_from('a;,"\r\n é'), max_size=5)
 

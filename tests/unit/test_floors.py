@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[2]
 
 FLOORS = [
     {"common.errors", "common.metrics", "common.process", "common.logs", "common.workers"},
-    {"common.event", "common.http", "common.amqp", "common.csv_file", "common.journal"},
-    {"common.config", "common.publisher", "common.batch", "common.openapi", "common.store"},
+    {"common.event", "common.http", "common.amqp", "common.storage"},
+    {"common.config", "common.publisher", "common.batch", "common.openapi"},
     {"common.api", "common.letters"},
     {"common.dead_letters"},
     {"common.dead_letter_commands"},
@@ -28,6 +28,7 @@ DOORS = {
     ("common.process", "common.logs"),
     ("common.workers", "common.errors"),
     ("common.http.server", "common.event"),
+    ("common.storage", "common.event.rows"),  # the header
 }
 PURE = {
     "common.errors",

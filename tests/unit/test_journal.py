@@ -15,7 +15,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from common.journal import FileState, Journal, JournalCorrupt
+from common.storage.journal import FileState, Journal, JournalCorrupt
 
 STATE = FileState(device=1, inode=2, committed_bytes=65, chunk_offset=0, chunk_crc32=7, started_at=1.5)
 log = logging.getLogger(__name__)

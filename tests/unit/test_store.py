@@ -24,11 +24,12 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from common.csv_file import CsvFile
 from common.errors import StartupError
 from common.event.rows import CSV_HEADER
-from common.journal import Journal
-from common.store import Lock, Store
+from common.storage.csv_file import CsvFile
+from common.storage.journal import Journal
+from common.storage.lock import Lock
+from common.storage.store import Store
 from tests.unit.test_store_crash import die_before
 
 MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None

@@ -29,12 +29,13 @@ from typing import Any
 
 import pytest
 
-from common import journal, store
-from common.csv_file import CsvFile
 from common.errors import StartupError
 from common.event.rows import CSV_HEADER
-from common.journal import FileState, Journal
-from common.store import Store
+from common.storage import journal, recovery, store
+from common.storage.csv_file import CsvFile
+from common.storage.journal import FileState, Journal
+from common.storage.recovery import adopt
+from common.storage.store import Store
 
 MESSAGES = range(20)
 BATCH = 3
@@ -337,17 +338,17 @@ def commit_before_write(self: Store, data: bytes, ids: list[bytes]) -> None:
 
 
 def adopt_always(file: CsvFile, existed: bool, left: Any, notes: list[str]) -> FileState:
-    return store._adopt(file, notes)
+    return adopt(file, notes)
 
 
 @pytest.mark.parametrize(
     ("place", "name", "harm", "fault"),
     [
         (CsvFile, "sync", skip, "lost|torn|no header|not begin"),
-        (store, "sync_directory", skip, "lost"),
+        (recovery, "sync_directory", skip, "lost"),
         (journal, "_sync_directory", skip, "lost|doubled"),
-        (store, "_recover", adopt_always, "doubled"),
-        (store, "_cut_renamed", skip, "doubled"),
+        (store, "recover", adopt_always, "doubled"),
+        (recovery, "cut_renamed", skip, "doubled"),
         (Store, "append", commit_before_write, "lost"),
         (Store, "seen", skip, "doubled"),
         (Journal, "commit", without_ids(Journal.commit), "doubled"),

@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import gzip
 import os
-import shutil
 import stat
-import time
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
-BLOCK_BYTES = 1 << 20
+from common.storage.files import BLOCK_BYTES, free_name, naming, sync_directory
 
 
 class CsvFile:
@@ -107,16 +104,6 @@ class CsvFile:
         return aside
 
 
-@contextmanager
-def naming(path: str) -> Iterator[None]:
-    """An OSError about a file descriptor does not say which file it was; `path` says it to a person."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = error.filename or path
-        raise
-
-
 def rows_end(blocks: Iterable[bytes]) -> int:
     """The offset behind the last whole row: behind the last CRLF with an even number of quotes before it."""
     end = offset = quotes = 0
@@ -136,48 +123,3 @@ def rows_end(blocks: Iterable[bytes]) -> int:
             after = crlf
         offset += at
     return end
-
-
-def free_name(prefix: str, suffix: str = "") -> str:
-    """`prefix` + UTC time + `suffix`, numbered when it or its .gz is taken. The consumer's lock makes it safe."""
-    name = utc = prefix + time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-    number = 0
-    while os.path.lexists(name + suffix) or os.path.lexists(f"{name}{suffix}.gz"):
-        number += 1
-        name = f"{utc}-{number}"
-    return name + suffix
-
-
-def compress(path: str) -> None:
-    """Replaces the file `path` by `path`.gz.
-
-    The plain file goes only when the whole .gz is on disk under its name; killed anywhere, it can be run again.
-    """
-    part = f"{path}.gz.part"
-    with open(path, "rb") as plain, open(part, "wb") as target:
-        with gzip.GzipFile(os.path.basename(path), "wb", 6, target) as packed:
-            shutil.copyfileobj(plain, packed, BLOCK_BYTES)
-        target.flush()
-        os.fsync(target.fileno())
-    os.rename(part, f"{path}.gz")
-    sync_directory(path)
-    os.unlink(path)
-
-
-def sync_directory(path: str) -> None:
-    """Makes the names in the folder of `path` durable: files made, renamed, removed."""
-    fd = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        with naming(path):
-            os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def make_directory(path: str) -> None:
-    """Makes the folder `path` and those above it, durably."""
-    if not os.path.isdir(path):
-        make_directory(os.path.dirname(path))
-        with suppress(FileExistsError):
-            os.mkdir(path)
-        sync_directory(path)

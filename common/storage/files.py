@@ -1,0 +1,91 @@
+"""Files and folders made durable, names for them, and their errors in words. Knows nothing of what is in a file."""
+
+from __future__ import annotations
+
+import errno
+import gzip
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+
+from common.errors import DiskTrouble, StartupError
+
+BLOCK_BYTES = 1 << 20
+_MAY_END = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+
+
+@contextmanager
+def naming(path: str) -> Iterator[None]:
+    """An OSError about a file descriptor does not say which file it was; `path` says it to a person."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or path
+        raise
+
+
+def free_name(prefix: str, suffix: str = "") -> str:
+    """`prefix` + UTC time + `suffix`, numbered when it or its .gz is taken. The consumer's lock makes it safe."""
+    name = utc = prefix + time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    number = 0
+    while os.path.lexists(name + suffix) or os.path.lexists(f"{name}{suffix}.gz"):
+        number += 1
+        name = f"{utc}-{number}"
+    return name + suffix
+
+
+def compress(path: str) -> None:
+    """Replaces the file `path` by `path`.gz.
+
+    The plain file goes only when the whole .gz is on disk under its name; killed anywhere, it can be run again.
+    """
+    part = f"{path}.gz.part"
+    with open(path, "rb") as plain, open(part, "wb") as target:
+        with gzip.GzipFile(os.path.basename(path), "wb", 6, target) as packed:
+            shutil.copyfileobj(plain, packed, BLOCK_BYTES)
+        target.flush()
+        os.fsync(target.fileno())
+    os.rename(part, f"{path}.gz")
+    sync_directory(path)
+    os.unlink(path)
+
+
+def sync_directory(path: str) -> None:
+    """Makes the names in the folder of `path` durable: files made, renamed, removed."""
+    fd = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with naming(path):
+            os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def make_directory(path: str) -> None:
+    """Makes the folder `path` and those above it, durably."""
+    if not os.path.isdir(path):
+        make_directory(os.path.dirname(path))
+        with suppress(FileExistsError):
+            os.mkdir(path)
+        sync_directory(path)
+
+
+def startup_error(error: OSError, path: str, notes: Sequence[str] = ()) -> StartupError:
+    kind = DiskTrouble if error.errno in _MAY_END else StartupError
+    return kind(explain_os_error(error, path) + (f" ({'; '.join(notes)})" if notes else ""))
+
+
+def explain_os_error(error: OSError, path: str) -> str:
+    """One line for a person: where, what, what to do."""
+    advice = {
+        errno.EACCES: f"let uid {os.geteuid()} read and write there",
+        errno.EPERM: f"let uid {os.geteuid()} read and write there",
+        errno.EROFS: "mount it writable, or set CSV_FILE to another place",
+        errno.EISDIR: "set CSV_FILE to a file",
+        errno.ENOTDIR: "set CSV_FILE to a file in a folder",
+        errno.ENOSPC: "free some space",
+        errno.EDQUOT: "free some space",
+    }.get(error.errno or 0)
+    line = f"{error.filename or path}: {error.strerror or error}"
+    return f"{line}; {advice}" if advice else line
