@@ -13,7 +13,7 @@ from common.event.document import read_json
 from common.event.schema import normalise_event
 from common.http.parser import Limits, RequestParser
 from common.http.response import encode_response
-from common.publisher import Publication, Publisher
+from common.producer.publisher import Publication, Publisher
 from tests.bench import events
 
 FRAME_MAX = 131_072

@@ -16,7 +16,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
-from common import openapi
+from common.producer import openapi
 from scripts.rabbitmq import free_port
 from tests.conftest import Service, Start
 from tests.rabbitmq import RabbitMQ

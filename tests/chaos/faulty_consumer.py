@@ -16,6 +16,8 @@ from collections.abc import Callable
 from typing import Any
 
 import consumer
+from common.consumer.prepare import prepare_batch
+from common.consumer.worker import Consumer
 from common.storage import files, journal, store
 from common.storage.csv_file import CsvFile
 from common.storage.journal import Journal
@@ -77,7 +79,7 @@ STORING: dict[str, Arm] = {
     "fsync-to-commit": _after(CsvFile, "sync"),
     "in-commit": _in_the_middle_of(journal, "_write"),
     "commit-to-ack": _after(Journal, "commit"),
-    "after-ack": _after(consumer.Consumer, "_ack"),
+    "after-ack": _after(Consumer, "_ack"),
 }
 """What every batch passes."""
 
@@ -104,16 +106,16 @@ POINTS = STORING | RECOVERING | ROTATING
 
 
 def _ack_before_fsync() -> None:
-    async def run(self: consumer.Consumer) -> None:
+    async def run(self: Consumer) -> None:
         while await self._batch_is_due():
             link, deliveries = self._link, self._pending.take()
-            prepared = await self._in_thread(consumer.rows_of, deliveries, self._store.seen, 0.25)
+            prepared = await self._in_thread(prepare_batch, deliveries, self._store.seen, 0.25)
             self._ack(link, prepared.stored)
             await asyncio.sleep(0.2)  # the broker has it now
             if prepared.ids or prepared.data:
                 await self._store_until_done(prepared)
 
-    consumer.Consumer.run = run  # type: ignore[method-assign]
+    Consumer.run = run  # type: ignore[method-assign]
 
 
 def _no_fsync() -> None:
@@ -129,7 +131,7 @@ def _no_cut() -> None:
         return adopt(file, notes)
 
     CsvFile.rows_end = CsvFile.size  # type: ignore[method-assign]
-    store.recover = recover
+    store.recover = recover  # type: ignore[attr-defined]
 
 
 MUTATIONS: dict[str, Callable[[], None]] = {

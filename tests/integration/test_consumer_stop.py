@@ -19,9 +19,10 @@ from common.amqp.codec import Confirm, Delivery, PublishEncoder, packed_seconds
 from common.amqp.link import open_link
 from common.amqp.topology import QUEUE_ARGUMENTS, declare
 from common.config import ConsumerSettings
+from common.consumer.metrics import Counters
+from common.consumer.worker import Consumer
 from common.event.document import write_json
 from common.storage.store import Store
-from consumer import Consumer, Counters
 from tests.conftest import Service, Start
 from tests.proxy import Proxy
 from tests.rabbitmq import RabbitMQ

@@ -18,15 +18,15 @@ from aiormq.abc import AbstractChannel, DeliveredMessage
 from pamqp.commands import Basic
 from pamqp.header import ContentHeader
 
-from common import dead_letter_commands, dead_letters
 from common.amqp import link as link_module
 from common.amqp.codec import Delivery
 from common.amqp.link import Link, open_link
 from common.amqp.topology import DEAD_LETTER_ARGUMENTS, QUEUE_ARGUMENTS, dead_letter_queue, declare
 from common.config import ConsumerSettings
-from common.dead_letters import DeadLetters, Outbox
+from common.consumer.dead_letters import commands, mover
+from common.consumer.dead_letters.message import dead_copy
+from common.consumer.dead_letters.mover import DeadLetters, Outbox
 from common.errors import StartupError
-from common.letters import dead_copy
 from tests.conftest import ROOT
 from tests.rabbitmq import RabbitMQ
 
@@ -178,7 +178,7 @@ async def test_burying_waits_while_the_queue_has_other_arguments_and_says_so_onc
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(dead_letters, "BACKOFF_SECONDS", 0.01)
+    monkeypatch.setattr(mover, "BACKOFF_SECONDS", 0.01)
     async with channel(broker.url) as opened:
         await opened.queue_declare(dead, durable=True)
         burial = asyncio.ensure_future(letters.bury(message(b"x", message_id="m"), "why"))
@@ -195,7 +195,7 @@ async def test_a_copy_that_the_broker_refuses_for_its_properties_is_buried_witho
     broker: RabbitMQ, letters: DeadLetters, dead: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("common.letters._DROPPED_PROPERTIES", frozenset())
-    monkeypatch.setattr(dead_letters, "BACKOFF_SECONDS", 0.01)
+    monkeypatch.setattr(mover, "BACKOFF_SECONDS", 0.01)
     monkeypatch.setattr(link_module, "BACKOFF_FIRST_SECONDS", 0.01)
     await asyncio.wait_for(letters.bury(message(b"x", message_id="m", user_id="nobody"), "why"), 10)
     (found,) = await take_all(broker.url, dead)
@@ -208,8 +208,8 @@ async def test_a_nack_is_tried_again_until_there_is_room(
     broker: RabbitMQ, queue_name: str, dead: str, letters: DeadLetters, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full = {"x-max-length": 1, "x-overflow": "reject-publish"}
-    monkeypatch.setattr(dead_letters, "DEAD_LETTER_ARGUMENTS", full)
-    monkeypatch.setattr(dead_letters, "BACKOFF_SECONDS", 0.05)
+    monkeypatch.setattr(mover, "DEAD_LETTER_ARGUMENTS", full)
+    monkeypatch.setattr(mover, "BACKOFF_SECONDS", 0.05)
     await letters.bury(message(b"first"), "why")
     second = asyncio.ensure_future(letters.bury(message(b"second"), "why"))
     third = asyncio.ensure_future(letters.bury(message(b"third"), "why"))
@@ -226,8 +226,8 @@ async def test_a_nack_is_tried_again_until_there_is_room(
 async def test_a_blocked_broker_gets_one_copy_once_it_is_unblocked(
     broker: RabbitMQ, letters: DeadLetters, dead: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dead_letters, "CONFIRM_TIMEOUT_SECONDS", 0.5)
-    monkeypatch.setattr(dead_letters, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(mover, "CONFIRM_TIMEOUT_SECONDS", 0.5)
+    monkeypatch.setattr(mover, "POLL_SECONDS", 0.05)
     await letters.bury(message(b"before"), "why")
     await asyncio.to_thread(broker.ctl, "set_vm_memory_high_watermark", "0.00001")
     try:
@@ -249,11 +249,11 @@ async def test_looking_changes_nothing(
     await bury_many(broker.url, settings.queue_name, 600)
     expected = [f"{n:032x}" for n in range(600)]
     for _ in range(2):
-        assert await dead_letter_commands.show(settings) == 0
+        assert await commands.show(settings) == 0
         lines = capsysbinary.readouterr().out.decode().splitlines()
         assert lines[0].split()[:4] == ["ID", "REASON", "WHEN", "SIZE"]
         assert [line.split()[0] for line in lines[1:]] == expected
-        assert await dead_letter_commands.export(settings, str(tmp_path / "out")) == 0
+        assert await commands.export(settings, str(tmp_path / "out")) == 0
         exported = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
         assert [entry["id"] for entry in exported] == expected
         assert {entry["body"] for entry in exported} == {"not JSON"}
@@ -266,7 +266,7 @@ async def test_an_export_to_stdout_is_json_lines_only(
     broker: RabbitMQ, settings: ConsumerSettings, capsysbinary: pytest.CaptureFixture[bytes]
 ) -> None:
     await bury_many(broker.url, settings.queue_name, 3, b"\xff")
-    assert await dead_letter_commands.export(settings, "-") == 0
+    assert await commands.export(settings, "-") == 0
     exported = [json.loads(line) for line in capsysbinary.readouterr().out.splitlines()]
     assert [entry["body_base64"] for entry in exported] == ["/w=="] * 3
 
@@ -278,7 +278,7 @@ async def test_a_replay_moves_everything_back_as_it_was(
     originals += [message(b"without an id"), message(b"without an id")]
     for original in originals:
         await letters.bury(original, "why")
-    assert await dead_letter_commands.replay(settings) == 0
+    assert await commands.replay(settings) == 0
     assert "moved 22 of 22" in capsys.readouterr().out
     await until(lambda: waiting(broker.url, dead), 0)
     back = await take_all(broker.url, settings.queue_name)
@@ -294,28 +294,28 @@ async def test_thousands_of_dead_letters_are_listed_exported_and_replayed_in_ord
 ) -> None:
     count = 3000
     await bury_many(broker.url, settings.queue_name, count)
-    await dead_letter_commands.show(settings)
+    await commands.show(settings)
     assert capsysbinary.readouterr().out.count(b"\n") == count + 1
     await until(lambda: waiting(broker.url, dead), count)
-    await dead_letter_commands.export(settings, str(tmp_path / "out"))
+    await commands.export(settings, str(tmp_path / "out"))
     assert (tmp_path / "out").read_bytes().count(b"\n") == count
     await until(lambda: waiting(broker.url, dead), count)
-    await dead_letter_commands.replay(settings)
+    await commands.replay(settings)
     await until(lambda: waiting(broker.url, dead), 0)
     assert ids(await take_all(broker.url, settings.queue_name)) == [f"{n:032x}" for n in range(count)]
 
 
 KILL_SWITCH = """
 import asyncio, os, signal, sys
-from common import dead_letter_commands, dead_letters
+from common.consumer.dead_letters import commands, mover
 from common.config import ConsumerSettings
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 point, url, queue = sys.argv[1:]
-outbox = dead_letters.Outbox
-publish, wait, looked = outbox.publish, outbox.wait, dead_letter_commands._pages
+outbox = mover.Outbox
+publish, wait, looked = outbox.publish, outbox.wait, commands._pages
 published = pages = 0
 
 async def dying_wait(self, futures):
@@ -343,8 +343,8 @@ async def dying_pages(*arguments):
             die()
         yield page
 
-outbox.wait, outbox.publish, dead_letter_commands._pages = dying_wait, dying_publish, dying_pages
-asyncio.run(dead_letter_commands.replay(ConsumerSettings(amqp_url=url, queue_name=queue)))
+outbox.wait, outbox.publish, commands._pages = dying_wait, dying_publish, dying_pages
+asyncio.run(commands.replay(ConsumerSettings(amqp_url=url, queue_name=queue)))
 """
 
 
@@ -364,11 +364,11 @@ async def test_a_replay_that_is_killed_half_way_loses_none_and_a_doubled_one_kee
     # The broker puts back what the dead process held when it notices the death; a replay ends with what is there.
     while set(ids(first + second)) != every or await waiting(broker.url, dead):
         assert time.monotonic() < deadline, "some are lost"
-        assert await dead_letter_commands.replay(settings) == 0
+        assert await commands.replay(settings) == 0
         second += await take_all(broker.url, settings.queue_name)
     assert len(first) < count
     if point in ("publishing", "sent", "confirmed"):
-        assert len(first + second) <= count + dead_letter_commands.PAGE_LETTERS
+        assert len(first + second) <= count + commands.PAGE_LETTERS
     else:
         assert len(first + second) == count
 
@@ -390,7 +390,7 @@ async def test_a_replay_ends_although_each_message_is_dead_lettered_again(
             again += 1
 
         await opened.basic_consume(settings.queue_name, bury_again)
-        assert await asyncio.wait_for(dead_letter_commands.replay(settings), 20) == 0
+        assert await asyncio.wait_for(commands.replay(settings), 20) == 0
         deadline = time.monotonic() + 10
         while again < 700:
             assert time.monotonic() < deadline
@@ -402,19 +402,19 @@ async def test_a_replay_into_a_queue_that_refuses_stops_and_keeps_the_rest(
     broker: RabbitMQ, settings: ConsumerSettings, dead: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full = {"x-max-length": 10, "x-overflow": "reject-publish"}
-    monkeypatch.setattr(dead_letter_commands, "QUEUE_ARGUMENTS", full)
+    monkeypatch.setattr(commands, "QUEUE_ARGUMENTS", full)
     await bury_many(broker.url, settings.queue_name, 300)
     with pytest.raises(StartupError, match=r"nack.*; moved \d+ of 300, the others are still in"):
-        await dead_letter_commands.replay(settings)
+        await commands.replay(settings)
     moved = await waiting(broker.url, settings.queue_name)
     assert 10 <= moved < 300
     await until(lambda: waiting(broker.url, dead), 300 - moved)
 
 
 COMMANDS: list[Callable[[ConsumerSettings], Awaitable[int]]] = [
-    dead_letter_commands.show,
-    dead_letter_commands.replay,
-    lambda settings: dead_letter_commands.export(settings, os.devnull),
+    commands.show,
+    commands.replay,
+    lambda settings: commands.export(settings, os.devnull),
 ]
 
 
@@ -471,21 +471,21 @@ async def test_an_export_beside_another_reader_is_not_taken_for_whole(
     broker: RabbitMQ, settings: ConsumerSettings, dead: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await bury_many(broker.url, settings.queue_name, 600)
-    look = dead_letter_commands._look
+    look = commands._look
     async with channel(broker.url) as other:
 
         async def take(_: DeliveredMessage) -> None: ...
 
-        async def late_look(link: Link, queue: str, count: int) -> dead_letter_commands.Pages:
+        async def late_look(link: Link, queue: str, count: int) -> commands.Pages:
             await other.basic_qos(prefetch_count=100)
             await other.basic_consume(dead, take)
             await until(lambda: waiting(broker.url, dead), 500)
             async for page in look(link, queue, count):
                 yield page
 
-        monkeypatch.setattr(dead_letter_commands, "_look", late_look)
+        monkeypatch.setattr(commands, "_look", late_look)
         with pytest.raises(StartupError, match="only 500 of 600 dead letters: another reader"):
-            await dead_letter_commands.export(settings, str(tmp_path / "out"))
+            await commands.export(settings, str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 

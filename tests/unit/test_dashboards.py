@@ -11,8 +11,8 @@ import promql_parser
 import pytest
 import yaml  # type: ignore[import-untyped]
 
-import consumer
-from common import api
+from common.consumer import metrics as consumer_metrics
+from common.producer import metrics as producer_metrics
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 DASHBOARD: dict[str, Any] = json.loads((DEPLOY / "grafana-dashboard.json").read_text())
@@ -23,7 +23,7 @@ ALERTS: dict[str, dict[str, Any]] = {
     for group in yaml.safe_load((DEPLOY / "alerts.yaml").read_text())["groups"]
     for rule in group["rules"]
 }
-NAMES = {*api.build_metrics().names, *consumer.build_metrics().names}
+NAMES = {*producer_metrics.build_metrics().names, *consumer_metrics.build_metrics().names}
 PROMTOOL = shutil.which("promtool")
 
 

@@ -5,18 +5,18 @@ from typing import Any, cast
 
 import pytest
 
-from common import dead_letter_commands
-from common.dead_letter_commands import Progress
+from common.consumer.dead_letters import commands
+from common.consumer.dead_letters.commands import Progress
 from common.errors import StartupError
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     path.write_text("old")
-    with pytest.raises(TypeError), dead_letter_commands._replacing(str(path)) as out:
+    with pytest.raises(TypeError), commands._replacing(str(path)) as out:
         out.writelines([b"half", cast(Any, None)])
     assert path.read_text() == "old"
-    with dead_letter_commands._replacing(str(path)) as out:
+    with commands._replacing(str(path)) as out:
         out.write(b"new")
         assert path.read_text() == "old"
     assert path.read_text() == "new"
@@ -26,12 +26,12 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     wanted = str(tmp_path / "none" / "out")
     with pytest.raises(StartupError, match=f"^cannot write {wanted}: No such file or directory$"):  # noqa: SIM117
-        with dead_letter_commands._replacing(wanted):
+        with commands._replacing(wanted):
             pass
 
 
 def test_a_device_is_written_to_and_not_replaced() -> None:
-    with dead_letter_commands._replacing("/dev/null") as out:
+    with commands._replacing("/dev/null") as out:
         out.write(b"x")
     assert not Path("/dev/null").is_file()
 

@@ -13,11 +13,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common import api, openapi
 from common.errors import HttpError, InvalidEvent
 from common.event.document import read_json, write_json
 from common.event.schema import normalise_batch, normalise_event, validate_event
 from common.http.fields import idempotency_key
+from common.producer import openapi
+from common.producer.api import PAGE as PAGE_FILE
+from common.producer.metrics import METHODS, STATUSES, build_metrics
 
 MAX_PREDS = 5
 DOCUMENT = cast(dict[str, Any], openapi.document("1.2.3", max_preds=MAX_PREDS, secured=True, secured_pages=True))
@@ -25,7 +27,7 @@ OPEN = cast(dict[str, Any], openapi.document("1.2.3"))
 OPERATIONS = {
     (path, method): operation for path, methods in DOCUMENT["paths"].items() for method, operation in methods.items()
 }
-PAGE = api.PAGE.read_bytes()
+PAGE = PAGE_FILE.read_bytes()
 
 
 def validator(name: str) -> Any:
@@ -68,14 +70,14 @@ def test_every_schema_is_a_schema() -> None:
 def test_it_names_the_paths_methods_and_statuses_that_the_producer_has() -> None:
     methods = {
         (path.decode(), method.decode().lower())
-        for path, methods in api.METHODS.items()
+        for path, methods in METHODS.items()
         for method in methods
         if method != b"HEAD"
     }
     assert set(OPERATIONS) == methods
     statuses = {int(status) for operation in OPERATIONS.values() for status in operation["responses"]}
     unnamed = {HTTPStatus.NOT_FOUND, HTTPStatus.INTERNAL_SERVER_ERROR}  # belongs to no path; is a bug
-    assert statuses == set(api.STATUSES) - unnamed
+    assert statuses == set(STATUSES) - unnamed
 
 
 def test_operation_ids_are_unique_and_every_answer_is_described() -> None:
@@ -221,4 +223,4 @@ def test_the_page_takes_nothing_from_elsewhere_and_parses_no_data_as_html() -> N
 def test_the_page_reads_metrics_that_the_producer_has() -> None:
     read = set(re.findall(rb"predlog_[a-z_]+", PAGE))
     assert len(read) >= 6
-    assert read <= {name.encode() for name in api.build_metrics().names}
+    assert read <= {name.encode() for name in build_metrics().names}

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from common.amqp.codec import Confirm
 from common.errors import HttpError, Unavailable
-from common.publisher import Publication, Publisher
+from common.producer.publisher import Publication, Publisher
 
 
 class Lane:

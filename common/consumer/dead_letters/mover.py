@@ -22,8 +22,8 @@ from pamqp.frame import marshal
 from common.amqp.codec import HOT_CHANNEL, Confirm, Delivery
 from common.amqp.link import Link, keep_up
 from common.amqp.topology import DEAD_LETTER_ARGUMENTS, dead_letter_queue, declare
+from common.consumer.dead_letters.message import Copy, dead_copy
 from common.errors import StartupError
-from common.letters import Copy, dead_copy
 
 log = logging.getLogger("predlog.dead_letters")
 

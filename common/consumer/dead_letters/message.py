@@ -9,41 +9,15 @@ from __future__ import annotations
 import base64
 from datetime import UTC, datetime
 from decimal import Decimal
-from struct import Struct
 from typing import Any, NamedTuple
 
 from pamqp import decode
 
 from common.amqp.codec import Delivery, FrameError
+from common.amqp.properties import Headers, Properties, content_header, long_string, split_properties
 from common.event.document import write_json
 
 REASON_CHARS = 250
-
-# --- Properties, as they are on the wire ---
-
-Properties = dict[str, bytes]  # by name; each value with its length in front, if it has one
-Headers = dict[bytes, bytes]  # by name; each value with its type octet in front
-
-# In the order of their flags from bit 15 down (4.2.6.1): short string, table, octet, or a timestamp of 8 octets.
-_PROPERTIES = (
-    ("content_type", "s"),
-    ("content_encoding", "s"),
-    ("headers", "t"),
-    ("delivery_mode", "o"),
-    ("priority", "o"),
-    ("correlation_id", "s"),
-    ("reply_to", "s"),
-    ("expiration", "s"),
-    ("message_id", "s"),
-    ("timestamp", "T"),
-    ("type", "s"),
-    ("user_id", "s"),
-    ("app_id", "s"),
-    ("cluster_id", "s"),
-)
-# What a table may hold (4.2.5.5, and RabbitMQ's errata page), with its size; -1: a length of 4 octets says it.
-_SIZES = dict(zip(b"tbBsuIilLfdDTVSAFx", (1, 1, 1, 2, 2, 4, 4, 8, 8, 4, 8, 5, 8, 0, -1, -1, -1, -1), strict=True))
-_CONTENT = Struct(">HHQ")
 _PERSISTENT = b"\x02"
 
 # What a copy must not repeat. A user_id other than our own closes the channel (406), an expiration would delete a dead
@@ -53,68 +27,6 @@ _DROPPED_HEADERS = frozenset({b"CC", b"BCC", b"x-delivery-count", b"x-acquired-c
 _LEAST = frozenset({"content_type", "message_id", "delivery_mode"})
 _OURS = b"x-predlog-"
 _REASON, _TIME, _QUEUE, _USER = (_OURS + name for name in (b"reason", b"time", b"queue", b"user-id"))
-
-
-def split_properties(header: bytes) -> tuple[Properties, Headers]:
-    """The properties and, apart from them, the headers of a content header's payload. Raises frames.FrameError."""
-    flags, at = int.from_bytes(header[12:14], "big"), 14
-    properties: Properties = {}
-    try:
-        for index, (name, kind) in enumerate(_PROPERTIES):
-            if flags & 0x8000 >> index:
-                if kind == "s":
-                    size = 1 + header[at]
-                elif kind == "t":
-                    size = 4 + int.from_bytes(header[at : at + 4], "big")
-                else:
-                    size = 1 if kind == "o" else 8
-                properties[name] = header[at : at + size]
-                at += size
-    except IndexError:
-        at = -1
-    if at != len(header) or flags & 3:
-        raise FrameError("a content header whose properties do not add up")
-    return properties, _split_table(properties.pop("headers", bytes(4))[4:])
-
-
-def _split_table(table: bytes) -> Headers:
-    headers: Headers = {}
-    at = 0
-    try:
-        while at < len(table):
-            start = at + 1 + table[at]
-            name, size = table[at + 1 : start], _SIZES[table[start]]
-            at = start + 1 + (size if size >= 0 else 4 + int.from_bytes(table[start + 1 : start + 5], "big"))
-            headers[name] = table[start:at]
-    except (IndexError, KeyError):
-        at = -1
-    if at != len(table):
-        raise FrameError("a table of headers that does not add up")
-    return headers
-
-
-def _table(headers: Headers) -> bytes:
-    table = b"".join([bytes([len(name)]) + name + value for name, value in headers.items()])
-    return len(table).to_bytes(4, "big") + table
-
-
-def content_header(properties: Properties, headers: Headers, body_bytes: int) -> bytes:
-    """A content header's payload: the inverse of `split_properties`."""
-    have = properties | {"headers": _table(headers)} if headers else properties
-    flags, values = 0, []
-    for index, (name, _) in enumerate(_PROPERTIES):
-        if name in have:
-            flags |= 0x8000 >> index
-            values.append(have[name])
-    return _CONTENT.pack(60, 0, body_bytes) + flags.to_bytes(2, "big") + b"".join(values)
-
-
-def _text(value: bytes) -> bytes:
-    """A header's value: a long string."""
-    return b"S" + len(value).to_bytes(4, "big") + value
-
-
-# --- Copies ---
 
 
 class Copy(NamedTuple):
@@ -135,12 +47,12 @@ def dead_copy(delivery: Delivery, queue_name: str, reason: str, now: datetime, n
     if properties.get("message_id", b"\0") == b"\0":
         properties["message_id"] = bytes([len(new_id)]) + new_id
     ours = {
-        _REASON: _text(printable(reason)[:REASON_CHARS].encode()),
-        _TIME: _text(now.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z").encode()),
-        _QUEUE: _text(queue_name.encode()),
+        _REASON: long_string(printable(reason)[:REASON_CHARS].encode()),
+        _TIME: long_string(now.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z").encode()),
+        _QUEUE: long_string(queue_name.encode()),
     }
     if user := theirs[0].get("user_id"):
-        ours[_USER] = _text(user[1:])
+        ours[_USER] = long_string(user[1:])
     least = {name: value for name, value in properties.items() if name in _LEAST}
     size = len(delivery.body)
     return Copy(content_header(properties, headers | ours, size), content_header(least, ours, size), delivery.body)
@@ -166,8 +78,6 @@ def _repeatable(properties: Properties, headers: Headers) -> tuple[Properties, H
     theirs = {k: v for k, v in headers.items() if k not in _DROPPED_HEADERS and not k.startswith(_OURS)}
     return kept | {"delivery_mode": _PERSISTENT}, theirs
 
-
-# --- What people and programs read ---
 
 _FIRST_BYTES = 40
 

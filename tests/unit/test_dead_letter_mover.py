@@ -5,11 +5,11 @@ from typing import cast
 
 import pytest
 
-from common import dead_letters
 from common.amqp.codec import Confirm
 from common.amqp.link import Link
-from common.dead_letters import Nacked, Outbox
-from common.letters import Copy
+from common.consumer.dead_letters import mover
+from common.consumer.dead_letters.message import Copy
+from common.consumer.dead_letters.mover import Nacked, Outbox
 
 
 class Lane:
@@ -61,8 +61,8 @@ async def test_a_lost_link_fails_everything_that_is_unconfirmed_and_all_that_fol
 
 
 async def test_a_silent_broker_is_given_up_but_not_one_that_says_it_is_blocked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dead_letters, "CONFIRM_TIMEOUT_SECONDS", 0.05)
-    monkeypatch.setattr(dead_letters, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(mover, "CONFIRM_TIMEOUT_SECONDS", 0.05)
+    monkeypatch.setattr(mover, "POLL_SECONDS", 0.01)
     lane = Lane()
     outbox = outbox_of(lane)
     future = outbox.publish("q", A_COPY)

@@ -22,9 +22,9 @@ from common.amqp.codec import Delivery, ack_frames
 from common.amqp.link import CONNECTION_ERRORS, Link, cancelled, closed, explain, open_link
 from common.amqp.topology import QUEUE_ARGUMENTS, dead_letter_queue, declare
 from common.config import ConsumerSettings
-from common.dead_letters import Nacked, Outbox
+from common.consumer.dead_letters.message import TABLE_HEAD, json_line, live_copy, table_row
+from common.consumer.dead_letters.mover import Nacked, Outbox
 from common.errors import StartupError
-from common.letters import TABLE_HEAD, json_line, live_copy, table_row
 
 ANSWER_TIMEOUT_SECONDS = 10.0
 POLL_SECONDS = 1.0

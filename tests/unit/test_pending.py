@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common import batch
 from common.amqp.codec import Delivery
+from common.consumer.pending import FULL_BYTES, Pending, ack_ranges, rotation_due
 
 
 def deliveries(*bodies: bytes) -> list[Delivery]:
@@ -15,7 +15,7 @@ def deliveries(*bodies: bytes) -> list[Delivery]:
 
 
 def test_a_row_waits_no_longer_than_the_flush_interval() -> None:
-    pending = batch.Pending(batch_max_rows=10, prefetch_count=100, flush_interval_seconds=0.05)
+    pending = Pending(batch_max_rows=10, prefetch_count=100, flush_interval_seconds=0.05)
     assert pending.due_in(0.0) is None
     pending.add(deliveries(b'{"prob":1}'), 1.0)
     pending.add(deliveries(b'{"prob":1}'), 1.04)  # what comes later does not put it off
@@ -24,18 +24,18 @@ def test_a_row_waits_no_longer_than_the_flush_interval() -> None:
 
 
 def test_a_full_batch_does_not_wait() -> None:
-    pending = batch.Pending(batch_max_rows=4, prefetch_count=100, flush_interval_seconds=60)
+    pending = Pending(batch_max_rows=4, prefetch_count=100, flush_interval_seconds=60)
     pending.add(deliveries(b'"prob":1 "prob":2 "prob":3'), 0.0)
     assert not pending.full
     pending.add(deliveries(b'"prob":1'), 0.0)
     assert pending.due_in(0.0) == 0.0
-    large = batch.Pending(batch_max_rows=4, prefetch_count=100, flush_interval_seconds=60)
-    large.add(deliveries(bytes(batch.FULL_BYTES)), 0.0)
+    large = Pending(batch_max_rows=4, prefetch_count=100, flush_interval_seconds=60)
+    large.add(deliveries(bytes(FULL_BYTES)), 0.0)
     assert large.due_in(0.0) == 0.0
 
 
 def test_a_batch_does_not_wait_for_what_cannot_come_before_an_ack() -> None:
-    pending = batch.Pending(batch_max_rows=100, prefetch_count=3, flush_interval_seconds=60)
+    pending = Pending(batch_max_rows=100, prefetch_count=3, flush_interval_seconds=60)
     pending.add(deliveries(b"", b""), 0.0)
     assert not pending.full
     pending.add(deliveries(b""), 0.0)
@@ -43,13 +43,13 @@ def test_a_batch_does_not_wait_for_what_cannot_come_before_an_ack() -> None:
 
 
 def test_rows_are_counted_however_the_document_is_spaced() -> None:
-    pending = batch.Pending(batch_max_rows=2, prefetch_count=100, flush_interval_seconds=60)
+    pending = Pending(batch_max_rows=2, prefetch_count=100, flush_interval_seconds=60)
     pending.add(deliveries(b'"prob" : 1', b'"prob":\n1'), 0.0)
     assert pending.full
 
 
 def test_taking_leaves_nothing() -> None:
-    pending = batch.Pending(4, 100, 60)
+    pending = Pending(4, 100, 60)
     pending.add(deliveries(b'"prob":1', b""), 0.0)
     assert len(pending.take()) == 2
     assert (pending.take(), pending.rows, pending.bytes, pending.due_in(9.0)) == ([], 0, 0, None)
@@ -63,7 +63,7 @@ def test_acks_cover_every_stored_tag_and_no_other(fates: list[str]) -> None:
     stored = [tag for tag, fate in tags.items() if fate == "store"]
     held = {tag for tag, fate in tags.items() if fate == "hold"}
     settled: set[int] = set()
-    for tag, multiple in batch.acks(stored, held):
+    for tag, multiple in ack_ranges(stored, held):
         covered = {lower for lower in tags if lower <= tag} - settled if multiple else {tag}
         assert tag not in settled, "acking a settled tag closes the channel with 406"
         settled |= covered
@@ -77,4 +77,4 @@ def test_acks_cover_every_stored_tag_and_no_other(fates: list[str]) -> None:
 def test_a_file_is_rotated_by_size_or_age_and_never_when_both_are_off(
     size: int, age: float, limit_bytes: int, limit_seconds: int, due: bool
 ) -> None:
-    assert batch.rotation_due(size, age, limit_bytes, limit_seconds) is due
+    assert rotation_due(size, age, limit_bytes, limit_seconds) is due

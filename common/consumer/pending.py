@@ -53,7 +53,7 @@ class Pending:
         return taken
 
 
-def acks(stored: Sequence[int], held: Collection[int]) -> list[tuple[int, bool]]:
+def ack_ranges(stored: Sequence[int], held: Collection[int]) -> list[tuple[int, bool]]:
     """The acks for `stored` delivery tags, ascending, as (tag, multiple), that cover no tag in `held`.
 
     One ack with multiple=True covers every tag up to its own that is not settled yet; above the lowest held tag each is

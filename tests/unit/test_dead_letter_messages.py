@@ -10,8 +10,8 @@ from pamqp.commands import Basic
 from pamqp.header import ContentHeader
 
 from common.amqp.codec import Delivery, FrameError
-from common.amqp.properties import message_id_of
-from common.letters import Copy, dead_copy, json_line, live_copy, split_properties, table_row
+from common.amqp.properties import message_id_of, split_properties
+from common.consumer.dead_letters.message import Copy, dead_copy, json_line, live_copy, table_row
 
 NOW = datetime(2026, 5, 4, 3, 2, 1, 987654, UTC)
 ID = "0123456789abcdef0123456789abcdef"

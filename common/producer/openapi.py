@@ -133,9 +133,6 @@ def page_headers(page: bytes) -> bytes:
     return "".join(f"{line}\r\n" for line in lines).encode()
 
 
-# --- schemas ---
-
-
 def _ref(kind: str, name: str) -> Json:
     return {"$ref": f"#/components/{kind}/{name}"}
 
@@ -213,9 +210,6 @@ def _schemas(max_preds: int) -> Json:
     }
 
 
-# --- responses ---
-
-
 def _content(media_type: str, schema: Json, **more: object) -> Json:
     return {media_type: {"schema": schema, **more}}
 
@@ -280,9 +274,6 @@ _IDEMPOTENCY_KEY: Json = {
 def _size(size_bytes: int) -> str:
     mebibytes, rest = divmod(size_bytes, 1 << 20)
     return f"{size_bytes} bytes" if rest else f"{mebibytes} MiB"
-
-
-# --- operations ---
 
 
 def _operation(name: str, summary: str, own: Json, shared: tuple[str, ...], secured: bool, **more: object) -> Json:

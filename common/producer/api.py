@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from common import __version__, openapi
+from common import __version__
 from common.config import ProducerSettings
 from common.errors import HttpError, InvalidEvent, Unavailable
 from common.event.document import write_json
@@ -22,70 +22,16 @@ from common.http.fields import idempotency_key, is_json_lines, require_json
 from common.http.parser import Head, Request
 from common.http.server import Exchange, HttpServer
 from common.metrics import CONTENT_TYPE as METRICS_TYPE
-from common.metrics import LATENCY_SECONDS, Metrics
-from common.publisher import Publication, Publisher
+from common.producer import openapi
+from common.producer.metrics import METHODS, OTHER, Counters
+from common.producer.publisher import Publication, Publisher
 
 HTML = b"text/html; charset=utf-8"
 PAGE = Path(__file__).parent / "page.html"
-
-METHODS = {
-    b"/process": (b"POST",),
-    b"/process/batch": (b"POST",),
-    b"/healthz": (b"GET", b"HEAD"),
-    b"/readyz": (b"GET", b"HEAD"),
-    b"/metrics": (b"GET", b"HEAD"),
-    b"/openapi.json": (b"GET", b"HEAD"),
-    b"/docs": (b"GET", b"HEAD"),
-}
 _KNOWN_METHODS = frozenset(
     {b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS", b"TRACE", b"CONNECT", b"QUERY"}
 )
 _PAGES = frozenset({b"/metrics", b"/openapi.json", b"/docs"})
-_OTHER = b"other"  # what stands for every other path
-STATUSES = (200, 207, 400, 401, 404, 405, 408, 413, 414, 415, 417, 422, 431, 500, 501, 503, 504, 505)
-_REFUSALS = ("draining", "broker_away", "broker_blocked", "window_full", "nacked")
-
-
-class Counters:
-    """The producer's metrics. The layout is fixed, so that workers can share memory."""
-
-    def __init__(self) -> None:
-        self.metrics = m = Metrics()
-        self.requests = {
-            path: {
-                status: m.counter("predlog_http_requests_total", "Requests answered.", route=route, status=str(status))
-                for status in STATUSES
-            }
-            for path, route in [(path, path.decode()) for path in METHODS] + [(_OTHER, "other")]
-        }
-        self.refusals = {
-            reason: m.counter("predlog_refusals_total", "Events refused for now (503), by reason.", reason=reason)
-            for reason in _REFUSALS
-        }
-        self.request_seconds = m.histogram(
-            "predlog_http_request_seconds", "From the last byte of a POST to its answer.", LATENCY_SECONDS
-        )
-        self.confirm_seconds = m.histogram(
-            "predlog_confirm_seconds", "From publish to the broker's confirm.", LATENCY_SECONDS
-        )
-        self.events = m.counter("predlog_events_total", "Events confirmed by the broker.")
-        self.predictions = m.counter("predlog_predictions_total", "Predictions in the events confirmed by the broker.")
-        self.event_bytes = m.counter("predlog_event_bytes_total", "Bytes of the events confirmed by the broker.")
-        self.unconfirmed = m.gauge("predlog_unconfirmed", "Events sent to the broker and not yet confirmed.")
-        self.unconfirmed_bytes = m.gauge("predlog_unconfirmed_bytes", "Bytes of the events not yet confirmed.")
-        self.connected = m.gauge(
-            "predlog_amqp_connected", "1 while connected to the broker (of several workers: the least).", min
-        )
-        self.blocked = m.gauge("predlog_amqp_blocked", "1 while the broker takes no messages.", max)
-        self.reconnects = m.counter("predlog_amqp_reconnects_total", "Connections to the broker lost.")
-        self.connections = m.gauge("predlog_http_connections", "Open client connections.")
-        self.start_time = m.gauge("process_start_time_seconds", "Start of the process, Unix time.", max)
-        m.values[m.gauge("predlog_info", "Version and process.", max, version=__version__, process="producer")] = 1.0
-
-
-def build_metrics() -> Metrics:
-    """All metrics of the producer, at zero."""
-    return Counters().metrics
 
 
 class _Post(Publication):
@@ -314,7 +260,7 @@ class Api:
 
     def on_answer(self, exchange: Exchange, status: int) -> None:
         counters = self._counters
-        path = _OTHER if exchange.head is None or exchange.head.path not in METHODS else exchange.head.path
+        path = OTHER if exchange.head is None or exchange.head.path not in METHODS else exchange.head.path
         counters.metrics.values[counters.requests[path][status]] += 1.0
         if path == b"/process" and not exchange.refused:
             counters.request_seconds.observe(self._now() - exchange.began)

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from common.amqp.codec import Delivery, FrameDecoder, PublishEncoder, packed_seconds
+from common.consumer.prepare import prepare_batch
 from common.event.document import write_json
 from common.event.rows import CSV_HEADER, split_tags
 from common.event.schema import validate_event
 from common.storage.store import Store
-from consumer import rows_of
 
 
 def message(tag: int, body: bytes, message_id: bytes) -> Delivery:
@@ -87,26 +87,26 @@ def test_a_thousand_messages_become_exactly_their_rows(store: Store) -> None:
         for tag, document in enumerate(events, 1)
     ]
     for start in range(0, 1000, 100):
-        prepared = rows_of(messages[start : start + 100], store.seen, 0.25)
+        prepared = prepare_batch(messages[start : start + 100], store.seen, 0.25)
         assert prepared.stored == list(range(start + 1, start + 101))
         store.append(prepared.data, prepared.ids)
     assert read(store) == [row for document in events for row in expected_rows(document)]
 
     # The broker delivers them all again: nothing is written, and everything can be acked.
-    again = rows_of(messages, store.seen, 0.25)
+    again = prepare_batch(messages, store.seen, 0.25)
     assert (again.data, again.ids, again.duplicates, len(again.stored)) == (b"", [], 1000, 1000)
 
 
 def test_twice_in_one_batch_is_one_row(store: Store) -> None:
     body = json.dumps(random_event(random.Random(1), 1)).encode()
-    prepared = rows_of([message(1, body, b"a" * 32), message(2, body, b"a" * 32)], store.seen, 0.25)
+    prepared = prepare_batch([message(1, body, b"a" * 32), message(2, body, b"a" * 32)], store.seen, 0.25)
     assert (prepared.stored, prepared.duplicates, len(prepared.ids)) == ([1, 2], 1, 1)
 
 
 def test_messages_of_others_without_an_id_are_stored_each_time(store: Store) -> None:
     body = json.dumps(random_event(random.Random(1), 1)).encode()
     bare = Delivery(1, False, b"\x00\x3c\x00\x00" + len(body).to_bytes(8, "big") + b"\x00\x00", body)
-    prepared = rows_of([bare, bare], store.seen, 0.25)
+    prepared = prepare_batch([bare, bare], store.seen, 0.25)
     assert (prepared.duplicates, prepared.ids) == (0, [])
     assert prepared.rows == 2 * body.count(b'"prob"')
 
@@ -114,7 +114,7 @@ def test_messages_of_others_without_an_id_are_stored_each_time(store: Store) -> 
 @pytest.mark.parametrize("body", [b"", b"not json", b"[]", b'{"device_id":"d"}', b"\xff", b'{"device_id":null}'])
 def test_what_can_never_become_rows_is_poison_and_takes_no_good_message_with_it(store: Store, body: bytes) -> None:
     good = json.dumps(random_event(random.Random(1), 1)).encode()
-    prepared = rows_of(
+    prepared = prepare_batch(
         [message(1, good, b"a" * 32), message(2, body or b"x", b"b" * 32), message(3, good, b"c" * 32)],
         store.seen,
         0.25,
@@ -130,26 +130,26 @@ def test_what_can_never_become_rows_is_poison_and_takes_no_good_message_with_it(
 
 def test_a_message_with_a_broken_header_is_poison(store: Store) -> None:
     broken = Delivery(1, False, b"\x00\x3c\x00\x00" + bytes(8) + b"\x00\x80", b"{}")
-    assert [poison.reason for poison in rows_of([broken], store.seen, 0.25).poison] == [
+    assert [poison.reason for poison in prepare_batch([broken], store.seen, 0.25).poison] == [
         "a content header that ends too early"
     ]
 
 
 def test_what_is_not_an_event_is_poison_although_its_id_is_known(store: Store) -> None:
     good = json.dumps(random_event(random.Random(1), 1)).encode()
-    prepared = rows_of([message(1, good, b"a" * 32), message(2, b"not json", b"a" * 32)], store.seen, 0.25)
+    prepared = prepare_batch([message(1, good, b"a" * 32), message(2, b"not json", b"a" * 32)], store.seen, 0.25)
     assert (prepared.stored, prepared.duplicates, len(prepared.poison)) == ([1], 0, 1)
 
 
 def test_ids_that_differ_in_case_are_two(store: Store) -> None:
     good = json.dumps(random_event(random.Random(1), 1)).encode()
-    prepared = rows_of([message(1, good, b"ab" * 16), message(2, good, b"AB" * 16)], store.seen, 0.25)
+    prepared = prepare_batch([message(1, good, b"ab" * 16), message(2, good, b"AB" * 16)], store.seen, 0.25)
     assert (prepared.duplicates, len(set(prepared.ids))) == (0, 2)
 
 
 def test_an_event_without_predictions_is_remembered_though_it_has_no_row(store: Store) -> None:
     empty = {**random_event(random.Random(1), 1), "data": {"license_id": "l", "preds": []}}
-    prepared = rows_of([message(1, write_json(empty), b"a" * 32)], store.seen, 0.25)
+    prepared = prepare_batch([message(1, write_json(empty), b"a" * 32)], store.seen, 0.25)
     assert (prepared.data, prepared.rows, len(prepared.ids)) == (b"", 0, 1)
     store.append(prepared.data, prepared.ids)
-    assert rows_of([message(2, write_json(empty), b"a" * 32)], store.seen, 0.25).duplicates == 1
+    assert prepare_batch([message(2, write_json(empty), b"a" * 32)], store.seen, 0.25).duplicates == 1

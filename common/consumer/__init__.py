@@ -1,0 +1,1 @@
+"""The consumer: messages into CSV, each exactly once. Knows nothing of the producer."""

@@ -1,0 +1,1 @@
+"""The producer: events over HTTP, each published with a confirm. Knows nothing of the consumer."""
