@@ -91,8 +91,7 @@ def supervise(count: int, work: Callable[[int, int, bool], int], shutdown_second
         elif info is not None and info.si_signo in (signal.SIGTERM, signal.SIGINT) and kill_at is None:
             kill_at = now + shutdown_seconds + KILL_GRACE_SECONDS
             _tell(workers, signal.SIGTERM)
-        for pid, code in _reap(workers):
-            index = workers.pop(pid)
+        for pid, index, code in _reap(workers):
             if kill_at is not None:
                 exit_code = exit_code or code
             elif code > 0 and now - began < EARLY_SECONDS:
@@ -118,11 +117,14 @@ def _tell(workers: dict[int, int], signum: signal.Signals) -> None:
         os.kill(pid, signum)
 
 
-def _reap(workers: dict[int, int]) -> list[tuple[int, int]]:
-    """The workers that have ended: (pid, exit code, or minus the signal's number)."""
+def _reap(workers: dict[int, int]) -> list[tuple[int, int, int]]:
+    """Take out of `workers` all that have ended, before any is acted on: a pid that was reaped must not be signalled.
+
+    Each as (pid, index, exit code, or minus the signal's number).
+    """
     ended = []
     for pid in list(workers):
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
-            ended.append((pid, os.waitstatus_to_exitcode(status)))
+            ended.append((pid, workers.pop(pid), os.waitstatus_to_exitcode(status)))
     return ended

@@ -156,3 +156,19 @@ def test_a_port_in_use_is_one_line_even_if_its_owner_would_share_it() -> None:
         port = other.getsockname()[1]
         with pytest.raises(StartupError, match=f"cannot listen on 127.0.0.1:{port}: .*set HTTP_PORT"):
             workers.reserve_port("127.0.0.1", port)
+
+
+def test_workers_that_end_together_are_not_signalled(supervise: Supervise) -> None:
+    """Both have ended when the supervisor looks: the first one's end must not send SIGTERM to the pid of the second."""
+    supervisor = supervise("""
+reap = workers._reap
+def reap_both(running):
+    for pid in running:
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    return reap(running)
+workers._reap = reap_both
+def work(index, alive_fd, replaces):
+    return 3
+""")
+    _, said = supervisor.communicate(timeout=20)
+    assert (supervisor.returncode, said) == (3, "")
