@@ -6,7 +6,7 @@ from pathlib import Path
 
 import aiormq
 
-from common.amqp import QUEUE_ARGUMENTS
+from common.amqp.topology import QUEUE_ARGUMENTS
 from scripts.rabbitmq import speaks_amqp
 from tests.cluster import Cluster
 
