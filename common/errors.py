@@ -23,8 +23,12 @@ class InvalidEvent(Exception):
         self.faults = faults
 
 
-class Unavailable(Exception):
-    """The event was not accepted, and a retry may be: 503. `reason` is one word for metrics, `why` is for a person."""
+class NotConfirmed(Exception):
+    """What became of an event that the broker has not confirmed."""
+
+
+class Unavailable(NotConfirmed):
+    """It was not accepted, and a retry may be. `reason` is one word for metrics; `why` is for the log and /readyz."""
 
     status = 503
 
@@ -32,6 +36,21 @@ class Unavailable(Exception):
         super().__init__(f"{why}; nothing was accepted, try again")
         self.reason = reason
         self.why = why
+
+
+class TooLarge(NotConfirmed):
+    """It was not accepted, and never will be: the broker takes no message of more than `most_bytes`."""
+
+    def __init__(self, most_bytes: int) -> None:
+        super().__init__(f"the broker takes no event longer than {most_bytes} bytes")
+        self.most_bytes = most_bytes
+
+
+class OutcomeUnknown(NotConfirmed):
+    """It was sent, and may or may not be stored."""
+
+    def __init__(self) -> None:
+        super().__init__("no confirm from the broker in time: the event may or may not be stored")
 
 
 class Fatal(Exception):
