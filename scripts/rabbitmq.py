@@ -125,11 +125,7 @@ class RabbitMQ:
 
     def ctl(self, *arguments: str, timeout_seconds: float = 30.0) -> str:
         """Runs `rabbitmqctl` on this node and returns what it prints; raises CalledProcessError."""
-        command = [_script("rabbitmqctl"), "--quiet", *arguments]
-        done = subprocess.run(
-            command, env=self._environment(), capture_output=True, text=True, check=True, timeout=timeout_seconds
-        )
-        return done.stdout
+        return self._tool("rabbitmqctl", *arguments, timeout_seconds=timeout_seconds)
 
     def __enter__(self) -> Self:
         self.start()
@@ -137,6 +133,17 @@ class RabbitMQ:
 
     def __exit__(self, *error: object) -> None:
         self.stop()
+
+    def _tool(self, name: str, *arguments: str, timeout_seconds: float) -> str:
+        done = subprocess.run(
+            [_script(name), "--quiet", *arguments],
+            env=self._environment(),
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=timeout_seconds,
+        )
+        return done.stdout
 
     @property
     def _start_log(self) -> Path:

@@ -4,6 +4,7 @@ Ports, cookie, epmd and directories are its own; it needs neither root nor conta
 """
 
 import re
+import subprocess
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -21,6 +22,7 @@ _CONFIGURATION = f"""\
 net_ticktime = {NET_TICKTIME_SECONDS}
 queue_leader_locator = balanced
 cluster_partition_handling = """
+_VIEW = re.compile(r"\{'([\w-]+@\w+)',\s*(\[[^\]]*\]),\s*(\[[^\]]*\])\}")
 
 
 class Queue(NamedTuple):
@@ -57,7 +59,7 @@ class Cluster:
             (node.directory / "rabbitmq.conf").write_text("\n".join(lines) + "\n")
 
     def start(self, timeout_seconds: float = 90.0) -> None:
-        """Start every node that does not run; return when all of them greet and are one cluster."""
+        """Start every node that does not run; return when all of them greet a client. See also `unite`."""
         try:
             if not self._is_founded:  # in 3.10 nodes that found one together wait up to 18 s for one another's locks
                 self.nodes[0].start(timeout_seconds)
@@ -66,11 +68,31 @@ class Cluster:
                 if not node.is_running:
                     node.launch()
             self.wait_until_up(*self.nodes, timeout_seconds=timeout_seconds)
-            if (running := self.running(self.nodes[0])) != self._names:
-                raise BrokerError(f"{sorted(running)} are one cluster, not {sorted(self._names)}")
         except BaseException:
             self.kill()
             raise
+
+    def unite(self, timeout_seconds: float = 60.0) -> int:
+        """Wait until each node sees all; restart those whose Mnesia went its own way. Returns how many.
+
+        So it is with a node that was frozen for longer than the tick time (3.10.8): the connections are back so quickly
+        that pause_minority never finds it alone.
+        """
+        restarted = 0
+
+        def is_whole() -> bool:
+            nonlocal restarted
+            whole = True
+            for node, (running, partitions) in self._views().items():
+                if len(partitions) > len(self.nodes) // 2:
+                    node.restart()
+                    restarted += 1
+                    return False
+                whole = whole and running == self._names and not partitions
+            return whole
+
+        _wait_until("all nodes are one cluster", is_whole, timeout_seconds)
+        return restarted
 
     def kill(self) -> None:
         """The end: kill -9 of every node, and of the epmd."""
@@ -81,6 +103,7 @@ class Cluster:
 
     def __enter__(self) -> Self:
         self.start()
+        self.unite()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -97,7 +120,7 @@ class Cluster:
 
     def running(self, node: RabbitMQ) -> set[str]:
         """The names of the nodes that this one sees running, itself included."""
-        return _names(node.ctl("eval", "rabbit_nodes:all_running()."))
+        return _names(_ctl(node, "eval", "rabbit_nodes:all_running()."))
 
     def cut_off(self, node: RabbitMQ) -> None:
         """A network partition: this node on the one side, the others on the other. Clients still reach both.
@@ -110,17 +133,13 @@ class Cluster:
         """Undo `cut_off`."""
         self._each_other(node, f"erlang:set_cookie(Node, '{_COOKIE}'), net_adm:ping(Node)")
 
-    def is_partitioned(self, node: RabbitMQ) -> bool:
-        """Whether its Mnesia and another's went separate ways: then only a restart unites them.
-
-        So it is with a node that was frozen for longer than the tick time (3.10.8): it connects again so quickly that
-        pause_minority never sees it alone.
-        """
-        return bool(_names(node.ctl("eval", "rabbit_node_monitor:partitions().")))
+    def close_connections(self, node: RabbitMQ) -> None:
+        """Those of the clients of this node."""
+        _ctl(node, "close_all_connections", "test")
 
     def queues(self, node: RabbitMQ) -> dict[str, Queue]:
         """The quorum queues by name."""
-        lines = node.ctl("list_queues", "--no-table-headers", "name", "leader", "online").splitlines()
+        lines = _ctl(node, "list_queues", "--no-table-headers", "name", "leader", "online").splitlines()
         cells = [line.split("\t") for line in lines]
         return {name: Queue(leader, _names(online)) for name, leader, online in cells}
 
@@ -142,13 +161,36 @@ class Cluster:
         for node in self.nodes:
             node.sync_new_queues()
 
+    def _views(self) -> dict[RabbitMQ, tuple[set[str], set[str]]]:
+        """For each node: the nodes that it sees running, and those from which its Mnesia is split."""
+        call = "rpc:call(Node, {}, [])"
+        views = (
+            f"{{Node, {call.format('rabbit_nodes, all_running')}, {call.format('rabbit_node_monitor, partitions')}}}"
+        )
+        nodes = ", ".join(f"'{node.name}'" for node in self.nodes)
+        text = _ctl(self.nodes[0], "eval", f"[{views} || Node <- [{nodes}]].")
+        seen = {name: (_names(running), _names(split)) for name, running, split in _VIEW.findall(text)}
+        return {node: seen.get(node.name, (set(), set())) for node in self.nodes}
+
     @property
     def _names(self) -> set[str]:
         return {node.name for node in self.nodes}
 
     def _each_other(self, node: RabbitMQ, expressions: str) -> None:
         others = ", ".join(f"'{other.name}'" for other in self.others(node))
-        node.ctl("eval", f"[begin {expressions} end || Node <- [{others}]].")
+        _ctl(node, "eval", f"[begin {expressions} end || Node <- [{others}]].")
+
+
+def _ctl(node: RabbitMQ, *arguments: str) -> str:
+    """rabbitmqctl, with patience: under load, and just after a restart, it may fail."""
+    for _ in range(3):
+        try:
+            return node.ctl(*arguments)
+        except subprocess.SubprocessError as failure:
+            error = failure
+            time.sleep(1.0)
+    said = str(getattr(error, "stderr", "") or error).strip()
+    raise BrokerError(f"rabbitmqctl {arguments[0]} failed three times on {node.name}: {said}")
 
 
 def _names(text: str) -> set[str]:

@@ -36,6 +36,10 @@ class RabbitMQ(rabbitmq.RabbitMQ):
             self.resume()  # a frozen VM would not hear it
         super().stop()
 
+    def drain(self) -> None:
+        """What comes before a stop in a rolling upgrade: clients are sent away, leaders move to other nodes."""
+        self._tool("rabbitmq-upgrade", "drain", timeout_seconds=60)
+
     def restart(self) -> None:
         """An orderly stop and a start, on the same ports and data."""
         self.stop()

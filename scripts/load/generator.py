@@ -5,7 +5,8 @@ import json
 import time
 from array import array
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import TextIO
 
 from scripts.load.client import Answer, Connection, Target
@@ -26,7 +27,7 @@ class Load:
 
     def __init__(
         self,
-        target: Target,
+        target: Target | Sequence[Target],
         events: Events,
         *,
         count: int | None = None,
@@ -40,6 +41,7 @@ class Load:
 
         With `retries` each event has an Idempotency-Key and is sent until it is answered 200 or refused for good, for
         GIVE_UP_SECONDS; a retry may write the same event differently. `log` gets each answer as a JSON line.
+        Several targets are as many ways to one service: connections are spread over them, and a retry takes another.
         """
         self.ledger = Ledger()
         self.latencies_seconds = array("f")  # of the answers 200
@@ -47,7 +49,7 @@ class Load:
         self.wrong_answers = 0  # 200 with another event than the one that was sent
         self.gave_up = 0
         self.batches = 0
-        self._target = target
+        self._targets = [target] if isinstance(target, Target) else list(target)
         self._events = events
         self._count = count
         self._connections = max(1, concurrency // pipeline)
@@ -65,20 +67,21 @@ class Load:
 
     async def run(self) -> None:
         self._started = time.monotonic()
-        lines = [_Line(self._target) for _ in range(self._connections)]
+        lines = [[_Line(target) for target in self._targets] for _ in range(self._connections)]
         try:
             async with asyncio.TaskGroup() as group:
-                for line in lines:
+                for index, ways in enumerate(lines):
+                    first = index % len(ways)
                     for _ in range(self._pipeline):
-                        group.create_task(self._work(line))
+                        group.create_task(self._work(ways[first:] + ways[:first]))
         finally:
-            for line in lines:
+            for line in chain.from_iterable(lines):
                 line.close()
 
-    async def _work(self, line: "_Line") -> None:
+    async def _work(self, lines: list["_Line"]) -> None:
         while not self._stopping and (self._count is None or len(self.ledger) < self._count):
             if len(self._again) > _AGAIN_LATER:
-                await self._deliver(line, self._again.popleft(), variant=2)
+                await self._deliver(lines, self._again.popleft(), variant=2)
                 continue
             number = self.ledger.open()
             numbers = [number]
@@ -87,24 +90,28 @@ class Load:
             if self._rate is not None:
                 await asyncio.sleep(self._started + number / self._rate - time.monotonic())
             if len(numbers) > 1:
-                await self._deliver_batch(line, numbers)
+                await self._deliver_batch(lines, numbers)
                 continue
-            await self._deliver(line, number, variant=0)
+            await self._deliver(lines, number, variant=0)
             if self._retries and number % _AGAIN_EVERY == 0 and self._events.key(number) is not None:
                 self._again.append(number)
 
-    async def _deliver(self, line: "_Line", number: int, variant: int) -> None:
+    async def _deliver(self, lines: list["_Line"], number: int, variant: int) -> None:
         key = self._events.key(number) if self._retries else None
         give_up = time.monotonic() + GIVE_UP_SECONDS
         for attempt in range(1_000_000):
-            connection = await line.connected(give_up)
+            line = lines[attempt % len(lines)]
+            connection = await line.connected(give_up if len(lines) == 1 else 0.0)
             if connection is None:
-                self.gave_up += 1
-                return
-            request = self._target.request(self._events.body(number, variant), key)
+                if time.monotonic() > give_up:
+                    self.gave_up += 1
+                    return
+                await _back_off(attempt)
+                continue
+            request = line.target.request(self._events.body(number, variant), key)
             pending = [connection.send(request)]
             if key is not None and number % _AGAIN_EVERY == _AGAIN_EVERY // 2:  # an impatient client
-                pending.append(connection.send(self._target.request(self._events.body(number, variant + 1), key)))
+                pending.append(connection.send(line.target.request(self._events.body(number, variant + 1), key)))
             answers = [await answer for answer in pending]
             for answer in answers:
                 self._enter(number, attempt, answer)
@@ -115,20 +122,24 @@ class Load:
                 self.gave_up += 1
                 return
             variant += attempt % 2  # the same bytes, and sometimes others of the same event
-            await asyncio.sleep(_BACKOFF_SECONDS[min(attempt, len(_BACKOFF_SECONDS) - 1)])
+            await _back_off(attempt)
 
-    async def _deliver_batch(self, line: "_Line", numbers: list[int]) -> None:
+    async def _deliver_batch(self, lines: list["_Line"], numbers: list[int]) -> None:
         """As an array or as lines; a retry is of the whole batch."""
         self.batches += 1
         key, as_lines = self._events.batch_key(numbers[0]), self.batches % 2 == 0
-        target = self._target._replace(path=f"{self._target.path}/batch")
         content_type = "application/x-ndjson" if as_lines else "application/json"
         give_up = time.monotonic() + GIVE_UP_SECONDS
         for attempt in range(1_000_000):
-            connection = await line.connected(give_up)
-            if connection is None or time.monotonic() > give_up:
+            line = lines[attempt % len(lines)]
+            connection = await line.connected(give_up if len(lines) == 1 else 0.0)
+            if time.monotonic() > give_up:
                 self.gave_up += len(numbers)
                 return
+            if connection is None:
+                await _back_off(attempt)
+                continue
+            target = line.target._replace(path=f"{line.target.path}/batch")
             variant = _ONE_LINE_VARIANTS[attempt % 3] if as_lines else attempt
             bodies = [self._events.body(number, variant) for number in numbers]
             body = b"\n".join(bodies) if as_lines else b"[" + b",".join(bodies) + b"]"
@@ -142,7 +153,7 @@ class Load:
                 self._enter(number, attempt, answer._replace(status=status, body=self._events.id(number)))
             if not any(status == CUT or status >= 500 for status in statuses):
                 return
-            await asyncio.sleep(_BACKOFF_SECONDS[min(attempt, len(_BACKOFF_SECONDS) - 1)])
+            await _back_off(attempt)
 
     def _enter(self, number: int, attempt: int, answer: Answer) -> None:
         self.ledger.record(number, answer.status)
@@ -160,7 +171,7 @@ class _Line:
     """Keeps one connection up for all who share it."""
 
     def __init__(self, target: Target) -> None:
-        self._target = target
+        self.target = target
         self._connection: Connection | None = None
         self._connecting = asyncio.Lock()
 
@@ -171,7 +182,7 @@ class _Line:
         async with self._connecting:
             while self._connection is None or not self._connection.is_open:
                 try:
-                    self._connection = await Connection.open(self._target, ANSWER_TIMEOUT_SECONDS)
+                    self._connection = await Connection.open(self.target, ANSWER_TIMEOUT_SECONDS)
                 except OSError:
                     if time.monotonic() > give_up:
                         return None
@@ -181,6 +192,10 @@ class _Line:
     def close(self) -> None:
         if self._connection is not None:
             self._connection.close()
+
+
+async def _back_off(attempt: int) -> None:
+    await asyncio.sleep(_BACKOFF_SECONDS[min(attempt, len(_BACKOFF_SECONDS) - 1)])
 
 
 def percentile(values: "array[float] | deque[float]", per_cent: float) -> float:

@@ -1,8 +1,8 @@
 """The chaos run (`make chaos`): rounds of seeded trouble under load, then the comparison of every answer with the CSV.
 
 Environment: SEED (same seed, same troubles in the same order; default: random), SECONDS (default 120), ROUNDS (a
-number of rounds instead of a time). Exit code 0 only when nothing was lost, doubled, torn or foreign, and everything
-came back by itself.
+number of rounds instead of a time), CLUSTER (a cluster of so many nodes instead of one broker). Exit code 0 only when
+nothing was lost, doubled, torn or foreign, and everything came back by itself.
 """
 
 import os
@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -25,10 +25,9 @@ from scripts.load.events import BATCH_EVENTS, Events
 from scripts.load.generator import GIVE_UP_SECONDS, Load, percentile
 from scripts.load.ledger import CUT
 from scripts.rabbitmq import BrokerError
-from tests.chaos import troubles
+from tests.chaos import cluster_troubles, troubles
 from tests.chaos.stage import LoadThread, Stage, StageError
-from tests.chaos.troubles import Trouble
-from tests.rabbitmq import RabbitMQ
+from tests.chaos.troubles import Play, Trouble
 
 EVENTS_PER_SECOND = 400.0
 KEYLESS_EVERY, LARGE_EVERY, BATCH_EVERY = 8, 301, 4
@@ -67,14 +66,15 @@ def main() -> int:
         seed = int(os.environ.get("SEED") or random.SystemRandom().randrange(1_000_000))
         rounds = int(os.environ["ROUNDS"]) if os.environ.get("ROUNDS") else None
         limit = Limit(rounds, float(os.environ.get("SECONDS") or 120))
+        cluster_nodes = int(os.environ.get("CLUSTER") or 0)
     except ValueError as error:
-        console.print(f"make chaos: SEED, ROUNDS and SECONDS are numbers: {error}", style="red", markup=False)
+        console.print(f"make chaos: SEED, ROUNDS, SECONDS and CLUSTER are numbers: {error}", style="red", markup=False)
         return 2
     directory = Path(tempfile.mkdtemp(prefix="predlog-chaos-"))
     console.print(f"chaos: SEED={seed}, files in {directory}")
     good = False
     try:
-        report = run(seed, limit, directory, console)
+        report = run(seed, limit, directory, console, cluster_nodes)
         show(report, console)
         good = report.good
     except (StageError, BrokerError) as error:
@@ -84,7 +84,8 @@ def main() -> int:
     if good:
         shutil.rmtree(directory)
     else:
-        console.print(f"again: make chaos SEED={seed}; logs and CSV stay in {directory}")
+        cluster = f" CLUSTER={cluster_nodes}" * bool(cluster_nodes)
+        console.print(f"again: make chaos SEED={seed}{cluster}; logs and CSV stay in {directory}")
     return 0 if good else 1
 
 
@@ -143,33 +144,34 @@ class _Display:
         self._progress.update(self._task, completed=min(1.0, self.part_done), counts=counts)
 
 
-def run(seed: int, limit: Limit, directory: Path, console: Console) -> Report:
+def run(seed: int, limit: Limit, directory: Path, console: Console, cluster_nodes: int = 0) -> Report:
     """Raises StageError when even the end is not reached; `directory` then tells why."""
-    broker = RabbitMQ(directory / "rabbitmq")
-    stage = Stage(directory, broker, ROTATE_BYTES="2000000", ROTATE_GZIP="1", CONFIRM_TIMEOUT_MS="5000")
-    trouble = Trouble(stage, seed)
+    settings = {"ROTATE_BYTES": "2000000", "ROTATE_GZIP": "1", "CONFIRM_TIMEOUT_MS": "5000"}
+    if cluster_nodes:
+        play = cluster_troubles.on_stage(directory, seed, cluster_nodes, **settings)
+    else:
+        play = troubles.on_stage(directory, seed, **settings)
+    trouble, stage = play.trouble, play.trouble.stage
     events = Events(seed, keyless_every=KEYLESS_EVERY, large_every=LARGE_EVERY, batch_every=BATCH_EVERY)
-    load = Load(stage.target(), events, concurrency=32, retries=True, rate=EVENTS_PER_SECOND)
+    load = Load(stage.targets(), events, concurrency=32, retries=True, rate=EVENTS_PER_SECOND)
     problems, slowest_seconds = [], 0.0
     try:
         with _Display(console, stage, load, limit) as display:
             display.say("starting")
-            troubles.mend(trouble)
-            stage.wait_until_ready()
-            broker.sync_new_queues()
+            play.begin()
             thread = LoadThread(load)
             try:
-                for kind in _kinds(random.Random(seed)):
+                for kind in _kinds(random.Random(seed), list(play.kinds)):
                     if display.part_done >= 1:
                         break
-                    slowest_seconds = max(slowest_seconds, _round(kind, trouble, display))
+                    slowest_seconds = max(slowest_seconds, _round(kind, play, display))
             except StageError as error:
                 problems.append(str(error))
             display.say("recovering")
-            problems += _end(trouble, thread)
+            problems += _end(play, thread)
             metrics = sum((service.metrics() for service in stage.services), start=Counter[str]())
             display.say("stopping")
-            for service in (stage.standby, stage.consumer, stage.producer):
+            for service in (*stage.standbys, *stage.consumers, *stage.producers):
                 if service.alive and (code := service.stop()):
                     problems.append(f"{service.name} ended with {code} after SIGTERM")
             display.say("comparing")
@@ -179,19 +181,17 @@ def run(seed: int, limit: Limit, directory: Path, console: Console) -> Report:
             )
     finally:
         stage.kill_all()
-        if broker.process is not None:
-            broker.kill()  # nobody needs its data any more
-        broker.stop()
+        play.end()
 
 
-def _round(kind: troubles.Kind, trouble: Trouble, display: _Display) -> float:
+def _round(kind: str, play: Play, display: _Display) -> float:
     """Makes one trouble and mends it; seconds until all was ready again, 0 when that was not waited for."""
-    name = kind.__name__.replace("_", " ")
+    trouble, name = play.trouble, kind.replace("_", " ")
     display.say(f"round {display.rounds + 1}: {name}")
     # What happened before does not change what is chosen in this round.
     trouble.choose = random.Random(f"{trouble.seed}/{display.rounds}")
-    kind(trouble)
-    troubles.mend(trouble)
+    play.kinds[kind]()
+    play.mend()
     display.rounds += 1
     if trouble.choose.random() < 0.25:  # the next trouble comes while this one is not over
         display.tell(f"{display.rounds:4} {name}")
@@ -204,15 +204,15 @@ def _round(kind: troubles.Kind, trouble: Trouble, display: _Display) -> float:
     return seconds
 
 
-def _end(trouble: Trouble, thread: LoadThread) -> list[str]:
+def _end(play: Play, thread: LoadThread) -> list[str]:
     """Mends all, ends the load, waits until everything is stored; what is wrong besides the CSV."""
-    stage, load = trouble.stage, thread.load
-    troubles.mend(trouble)
+    stage, load = play.trouble.stage, thread.load
+    play.mend()
     stage.wait_until_ready()
     thread.finish(now=True)
     stage.wait_until_stored()
     problems = []
-    if count := stage.ready_messages(f"{stage.queue_name}.dead"):
+    if count := stage.dead_letters():
         problems.append(f"{count} dead letters")
     if load.wrong_answers:
         problems.append(f"{load.wrong_answers} answers 200 with another event")
@@ -223,10 +223,10 @@ def _end(trouble: Trouble, thread: LoadThread) -> list[str]:
     return problems
 
 
-def _kinds(choose: random.Random) -> Iterator[troubles.Kind]:
+def _kinds(choose: random.Random, kinds: Sequence[str]) -> Iterator[str]:
     """Every kind once in random order, and again."""
     while True:
-        yield from choose.sample(troubles.KINDS, len(troubles.KINDS))
+        yield from choose.sample(kinds, len(kinds))
 
 
 def show(report: Report, console: Console) -> None:
@@ -254,6 +254,8 @@ def show(report: Report, console: Console) -> None:
     table.add_row("rows in the CSV", f"{verdict.rows:,}")
     table.add_row("duplicates dropped, at least", f"{report.metrics['predlog_duplicates_total']:,}")
     table.add_row("slowest recovery", f"{report.slowest_recovery_seconds:.1f} s")
+    for name, seconds in report.trouble.slowest_seconds.items():
+        table.add_row(f"slowest: {name}", f"{seconds:.1f} s")
     for name, finding in verdict.findings.items():
         table.add_row(name, f"{finding.count:,}", style="red" if finding.count else "green")
     console.print(table)

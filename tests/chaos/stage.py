@@ -13,7 +13,8 @@ import threading
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 import aiormq
@@ -172,32 +173,33 @@ class LoadThread:
 
 
 class Stage:
-    """One queue, one producer, up to two consumers of one CSV. The broker is started and stopped by the caller."""
+    """Producers, and consumers of queues with a CSV each. Whoever waits polls, and is called `on_poll` meanwhile.
 
-    def __init__(self, directory: Path, broker: RabbitMQ, queue_name: str = "predictions", **settings: str) -> None:
-        """`settings` are environment variables of all processes."""
-        self.broker = broker
-        self.queue_name = queue_name
-        self.csv = directory / "data" / "data.csv"
+    The broker is started and stopped by the caller.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        broker_url: str,
+        queues: Mapping[str, Path],
+        producers: Sequence[Service],
+        consumers: Sequence[Service],
+        standbys: Sequence[Service] = (),
+    ) -> None:
+        """`queues`: the CSV of each. `directory` has the logs."""
+        self.queues = queues
+        self.producers, self.consumers, self.standbys = list(producers), list(consumers), list(standbys)
         self.on_poll: Callable[[], None] = lambda: None  # called many times a second while the stage waits
+        self._broker_url = broker_url
         self._directory = directory
-        common = {"AMQP_URL": broker.url + "?heartbeat=2", "QUEUE_NAME": queue_name, **settings}
-        port = free_port()
-        command = [str(ROOT / "producer.py")]
-        self.producer = Service("producer", command, port, {**common, "HTTP_PORT": str(port)}, directory)
-        self.consumer, self.standby = (self._consumer(name, common) for name in ("consumer-a", "consumer-b"))
-
-    def _consumer(self, name: str, common: dict[str, str]) -> Service:
-        port = free_port()
-        environment = {**common, "HEALTH_PORT": str(port), "CSV_FILE": str(self.csv)}
-        return Service(name, ["-m", "tests.chaos.faulty_consumer"], port, environment, self._directory)
 
     @property
-    def services(self) -> tuple[Service, Service, Service]:
-        return self.producer, self.consumer, self.standby
+    def services(self) -> list[Service]:
+        return self.producers + self.consumers + self.standbys
 
-    def target(self) -> Target:
-        return Target.parse(self.producer.url)
+    def targets(self) -> list[Target]:
+        return [Target.parse(producer.url) for producer in self.producers]
 
     def wait_until(self, what: str, condition: Callable[[], bool], timeout_seconds: float) -> None:
         """Polls; raises StageError."""
@@ -214,12 +216,76 @@ class Stage:
             time.sleep(min(left, 0.1))
 
     def wait_until_ready(self, *services: Service) -> None:
-        for service in services or (self.producer, self.consumer):
+        """Default: all that serve."""
+        for service in services or (*self.producers, *self.consumers):
             self.wait_until(f"{service.name} is ready", service.is_ready_or_raise, READY_SECONDS)
+
+    def ready_messages(self, queue_names: Iterable[str]) -> int:
+        """Messages that nobody has got. Asked by AMQP, because rabbitmqctl is seconds behind with quorum queues."""
+
+        async def ask() -> int:
+            async with asyncio.timeout(10):
+                connection = await aiormq.connect(self._broker_url)
+                channel = await connection.channel()
+                queues = [await channel.queue_declare(name, passive=True) for name in queue_names]
+                await connection.close()
+                return sum(queue.message_count or 0 for queue in queues)
+
+        return asyncio.run(ask())
+
+    def dead_letters(self) -> int:
+        return self.ready_messages(f"{name}.dead" for name in self.queues)
+
+    def wait_until_stored(self) -> None:
+        """Until the consumers got nothing for a while and owe no ack, and the broker has no message left."""
+        counted, since = -1, time.monotonic()
+
+        def is_quiet() -> bool:
+            nonlocal counted, since
+            before, counted = counted, sum(each.metrics()["predlog_deliveries_total"] for each in self.consumers)
+            idle = all(each.is_ready() and not each.gauge("predlog_unacked") for each in self.consumers)
+            if counted != before or not idle:
+                since = time.monotonic()
+            return time.monotonic() - since > QUIET_SECONDS
+
+        self.wait_until("everything is stored", is_quiet, EMPTY_SECONDS)
+        self.wait_until("the queues are empty", lambda: self.ready_messages(self.queues) == 0, EMPTY_SECONDS)
+
+    def verdict(self, events: Events, load: Load) -> Verdict:
+        """Over the CSVs of all queues."""
+        return check(events, load.ledger, chain.from_iterable(map(opened, self.queues.values())))
+
+    def kill_all(self) -> None:
+        for service in self.services:
+            service.kill()
+
+
+class SingleStage(Stage):
+    """One broker, one queue, one producer, up to two consumers of one CSV."""
+
+    def __init__(self, directory: Path, broker: RabbitMQ, queue_name: str = "predictions", **settings: str) -> None:
+        """`settings` are environment variables of all processes."""
+        self.broker = broker
+        self.csv = directory / "data" / "data.csv"
+        common = {"AMQP_URL": broker.url + "?heartbeat=2", "QUEUE_NAME": queue_name, **settings}
+        self.producer = make_producer("producer", directory, common)
+        consumer, standby = (
+            make_consumer(name, directory, {**common, "CSV_FILE": str(self.csv)}, ["-m", "tests.chaos.faulty_consumer"])
+            for name in ("consumer-a", "consumer-b")
+        )
+        super().__init__(directory, broker.url, {queue_name: self.csv}, [self.producer], [consumer], [standby])
+
+    @property
+    def consumer(self) -> Service:
+        return self.consumers[0]
+
+    @property
+    def standby(self) -> Service:
+        return self.standbys[0]
 
     def take_over(self) -> None:
         """The standby is the consumer from now on."""
-        self.consumer, self.standby = self.standby, self.consumer
+        self.consumers, self.standbys = self.standbys, self.consumers
 
     def ctl(self, *arguments: str) -> str:
         """rabbitmqctl, with patience: under load, and just after a restart, it may fail. Raises StageError."""
@@ -231,35 +297,12 @@ class Stage:
                 self.sleep(1.0)
         raise StageError(f"rabbitmqctl {arguments[0]} failed three times: {error}")
 
-    def ready_messages(self, queue_name: str) -> int:
-        """Messages that nobody has got. Asked by AMQP, because rabbitmqctl is seconds behind with quorum queues."""
 
-        async def ask() -> int:
-            async with asyncio.timeout(10):
-                connection = await aiormq.connect(self.broker.url)
-                queue = await (await connection.channel()).queue_declare(queue_name, passive=True)
-                await connection.close()
-                return queue.message_count or 0
+def make_producer(name: str, directory: Path, environment: dict[str, str]) -> Service:
+    port = free_port()
+    return Service(name, [str(ROOT / "producer.py")], port, {**environment, "HTTP_PORT": str(port)}, directory)
 
-        return asyncio.run(ask())
 
-    def wait_until_stored(self) -> None:
-        """Until the consumer got nothing for a while and owes no ack, and the broker has no message left."""
-        counted, since = -1, time.monotonic()
-
-        def is_quiet() -> bool:
-            nonlocal counted, since
-            before, counted = counted, self.consumer.metrics()["predlog_deliveries_total"]
-            if counted != before or self.consumer.gauge("predlog_unacked") or not self.consumer.is_ready():
-                since = time.monotonic()
-            return time.monotonic() - since > QUIET_SECONDS
-
-        self.wait_until("the consumer has stored everything", is_quiet, EMPTY_SECONDS)
-        self.wait_until("the queue is empty", lambda: self.ready_messages(self.queue_name) == 0, EMPTY_SECONDS)
-
-    def verdict(self, events: Events, load: Load) -> Verdict:
-        return check(events, load.ledger, opened(self.csv))
-
-    def kill_all(self) -> None:
-        for service in self.services:
-            service.kill()
+def make_consumer(name: str, directory: Path, environment: dict[str, str], command: list[str]) -> Service:
+    port = free_port()
+    return Service(name, command, port, {**environment, "HEALTH_PORT": str(port)}, directory)

@@ -11,23 +11,23 @@ from scripts.load.events import Events
 from scripts.load.generator import Load
 from tests.chaos.__main__ import Limit, run
 from tests.chaos.faulty_consumer import RECOVERING, ROTATING, STORING
-from tests.chaos.stage import LoadThread, Stage
-from tests.chaos.troubles import Trouble
+from tests.chaos.stage import LoadThread, SingleStage
+from tests.chaos.troubles import SingleTrouble
 from tests.rabbitmq import RabbitMQ
 
 EVENTS = Events(seed=11, keyless_every=8, batch_every=4)
 
 
 @pytest.fixture
-def stage(tmp_path: Path, broker: RabbitMQ, queue_name: str) -> Iterator[Stage]:
-    stage = Stage(tmp_path, broker, queue_name, ROTATE_GZIP="1")
+def stage(tmp_path: Path, broker: RabbitMQ, queue_name: str) -> Iterator[SingleStage]:
+    stage = SingleStage(tmp_path, broker, queue_name, ROTATE_GZIP="1")
     stage.producer.start()
     stage.wait_until_ready(stage.producer)
     yield stage
     stage.kill_all()
 
 
-def finish(stage: Stage, thread: LoadThread, *, now: bool, **environment: str) -> Verdict:
+def finish(stage: SingleStage, thread: LoadThread, *, now: bool, **environment: str) -> Verdict:
     """A consumer without a fault takes what is left."""
     stage.consumer.start(**environment)
     thread.finish(now=now)
@@ -36,9 +36,9 @@ def finish(stage: Stage, thread: LoadThread, *, now: bool, **environment: str) -
     return stage.verdict(EVENTS, thread.load)
 
 
-def test_the_promise_holds_through_an_aimed_kill_at_every_step(stage: Stage) -> None:
-    thread = LoadThread(Load(stage.target(), EVENTS, concurrency=16, retries=True, rate=400))
-    trouble = Trouble(stage, seed=1)
+def test_the_promise_holds_through_an_aimed_kill_at_every_step(stage: SingleStage) -> None:
+    thread = LoadThread(Load(stage.targets(), EVENTS, concurrency=16, retries=True, rate=400))
+    trouble = SingleTrouble(stage, seed=1)
     for point in STORING:
         trouble.aim(point, 3, "power", FLUSH_INTERVAL_MS="5")
     for point in ("in-commit", "in-write", "write-to-fsync"):
@@ -65,10 +65,10 @@ def test_the_promise_holds_through_an_aimed_kill_at_every_step(stage: Stage) -> 
         ("no-cut", "in-write:4", {"torn"}),
     ],
 )
-def test_a_missing_step_is_found(stage: Stage, mutation: str, fault: str, findings: set[str]) -> None:
+def test_a_missing_step_is_found(stage: SingleStage, mutation: str, fault: str, findings: set[str]) -> None:
     stage.consumer.start(CHAOS_MUTATION=mutation, CHAOS_FAULT=fault)
     stage.wait_until_ready()
-    thread = LoadThread(Load(stage.target(), EVENTS, count=400, concurrency=16, retries=True, rate=400))
+    thread = LoadThread(Load(stage.targets(), EVENTS, count=400, concurrency=16, retries=True, rate=400))
     assert stage.consumer.wait_for_death(10)
     verdict = finish(stage, thread, now=False, CHAOS_MUTATION=mutation)
     found = {name for name, finding in verdict.findings.items() if finding.count}

@@ -1,4 +1,4 @@
-"""Every kind of trouble of a chaos round: one function each, which makes the trouble and leaves the mending to the run.
+"""Every kind of trouble of a round on one broker: a function each, which makes it and leaves the mending to the run.
 
 All choices come from the given random generator, so that a seed repeats them; only the moments differ.
 """
@@ -9,11 +9,15 @@ import resource
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
 
 from tests.chaos.faulty_consumer import RECOVERING, ROTATING, STORING
-from tests.chaos.stage import Service, Stage, StageError
+from tests.chaos.stage import Service, SingleStage, Stage, StageError
+from tests.rabbitmq import RabbitMQ
 
 REACHED_SECONDS = 6.0  # in which a consumer under load passes any fault point
 _DEAD_AT = -signal.SIGKILL
@@ -27,6 +31,30 @@ class Trouble:
         self.seed = seed
         self.choose = random.Random(seed)
         self.done: Counter[str] = Counter()
+        self.slowest_seconds: dict[str, float] = {}  # of what was waited for while something was away
+
+    def stop(self, service: Service) -> None:
+        """SIGTERM, once it is up: before it listens to signals, it simply dies of one."""
+        self.stage.wait_until(f"{service.name} is up", lambda: service.page("/healthz") is not None, 20)
+        self.done[f"{service.name.partition('-')[0]} stopped in order"] += 1
+        if code := service.stop():
+            raise StageError(f"{service.name} ended with {code} after SIGTERM: see {service.log_path}")
+
+
+class Play(NamedTuple):
+    """What a run needs: everything is started by `begin`, comes back by `mend`; `end` ends the broker."""
+
+    trouble: Trouble
+    kinds: Mapping[str, Callable[[], None]]
+    begin: Callable[[], None]
+    mend: Callable[[], None]
+    end: Callable[[], None]
+
+
+class SingleTrouble(Trouble):
+    """What happens to one broker, one producer, one CSV."""
+
+    stage: SingleStage
 
     def kill(self, *who: str) -> None:
         """kill -9, at a random moment of the next half second."""
@@ -39,13 +67,6 @@ class Trouble:
                 self.stage.producer.kill()
             else:
                 self.stage.consumer.kill()
-
-    def stop(self, service: Service) -> None:
-        """SIGTERM, once it is up: before it listens to signals, it simply dies of one."""
-        self.stage.wait_until(f"{service.name} is up", lambda: service.page("/healthz") is not None, 20)
-        self.done[f"{service.name.partition('-')[0]} stopped in order"] += 1
-        if code := service.stop():
-            raise StageError(f"{service.name} ended with {code} after SIGTERM: see {service.log_path}")
 
     def start_consumer(self, **environment: str) -> None:
         """With settings of its own in each life."""
@@ -72,7 +93,7 @@ class Trouble:
             self.aim(point, 1)
 
 
-def kill_producer(trouble: Trouble) -> None:
+def kill_producer(trouble: SingleTrouble) -> None:
     """Or one of its workers, when it has any: the others go on."""
     workers = trouble.stage.producer.workers() if trouble.stage.producer.alive else []
     if not workers:
@@ -82,26 +103,26 @@ def kill_producer(trouble: Trouble) -> None:
     os.kill(trouble.choose.choice(workers), signal.SIGKILL)
 
 
-def kill_consumer(trouble: Trouble) -> None:
+def kill_consumer(trouble: SingleTrouble) -> None:
     trouble.kill("consumer")
 
 
-def kill_broker(trouble: Trouble) -> None:
+def kill_broker(trouble: SingleTrouble) -> None:
     trouble.kill("broker")
     trouble.stage.sleep(trouble.choose.uniform(0, 1))
 
 
-def kill_everything(trouble: Trouble) -> None:
+def kill_everything(trouble: SingleTrouble) -> None:
     trouble.kill(*trouble.choose.sample(("broker", "producer", "consumer"), 3))
 
 
-def restart_broker(trouble: Trouble) -> None:
+def restart_broker(trouble: SingleTrouble) -> None:
     trouble.done["broker restarted"] += 1
     trouble.stage.broker.stop()
     trouble.stage.sleep(trouble.choose.uniform(0, 1))
 
 
-def freeze_broker(trouble: Trouble) -> None:
+def freeze_broker(trouble: SingleTrouble) -> None:
     """For longer than the heartbeat: both sides take the other for dead."""
     trouble.done["broker frozen"] += 1
     trouble.stage.broker.pause()
@@ -109,7 +130,7 @@ def freeze_broker(trouble: Trouble) -> None:
     trouble.stage.broker.resume()
 
 
-def freeze_consumer(trouble: Trouble) -> None:
+def freeze_consumer(trouble: SingleTrouble) -> None:
     """For longer than the heartbeat: the broker gives its messages back, and its acks come too late."""
     trouble.done["consumer frozen"] += 1
     trouble.stage.consumer.send(signal.SIGSTOP)
@@ -117,7 +138,7 @@ def freeze_consumer(trouble: Trouble) -> None:
     trouble.stage.consumer.send(signal.SIGCONT)
 
 
-def stand_by(trouble: Trouble) -> None:
+def stand_by(trouble: SingleTrouble) -> None:
     stage = trouble.stage
     if not stage.standby.alive:
         stage.standby.start()
@@ -127,12 +148,12 @@ def stand_by(trouble: Trouble) -> None:
     trouble.done["standby takes over"] += 1
 
 
-def cut_connections(trouble: Trouble) -> None:
+def cut_connections(trouble: SingleTrouble) -> None:
     trouble.done["connections closed by the broker"] += 1
     trouble.stage.ctl("close_all_connections", "chaos")
 
 
-def memory_alarm(trouble: Trouble) -> None:
+def memory_alarm(trouble: SingleTrouble) -> None:
     trouble.done["memory alarm"] += 1
     trouble.stage.ctl("set_vm_memory_high_watermark", "0.000001")
     trouble.stage.sleep(trouble.choose.uniform(0.5, 2))
@@ -141,7 +162,7 @@ def memory_alarm(trouble: Trouble) -> None:
     trouble.stage.ctl("set_vm_memory_high_watermark", "0.4")
 
 
-def full_disk(trouble: Trouble) -> None:
+def full_disk(trouble: SingleTrouble) -> None:
     """The CSV cannot grow beyond some byte, which a write reaches in its middle."""
     stage = trouble.stage
     if not stage.consumer.alive:
@@ -159,13 +180,13 @@ def full_disk(trouble: Trouble) -> None:
         resource.prlimit(stage.consumer.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
-def stop_in_order(trouble: Trouble) -> None:
+def stop_in_order(trouble: SingleTrouble) -> None:
     for service in trouble.choose.sample((trouble.stage.producer, trouble.stage.consumer), 2):
         if service.alive:
             trouble.stop(service)
 
 
-def rename_csv(trouble: Trouble) -> None:
+def rename_csv(trouble: SingleTrouble) -> None:
     """What logrotate does, with its SIGHUP or without, or with a kill instead."""
     stage = trouble.stage
     if not stage.consumer.alive:
@@ -182,28 +203,28 @@ def rename_csv(trouble: Trouble) -> None:
         trouble.kill("consumer")
 
 
-def aimed_kills(trouble: Trouble) -> None:
+def aimed_kills(trouble: SingleTrouble) -> None:
     trouble.stage.consumer.kill()
     for point in trouble.choose.sample(list(STORING), 2):
         trouble.aim(point, trouble.choose.randrange(3, 12))
         trouble.aim_while_recovering()
 
 
-def power_cuts(trouble: Trouble) -> None:
+def power_cuts(trouble: SingleTrouble) -> None:
     trouble.stage.consumer.kill()
     for point in trouble.choose.sample(list(STORING), 2):
         trouble.aim(point, trouble.choose.randrange(3, 12), "power")
         trouble.aim_while_recovering()
 
 
-def kills_while_rotating(trouble: Trouble) -> None:
+def kills_while_rotating(trouble: SingleTrouble) -> None:
     trouble.stage.consumer.kill()
     for point in trouble.choose.sample(list(ROTATING), 2):
         trouble.aim(point, trouble.choose.randrange(1, 4), ROTATE_BYTES="50000")
         trouble.aim_while_recovering()
 
 
-Kind = Callable[[Trouble], None]
+Kind = Callable[[SingleTrouble], None]
 KINDS: tuple[Kind, ...] = (
     kill_producer, kill_consumer, kill_broker, kill_everything, restart_broker, freeze_broker, freeze_consumer,
     stand_by, cut_connections, memory_alarm, full_disk, stop_in_order, rename_csv, aimed_kills, power_cuts,
@@ -211,7 +232,7 @@ KINDS: tuple[Kind, ...] = (
 )  # fmt: skip
 
 
-def mend(trouble: Trouble) -> None:
+def mend(trouble: SingleTrouble) -> None:
     """Starts whatever is down, as an init system would."""
     stage = trouble.stage
     if stage.broker.process is None or stage.broker.process.poll() is not None:
@@ -222,3 +243,21 @@ def mend(trouble: Trouble) -> None:
         stage.take_over()
     if not stage.consumer.alive:
         trouble.start_consumer()
+
+
+def on_stage(directory: Path, seed: int, **settings: str) -> Play:
+    """Settings are environment variables of all processes."""
+    stage = SingleStage(directory, RabbitMQ(directory / "rabbitmq"), **settings)
+    trouble = SingleTrouble(stage, seed)
+
+    def begin() -> None:
+        mend(trouble)
+        stage.wait_until_ready()
+        stage.broker.sync_new_queues()
+
+    def end() -> None:
+        if stage.broker.process is not None:
+            stage.broker.kill()  # nobody needs its data any more
+        stage.broker.stop()
+
+    return Play(trouble, {kind.__name__: partial(kind, trouble) for kind in KINDS}, begin, partial(mend, trouble), end)
