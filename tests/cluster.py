@@ -158,8 +158,8 @@ class Cluster:
 
     def sync_new_queues(self) -> None:
         """See RabbitMQ.sync_new_queues: every member has such a table."""
-        for node in self.nodes:
-            node.sync_new_queues()
+        tables = "Table <- rpc:call(Node, dets, all, [])"
+        _ctl(self.nodes[0], "eval", f"[rpc:call(Node, dets, sync, [Table]) || Node <- {self._erlang_names}, {tables}].")
 
     def _views(self) -> dict[RabbitMQ, tuple[set[str], set[str]]]:
         """For each node: the nodes that it sees running, and those from which its Mnesia is split."""
@@ -167,14 +167,17 @@ class Cluster:
         views = (
             f"{{Node, {call.format('rabbit_nodes, all_running')}, {call.format('rabbit_node_monitor, partitions')}}}"
         )
-        nodes = ", ".join(f"'{node.name}'" for node in self.nodes)
-        text = _ctl(self.nodes[0], "eval", f"[{views} || Node <- [{nodes}]].")
+        text = _ctl(self.nodes[0], "eval", f"[{views} || Node <- {self._erlang_names}].")
         seen = {name: (_names(running), _names(split)) for name, running, split in _VIEW.findall(text)}
         return {node: seen.get(node.name, (set(), set())) for node in self.nodes}
 
     @property
     def _names(self) -> set[str]:
         return {node.name for node in self.nodes}
+
+    @property
+    def _erlang_names(self) -> str:
+        return "[" + ", ".join(f"'{name}'" for name in sorted(self._names)) + "]"
 
     def _each_other(self, node: RabbitMQ, expressions: str) -> None:
         others = ", ".join(f"'{other.name}'" for other in self.others(node))

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -144,8 +145,13 @@ class _Display:
         self._progress.update(self._task, completed=min(1.0, self.part_done), counts=counts)
 
 
-def run(seed: int, limit: Limit, directory: Path, console: Console, cluster_nodes: int = 0) -> Report:
-    """Raises StageError when even the end is not reached; `directory` then tells why."""
+def run(
+    seed: int, limit: Limit, directory: Path, console: Console, cluster_nodes: int = 0, kinds: Sequence[str] = ()
+) -> Report:
+    """Raises StageError when even the end is not reached; `directory` then tells why.
+
+    `kinds`: the troubles of the first rounds, in place of the seed's choice.
+    """
     settings = {"ROTATE_BYTES": "2000000", "ROTATE_GZIP": "1", "CONFIRM_TIMEOUT_MS": "5000"}
     if cluster_nodes:
         play = cluster_troubles.on_stage(directory, seed, cluster_nodes, **settings)
@@ -161,7 +167,7 @@ def run(seed: int, limit: Limit, directory: Path, console: Console, cluster_node
             play.begin()
             thread = LoadThread(load)
             try:
-                for kind in _kinds(random.Random(seed), list(play.kinds)):
+                for kind in chain(kinds, _kinds(random.Random(seed), list(play.kinds))):
                     if display.part_done >= 1:
                         break
                     slowest_seconds = max(slowest_seconds, _round(kind, play, display))
