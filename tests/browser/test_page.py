@@ -132,7 +132,8 @@ def is_listening(url: str) -> bool:
     return True
 
 
-def test_sending_the_example_shows_200_the_time_and_the_event_as_it_was_published(page: Page, url: str) -> None:
+def test_sending_the_example_shows_200_and_the_event(page: Page, url: str) -> None:
+    """Sending the example shows 200 the time and the event as it was published."""
     page.open(url)
     assert page.send() == "200 OK"
     assert re.fullmatch(r"[\d.]+ (ms|s)", page.text("#time"))
@@ -140,7 +141,8 @@ def test_sending_the_example_shows_200_the_time_and_the_event_as_it_was_publishe
     assert not page.get("faults").is_displayed()
 
 
-def test_the_answer_is_shown_as_it_came_not_as_javascript_reads_it(page: Page, url: str) -> None:
+def test_the_answer_is_shown_as_it_came(page: Page, url: str) -> None:
+    """The answer is shown as it came not as javascript reads it."""
     page.open(url)
     event = {**openapi.EVENT, "client_id": 12345678901234567890}
     event["data"] = {"license_id": "", "preds": [{"image_frame": '"{[,:\\', "prob": 1, "tags": []}]}
@@ -231,7 +233,8 @@ def test_the_live_panel_moves(page: Page, url: str) -> None:
     page.until(lambda: re.search(r"422 \S \d", page.text("#errors .note")))
 
 
-def test_everything_can_be_done_with_the_keyboard_in_the_order_of_the_page(page: Page, url: str) -> None:
+def test_everything_can_be_done_with_the_keyboard_in_order(page: Page, url: str) -> None:
+    """Everything can be done with the keyboard in the order of the page."""
     page.open(url)
     page.run("document.activeElement.blur()")
     stops = []
@@ -255,7 +258,8 @@ def test_everything_can_be_done_with_the_keyboard_in_the_order_of_the_page(page:
     assert "prob" in page.get("process").text
 
 
-def test_a_screen_reader_is_told_of_answers_and_finds_a_name_for_every_control(page: Page, url: str) -> None:
+def test_a_screen_reader_hears_answers_and_control_names(page: Page, url: str) -> None:
+    """A screen reader is told of answers and finds a name for every control."""
     page.open(url)
     assert page.get("outcome").get_attribute("aria-live") == "polite"
     assert page.get("ready").get_attribute("role") == "status"
@@ -312,7 +316,7 @@ return [...document.querySelectorAll(TEXT)]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_page_follows_the_systems_colours_with_enough_contrast(page: Page, url: str, scheme: str) -> None:
+def test_the_page_follows_the_system_colours_with_contrast(page: Page, url: str, scheme: str) -> None:
     """WCAG 2.1, 1.4.3: 4.5 to 1 for text."""
     page.open(url)
     page.prefer("prefers-color-scheme", scheme)
@@ -349,9 +353,8 @@ def test_nothing_moves_for_those_who_want_no_motion(page: Page, url: str) -> Non
     assert page.run(moving) == 0
 
 
-def test_without_the_token_401_is_shown_and_the_token_goes_nowhere_but_into_requests(
-    page: Page, producer: Start
-) -> None:
+def test_the_token_goes_nowhere_but_into_requests(page: Page, producer: Start) -> None:
+    """Without the token 401 is shown and the token goes nowhere but into requests."""
     page.open(producer(API_TOKEN="s3cret-token").url)
     assert page.send().startswith("401 ")
     assert "WWW-Authenticate: Bearer" in page.text("#outcome")
@@ -372,7 +375,8 @@ def test_without_a_broker_the_page_says_so_and_why(page: Page, producer: Start) 
     assert "Retry-After: 1" in page.text("#outcome")
 
 
-def test_a_producer_that_is_gone_leaves_the_page_usable_and_is_noticed(page: Page, producer: Start) -> None:
+def test_a_producer_that_is_gone_leaves_the_page_usable(page: Page, producer: Start) -> None:
+    """A producer that is gone leaves the page usable and is noticed."""
     service = producer()
     page.open(service.url)
     page.until(lambda: page.text("#ready") == "Ready")

@@ -76,7 +76,6 @@ def test_a_missing_step_is_found(stage: SingleStage, mutation: str, fault: str, 
 
 
 def test_the_promise_holds_through_a_short_seeded_run(tmp_path: Path) -> None:
-    # A seed whose first rounds leave the broker alone, for the time that takes.
     report = run(1356, Limit(rounds=4, seconds=0), tmp_path, Console(quiet=True))
     assert report.good, (str(report.verdict), report.problems)
     assert report.rounds == 4

@@ -49,7 +49,8 @@ def events() -> Events:
     return Events(random.SystemRandom().randrange(10**12))
 
 
-def test_each_prediction_of_1000_calls_is_one_row_of_the_shared_csv(events: Events) -> None:
+def test_each_prediction_of_1000_calls_is_one_row(events: Events) -> None:
+    """Each prediction of 1000 calls is one row of the shared csv."""
     load = Load(Target.parse(URL), events, count=CALLS, concurrency=32)
     asyncio.run(load.run())
     assert load.ledger.answers == {200: CALLS}
@@ -57,7 +58,8 @@ def test_each_prediction_of_1000_calls_is_one_row_of_the_shared_csv(events: Even
     assert_rows(events, range(CALLS))
 
 
-def test_a_retry_with_the_same_idempotency_key_makes_no_second_row(events: Events) -> None:
+def test_a_retry_with_the_same_key_makes_no_second_row(events: Events) -> None:
+    """A retry with the same idempotency key makes no second row."""
     key = events.id(0).decode()
     for variant in range(3):  # the same event, written differently
         assert post(events.body(1, variant), {"Idempotency-Key": key})[0] == 200
@@ -65,7 +67,8 @@ def test_a_retry_with_the_same_idempotency_key_makes_no_second_row(events: Event
     assert_rows(events, [1, 2])
 
 
-def test_a_malformed_event_is_a_422_that_names_each_fault_and_adds_no_row(events: Events) -> None:
+def test_a_malformed_event_is_a_422_and_adds_no_row(events: Events) -> None:
+    """A malformed event is a 422 that names each fault and adds no row."""
     event = json.loads(events.body(1))
     event["data"]["preds"] = [{"image_frame": "a", "prob": None, "tags": []}, {"image_frame": "b", "prob": 1}]
     status, answer = post(json.dumps(event).encode())

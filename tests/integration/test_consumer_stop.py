@@ -7,7 +7,6 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from common.storage.store import Store
 from tests.conftest import Service, Start
 from tests.proxy import Proxy
 from tests.rabbitmq import RabbitMQ
+from tests.support.polling import until
 
 BACKLOG = 4000
 SHUTDOWN_TIMEOUT_MS = 1500
@@ -75,21 +75,15 @@ def devices_in_csv(csv_file: Path) -> list[str]:
     return [line.partition(";")[0] for line in lines]
 
 
-async def until(what: str, condition: Callable[[], bool], timeout_seconds: float = 15.0) -> None:
-    deadline = time.monotonic() + timeout_seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {timeout_seconds:.0f} s: {what}"
-        await asyncio.sleep(0.005)
-
-
 async def stopped(service: Service) -> int:
     """SIGTERM, and the exit code; the loop goes on, for its proxy."""
     return await asyncio.to_thread(service.stop)
 
 
-async def test_sigterm_in_a_backlog_acks_every_stored_row_and_leaves_exactly_the_rest(
+async def test_sigterm_in_a_backlog_acks_exactly_what_is_stored(
     broker: RabbitMQ, queue_name: str, consumer: Start
 ) -> None:
+    """Sigterm in a backlog acks every stored row and leaves exactly the rest."""
     devices = [f"device-{number}" for number in range(BACKLOG)]
     await publish(broker.url, queue_name, [event_of(device) for device in devices])
     service = consumer(wait=False, PREFETCH_COUNT=20, FLUSH_INTERVAL_MS=1)
@@ -103,9 +97,10 @@ async def test_sigterm_in_a_backlog_acks_every_stored_row_and_leaves_exactly_the
 
 
 @pytest.mark.parametrize("trouble", ["never there", "gone", "silent"])
-async def test_sigterm_while_the_broker_is_away_ends_in_time_with_exit_code_0(
+async def test_sigterm_while_the_broker_is_away_ends_in_time(
     broker: RabbitMQ, queue_name: str, consumer: Start, trouble: str
 ) -> None:
+    """Sigterm while the broker is away ends in time with exit code 0."""
     async with Proxy(broker.port) as proxy:
         if trouble == "never there":
             await proxy.close()
@@ -126,9 +121,10 @@ async def test_sigterm_while_the_broker_is_away_ends_in_time_with_exit_code_0(
         assert "Traceback" not in service.log()
 
 
-async def test_sigterm_while_a_dead_letter_cannot_be_buried_ends_in_time_and_the_message_stays(
+async def test_sigterm_keeps_a_message_that_cannot_be_dead_lettered(
     broker: RabbitMQ, queue_name: str, consumer: Start
 ) -> None:
+    """Sigterm while a dead letter cannot be buried ends in time and the message stays."""
     async with Proxy(broker.port) as proxy:
         service = consumer(wait=False, AMQP_URL=proxy.url, SHUTDOWN_TIMEOUT_MS=SHUTDOWN_TIMEOUT_MS)
         await asyncio.to_thread(service.wait_until_ready)
@@ -141,9 +137,10 @@ async def test_sigterm_while_a_dead_letter_cannot_be_buried_ends_in_time_and_the
         assert await devices_in_queue(broker.url, queue_name) == ["poison"]
 
 
-async def test_a_rotation_that_fails_is_said_once_while_it_lasts_and_rows_go_on(
+async def test_a_failed_rotation_is_said_once_and_rows_continue(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """A rotation that fails is said once while it lasts and rows go on."""
     caplog.set_level(logging.INFO)
     csv_file = tmp_path / "data.csv"
     settings = ConsumerSettings(amqp_url="amqp://127.0.0.1:1/", rotate_bytes=1, flush_interval_ms=0)

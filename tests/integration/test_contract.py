@@ -16,6 +16,7 @@ import pytest
 
 from tests.conftest import Service, Start
 from tests.rabbitmq import RabbitMQ
+from tests.support.polling import wait_until
 
 EVENT: dict[str, Any] = {
     "device_id": "d",
@@ -76,9 +77,10 @@ async def test_200_echoes_the_event_as_it_was_published(producer: Start, broker:
     assert abs(properties.timestamp.timestamp() - time.time()) < 10
 
 
-async def test_the_queue_is_durable_and_quorum_and_other_arguments_are_one_clear_line(
+async def test_a_queue_with_other_arguments_is_one_clear_line(
     producer: Start, consumer: Start, broker: RabbitMQ, queue_name: str
 ) -> None:
+    """The queue is durable and quorum and other arguments are one clear line."""
     async with aiormq.connect(broker.url) as connection:
         channel = await connection.channel()
         await channel.queue_declare(queue_name, durable=True)
@@ -168,9 +170,8 @@ def shared_producer(request: pytest.FixtureRequest, broker: RabbitMQ, tmp_path_f
     service.stop()
 
 
-async def test_the_same_key_and_event_give_the_same_message_id_and_another_event_another(
-    producer: Start, broker: RabbitMQ, queue_name: str
-) -> None:
+async def test_key_and_event_together_give_the_message_id(producer: Start, broker: RabbitMQ, queue_name: str) -> None:
+    """The same key and event give the same message id and another event another."""
     service = producer()
     other = {**EVENT, "device_id": "e"}
     for document, key in ((EVENT, "k"), (EVENT, '"k"'), (other, "k"), (EVENT, "k2")):
@@ -217,7 +218,8 @@ async def test_a_batch_answers_for_each_event_after_its_confirm(
     assert len(await messages(broker, queue_name, 1)) == 1
 
 
-def test_tokens_keep_strangers_out_of_post_and_leave_health_open(producer: Start) -> None:
+def test_tokens_guard_post_and_leave_health_open(producer: Start) -> None:
+    """Tokens keep strangers out of post and leave health open."""
     service = producer(API_TOKEN="old,new", PROTECT_PAGES=1)
     status, fields, _ = post(service, EVENT)
     assert (status, fields["www-authenticate"]) == (401, 'Bearer realm="predlog"')
@@ -232,9 +234,10 @@ def test_tokens_keep_strangers_out_of_post_and_leave_health_open(producer: Start
     assert "old" not in service.log()
 
 
-def test_pipelined_requests_are_answered_in_order_though_their_confirms_take_their_time(
+def test_pipelined_requests_are_answered_in_order(
     shared_producer: Service,
 ) -> None:
+    """Pipelined requests are answered in order though their confirms take their time."""
     requests = b""
     for number in range(100):
         if number % 3 == 2:
@@ -253,9 +256,10 @@ def test_pipelined_requests_are_answered_in_order_though_their_confirms_take_the
     ] + ["health"]
 
 
-def test_expect_100_continue_is_sent_for_a_welcome_body_and_refused_bodies_are_not_read(
+def test_expect_100_continue_refuses_a_body_before_it_is_read(
     shared_producer: Service,
 ) -> None:
+    """Expect 100 continue is sent for a welcome body and refused bodies are not read."""
     host, _, port = shared_producer.url.removeprefix("http://").partition(":")
     body = json.dumps(EVENT).encode()
     for path, first in ((b"/process", b"HTTP/1.1 100 "), (b"/nowhere", b"HTTP/1.1 404 ")):
@@ -273,10 +277,7 @@ def test_expect_100_continue_is_sent_for_a_welcome_body_and_refused_bodies_are_n
 def test_why_there_is_no_broker_is_told_in_words(which: str, request: pytest.FixtureRequest, nobodys_port: int) -> None:
     start: Callable[..., Service] = request.getfixturevalue(which)
     service = start(wait=False, AMQP_URL=f"amqp://127.0.0.1:{nobodys_port}/")
-    deadline = time.monotonic() + 20
-    while "no broker at" not in service.log():
-        assert time.monotonic() < deadline, service.log()
-        time.sleep(0.05)
+    wait_until("the log says why", lambda: "no broker at" in service.log(), explain=service.log)
     status, _, answer = call(service, "GET", "/readyz")
     assert status == 503
     assert "Connection refused" in answer["detail"]
@@ -292,9 +293,10 @@ def test_why_there_is_no_broker_is_told_in_words(which: str, request: pytest.Fix
         ({"LOG_LEVEL": "loud"}, 2, "LOG_LEVEL"),
     ],
 )
-def test_what_waiting_does_not_mend_ends_the_process_with_one_clear_line(
+def test_what_waiting_does_not_fix_is_exit_1_with_one_line(
     which: str, settings: dict[str, str], code: int, words: str, request: pytest.FixtureRequest, broker: RabbitMQ
 ) -> None:
+    """What waiting does not mend ends the process with one clear line."""
     start: Callable[..., Service] = request.getfixturevalue(which)
     service = start(wait=False, **{name: value.format(port=broker.port) for name, value in settings.items()})
     assert service.process.wait(20) == code
@@ -320,7 +322,8 @@ def test_for_machines_the_last_words_are_json_too(consumer: Start, broker: Rabbi
     assert last["level"] == "critical"
 
 
-def test_what_ends_several_workers_is_said_in_a_line_by_those_it_ended(producer: Start, broker: RabbitMQ) -> None:
+def test_what_ends_several_workers_is_a_line_each(producer: Start, broker: RabbitMQ) -> None:
+    """What ends several workers is said in a line by those it ended."""
     service = producer(wait=False, WORKERS=3, AMQP_URL=broker.url.replace("guest:guest", "guest:wrong"))
     assert service.process.wait(20) == 1
     said = [line for line in service.log().splitlines() if " info " not in line]
@@ -344,7 +347,8 @@ def test_an_unwritable_csv_folder_is_one_clear_line(consumer: Start) -> None:
     assert "Traceback" not in service.log()
 
 
-def test_several_workers_share_the_port_add_their_metrics_up_and_are_replaced_when_they_die(producer: Start) -> None:
+def test_workers_share_a_port_and_metrics_and_are_replaced(producer: Start) -> None:
+    """Several workers share the port add their metrics up and are replaced when they die."""
     import os
     import signal
     from pathlib import Path
@@ -360,20 +364,16 @@ def test_several_workers_share_the_port_add_their_metrics_up_and_are_replaced_wh
         return metric(service, "predlog_events_total")
 
     service = producer(WORKERS=2)
-    deadline = time.monotonic() + 15
-    while metric(service, "predlog_amqp_connected") < 1:  # the least of all workers
-        assert time.monotonic() < deadline, service.log()
-        time.sleep(0.05)
+    # The gauge is the least of all workers.
+    wait_until("both are connected", lambda: metric(service, "predlog_amqp_connected") == 1, explain=service.log)
     for _ in range(40):
         assert post(service, EVENT)[0] == 200
     assert {events(service) for _ in range(8)} == {40.0}
     first = children(service.process.pid)
     assert len(first) == 2
     os.kill(first[0], signal.SIGKILL)
+    wait_until("the killed one is reaped", lambda: first[0] not in children(service.process.pid), explain=service.log)
     deadline = time.monotonic() + 15
-    while first[0] in children(service.process.pid):
-        assert time.monotonic() < deadline, service.log()
-        time.sleep(0.01)
     answered = 40
     while answered < 60 or len(children(service.process.pid)) < 2 or metric(service, "predlog_amqp_connected") < 1:
         assert post(service, EVENT)[0] == 200  # a new worker takes none before it has its broker

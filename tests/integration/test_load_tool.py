@@ -13,9 +13,8 @@ def load(producer: Service, *arguments: str) -> subprocess.CompletedProcess[str]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
 
-def test_every_accepted_event_is_verified_and_every_answer_logged(
-    producer: Start, consumer: Start, tmp_path: Path
-) -> None:
+def test_every_accepted_event_is_verified_and_logged(producer: Start, consumer: Start, tmp_path: Path) -> None:
+    """Every accepted event is verified and every answer logged."""
     csv, log = consumer().csv_file, tmp_path / "answers.jsonl"
     arguments = ("--events", "2000", "--retries", "--verify", str(csv), "--log", str(log))
     done = load(producer(), *arguments)

@@ -5,6 +5,7 @@ Real processes under a steady load; at the end every answer is compared with the
 
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import resource
@@ -13,7 +14,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import aiormq
@@ -28,6 +29,7 @@ from tests.chaos.stage import LoadThread
 from tests.conftest import Service, Start
 from tests.integration.test_contract import EVENT, call
 from tests.rabbitmq import RabbitMQ
+from tests.support.polling import wait_until
 
 RECOVERY_SECONDS = 15.0  # of which we may need a few; the rest is for a busy machine
 HEARTBEAT = "?heartbeat=2"
@@ -96,11 +98,7 @@ class Traffic:
         return check(self.events, self.load.ledger, opened(self.csv))
 
 
-def until(what: str, condition: Callable[[], bool], timeout_seconds: float = RECOVERY_SECONDS) -> None:
-    deadline = time.monotonic() + timeout_seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {timeout_seconds:.0f} s: {what}"
-        time.sleep(0.05)
+until = functools.partial(wait_until, timeout_seconds=RECOVERY_SECONDS)
 
 
 def reason_not_ready(service: Service) -> str:
@@ -138,7 +136,8 @@ def messages(node: RabbitMQ, queue_name: str) -> dict[str, int]:
     return {"queue": counts[queue_name], "dead": counts[f"{queue_name}.dead"]}
 
 
-def test_a_standby_waits_and_takes_over_within_seconds_of_a_kill(producer: Start, consumer: Start) -> None:
+def test_a_standby_takes_over_within_seconds_of_a_kill(producer: Start, consumer: Start) -> None:
+    """A standby waits and takes over within seconds of a kill."""
     active, standby = consumer(), consumer(wait=False)
     traffic = Traffic(producer(), active.csv_file)
     until("the standby is up", lambda: "standby" in standby.log())
@@ -214,9 +213,8 @@ def test_while_nothing_can_be_stored_nothing_is_acked(
     assert storing.csv_file.read_bytes().startswith(committed)
 
 
-def test_an_event_that_is_too_large_for_the_broker_disturbs_no_other(
-    producer: Start, consumer: Start, node: RabbitMQ
-) -> None:
+def test_an_event_too_large_for_the_broker_disturbs_no_other(producer: Start, consumer: Start, node: RabbitMQ) -> None:
+    """An event that is too large for the broker disturbs no other."""
     limit = "application:set_env(rabbit, max_message_size, {0}), persistent_term:put(max_message_size, {0})."
     node.ctl("eval", limit.format(100_000))
     try:
@@ -242,9 +240,8 @@ def test_an_event_that_is_too_large_for_the_broker_disturbs_no_other(
         node.ctl("eval", limit.format(134_217_728))
 
 
-def test_while_nothing_can_be_stored_a_new_connection_takes_nothing(
-    producer: Start, consumer: Start, node: RabbitMQ
-) -> None:
+def test_a_new_connection_takes_nothing_during_disk_trouble(producer: Start, consumer: Start, node: RabbitMQ) -> None:
+    """While nothing can be stored a new connection takes nothing."""
     posting, storing = producer(AMQP_URL=node.url), consumer(AMQP_URL=node.url)
     traffic = Traffic(posting, storing.csv_file)
     traffic.wait_for_more()
@@ -261,9 +258,8 @@ def test_while_nothing_can_be_stored_a_new_connection_takes_nothing(
     traffic.assert_exactly_once()
 
 
-def test_a_killed_broker_is_waited_for_and_keeps_what_it_confirmed(
-    producer: Start, consumer: Start, node: RabbitMQ
-) -> None:
+def test_a_killed_broker_keeps_what_it_confirmed(producer: Start, consumer: Start, node: RabbitMQ) -> None:
+    """A killed broker is waited for and keeps what it confirmed."""
     posting, storing = producer(AMQP_URL=node.url), consumer(AMQP_URL=node.url)
     node.sync_new_queues()
     traffic = Traffic(posting, storing.csv_file)
@@ -277,9 +273,8 @@ def test_a_killed_broker_is_waited_for_and_keeps_what_it_confirmed(
     traffic.assert_exactly_once()
 
 
-def test_a_broker_that_is_silent_for_longer_than_the_heartbeat_is_left_and_found_again(
-    producer: Start, consumer: Start, node: RabbitMQ
-) -> None:
+def test_a_silent_broker_is_left_and_found_again(producer: Start, consumer: Start, node: RabbitMQ) -> None:
+    """A broker that is silent for longer than the heartbeat is left and found again."""
     posting, storing = producer(AMQP_URL=node.url + HEARTBEAT), consumer(AMQP_URL=node.url + HEARTBEAT)
     traffic = Traffic(posting, storing.csv_file)
     traffic.wait_for_more()
@@ -292,9 +287,8 @@ def test_a_broker_that_is_silent_for_longer_than_the_heartbeat_is_left_and_found
     traffic.assert_exactly_once()
 
 
-def test_a_memory_alarm_refuses_events_with_the_reason_until_it_ends(
-    producer: Start, consumer: Start, node: RabbitMQ
-) -> None:
+def test_a_memory_alarm_refuses_events_until_it_ends(producer: Start, consumer: Start, node: RabbitMQ) -> None:
+    """A memory alarm refuses events with the reason until it ends."""
     posting, storing = producer(AMQP_URL=node.url), consumer(AMQP_URL=node.url)
     traffic = Traffic(posting, storing.csv_file)
     traffic.wait_for_more()
@@ -310,9 +304,10 @@ def test_a_memory_alarm_refuses_events_with_the_reason_until_it_ends(
     traffic.assert_exactly_once()
 
 
-def test_a_queue_deleted_under_a_live_consumer_is_made_again_by_both(
+def test_a_deleted_queue_is_declared_again_by_both(
     producer: Start, consumer: Start, node: RabbitMQ, queue_name: str
 ) -> None:
+    """A queue deleted under a live consumer is made again by both."""
     posting, storing = producer(AMQP_URL=node.url), consumer(AMQP_URL=node.url)
     node.ctl("delete_queue", queue_name)
     traffic = Traffic(posting, storing.csv_file)
@@ -356,9 +351,10 @@ def test_a_channel_closed_by_the_broker_comes_back(producer: Start, consumer: St
     traffic.assert_exactly_once()
 
 
-def test_fifty_reconnects_with_a_full_prefetch_drop_and_bury_no_message(
+def test_fifty_reconnects_drop_and_dead_letter_no_message(
     producer: Start, consumer: Start, broker: RabbitMQ, queue_name: str
 ) -> None:
+    """Fifty reconnects with a full prefetch drop and bury no message."""
     traffic = Traffic(producer(), Path())
     traffic.wait_for_more(100)
     traffic.end()

@@ -46,7 +46,8 @@ def test_a_good_file_has_no_finding() -> None:
     assert str(verdict) == "lost 0, doubled 0, torn 0, foreign 0"
 
 
-def test_rows_may_be_spread_over_rotated_files_that_each_have_a_header() -> None:
+def test_rows_may_be_spread_over_rotated_files() -> None:
+    """Rows may be spread over rotated files that each have a header."""
     rows = all_rows()
     files = [("b", rows[:1000]), ("a", rows[1000:1001]), ("c", rows[1001:])]
     streams = [(name, io.BytesIO(HEADER + b"".join(part))) for name, part in files] + [("new", io.BytesIO())]
@@ -92,7 +93,8 @@ CUTS: dict[str, Callable[[bytes], int]] = {
 
 
 @pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
-def test_a_row_that_was_cut_is_torn_and_takes_no_other_one_with_it(cut: Callable[[bytes], int]) -> None:
+def test_a_cut_row_is_torn_and_takes_no_other_one_with_it(cut: Callable[[bytes], int]) -> None:
+    """A row that was cut is torn and takes no other one with it."""
     rows = all_rows()
     at = next(at for at, row in enumerate(rows) if b';"' in row and row.count(b"\r\n") == 1 and row.count(b'"') > 1)
     rows[at] = rows[at][: cut(rows[at])]
@@ -111,7 +113,8 @@ def test_a_row_that_nobody_sent_is_foreign() -> None:
     assert counts(judge([*all_rows(), b"dev;1;now;L;frame;0.5;cat\r\n", nobody])) == {"foreign": 2}
 
 
-def test_a_row_with_a_changed_cell_is_foreign_and_its_event_lost() -> None:
+def test_a_changed_cell_is_a_foreign_row_and_a_lost_event() -> None:
+    """A row with a changed cell is foreign and its event lost."""
     rows = all_rows()
     at = rows.index(EVENTS.rows(KEYED)[0])
     rows[at] = rows[at].replace(b"0/", b"1/", 1)
@@ -157,7 +160,8 @@ def test_copies_allowed_follow_from_the_answers_and_the_key(
     assert {n for n in range(5) if judge(others + EVENTS.rows(number) * n, ledger).holds} == copies_allowed
 
 
-def test_events_depend_on_seed_and_number_only_and_never_look_like_one_another() -> None:
+def test_events_depend_on_seed_and_number_only() -> None:
+    """Events depend on seed and number only and never look like one another."""
     again = Events(seed=7, keyless_every=4, large_every=150)
     assert [again.body(n) for n in range(COUNT)] == [EVENTS.body(n) for n in range(COUNT)]
     assert len(set(all_rows())) == len(all_rows())

@@ -45,7 +45,8 @@ def test_every_metric_is_on_the_dashboard() -> None:
     assert set().union(*map(names_in, TARGETS)) == NAMES
 
 
-def test_the_dashboard_can_be_imported_whatever_the_data_source_is_called() -> None:
+def test_the_dashboard_fits_any_data_source_name() -> None:
+    """The dashboard can be imported whatever the data source is called."""
     assert {"title", "uid", "schemaVersion", "panels", "templating"} <= DASHBOARD.keys()
     assert "id" not in DASHBOARD  # that of another Grafana would overwrite something
     variables = {variable["name"]: variable for variable in DASHBOARD["templating"]["list"]}
@@ -58,7 +59,8 @@ def test_the_dashboard_can_be_imported_whatever_the_data_source_is_called() -> N
     assert used == set(variables)
 
 
-def test_panels_have_a_unit_a_description_and_a_place_of_their_own() -> None:
+def test_panels_have_a_unit_a_description_and_their_own_place() -> None:
+    """Panels have a unit a description and a place of their own."""
     assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])
     taken: set[tuple[int, int]] = set()
     for panel in DASHBOARD["panels"]:
@@ -139,7 +141,7 @@ def test_every_alert_has_its_trouble() -> None:
     assert TROUBLES.keys() == ALERTS.keys()
 
 
-def test_an_alert_fires_in_its_trouble_and_none_while_all_is_well(tmp_path: Path) -> None:
+def test_an_alert_fires_in_its_trouble_only(tmp_path: Path) -> None:
     """One scenario for each alert, and one without any trouble; each asserts all alerts at its end."""
     scenarios = []
     for trouble in (None, *TROUBLES):

@@ -5,7 +5,6 @@ import shutil
 import subprocess
 from array import array
 from collections.abc import MutableSequence
-from timeit import repeat
 from typing import cast
 
 import pytest
@@ -48,7 +47,8 @@ def test_every_sample_is_read_back_with_its_labels_and_value() -> None:
     assert samples["edge_open"] == {(): 0.25}
 
 
-def test_a_family_is_one_block_with_one_help_and_one_type_however_it_was_registered() -> None:
+def test_a_family_is_one_block_with_one_help_and_type() -> None:
+    """A family is one block with one help and one type however it was registered."""
     lines = example()[0].render().decode().splitlines()
     names = [line.split("{")[0].split(" ")[0] for line in lines if not line.startswith("#")]
     assert [line for line in lines if "edge_requests_total" in line] == lines[:4]
@@ -57,7 +57,8 @@ def test_a_family_is_one_block_with_one_help_and_one_type_however_it_was_registe
     assert len([line for line in lines if line.startswith("# TYPE")]) == len(set(names))
 
 
-def test_labels_and_help_with_quotes_backslashes_and_line_ends_survive() -> None:
+def test_labels_and_help_survive_escaping() -> None:
+    """Labels and help with quotes backslashes and line ends survive."""
     metrics = Metrics()
     hostile = 'a"b\\c\nd\\n{},="'
     metrics.gauge("edge_info", 'He said "no"\nand \\n', max, value=hostile)
@@ -71,7 +72,8 @@ def test_labels_and_help_with_quotes_backslashes_and_line_ends_survive() -> None
 @pytest.mark.parametrize(
     ("value", "le"), [(0.0, "1"), (1.0, "1"), (1.0000001, "2.5"), (2.5, "2.5"), (2.6, "+Inf"), (1e9, "+Inf")]
 )
-def test_a_value_is_counted_in_the_first_bucket_whose_inclusive_bound_holds_it(value: float, le: str) -> None:
+def test_a_value_is_counted_in_the_first_bucket_that_holds_it(value: float, le: str) -> None:
+    """A value is counted in the first bucket whose inclusive bound holds it."""
     metrics = Metrics()
     histogram = metrics.histogram("edge_seconds", "Latency.", (1.0, 2.5))
     before = metrics.counter("edge_after_total", "Must stay untouched.")
@@ -97,7 +99,8 @@ def test_buckets_are_cumulative_and_the_last_is_the_count() -> None:
     assert samples["edge_seconds_sum"][()] == pytest.approx(9990.0)
 
 
-def test_several_processes_add_up_and_gauges_merge_as_registered() -> None:
+def test_several_processes_add_up_and_gauges_merge() -> None:
+    """Several processes add up and gauges merge as registered."""
     metrics, (ok, open_, _, oldest, ready) = example()
     histogram = metrics.histogram("edge_seconds", "Latency.", (1.0,))
     workers = [array("d", bytes(8 * metrics.size)) for _ in range(3)]
@@ -114,7 +117,8 @@ def test_several_processes_add_up_and_gauges_merge_as_registered() -> None:
     assert samples["edge_seconds_count"] == {(): 1.0}
 
 
-def test_counting_goes_on_in_shared_memory_and_another_process_reads_it() -> None:
+def test_another_process_reads_what_is_counted_in_shared_memory() -> None:
+    """Counting goes on in shared memory and another process reads it."""
     metrics, (ok, *_) = example()
     histogram = metrics.histogram("edge_seconds", "Latency.", (1.0,))
     metrics.values[ok] += 1.0
@@ -128,7 +132,8 @@ def test_counting_goes_on_in_shared_memory_and_another_process_reads_it() -> Non
     assert b'status="200"} 2\n' in metrics.render([seen_by_another])
 
 
-def test_a_restarted_worker_goes_on_with_its_predecessors_counters_but_not_its_gauges() -> None:
+def test_a_restarted_worker_keeps_counters_and_drops_gauges() -> None:
+    """A restarted worker goes on with its predecessors counters but not its gauges."""
     metrics, (ok, *_) = example()
     left_behind = array("d", [41.0, 7.0, 0.0, 9.0, 1.0])
     metrics.values[ok] += 1.0
@@ -179,15 +184,3 @@ def test_promtool_finds_nothing_to_complain_about() -> None:
     metrics.histogram("edge_seconds", "Latency.", LATENCY_SECONDS).observe(0.02)
     done = subprocess.run([promtool, "check", "metrics"], input=metrics.render(), capture_output=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
-
-
-def test_a_request_costs_far_less_than_a_microsecond() -> None:
-    metrics, (ok, *_) = example()
-    observe = metrics.histogram("edge_seconds", "Latency.", LATENCY_SECONDS).observe
-
-    def one_request() -> None:
-        metrics.values[ok] += 1.0
-        observe(0.0042)
-        observe(0.0017)
-
-    assert min(repeat(one_request, number=2000, repeat=20)) / 2000 < 2e-6  # measured 0.5 us; slow machines are slower

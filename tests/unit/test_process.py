@@ -23,22 +23,26 @@ def record(message: str, *arguments: object) -> logging.LogRecord:
     return logging.LogRecord("predlog", logging.INFO, "", 0, message, arguments, None)
 
 
-def test_a_text_log_line_has_no_control_character_whatever_is_logged() -> None:
+def test_a_text_log_line_has_no_control_character() -> None:
+    """A text log line has no control character whatever is logged."""
     line = TextFormatter("p", colour=False).format(record("hears %s", HOSTILE))
     assert not CONTROLS & set(line)
     assert "a\\nb\\rc\\x00d\\x1b[31me\\x7ff\\x9bg\\x85h\\u2028i\\u2029j" in line
 
 
-def test_a_json_log_line_has_no_control_character_and_reads_back_as_what_was_logged() -> None:
+def test_a_json_log_line_reads_back_as_what_was_logged() -> None:
+    """A json log line has no control character and reads back as what was logged."""
     line = JsonFormatter("p").format(record("hears %s", HOSTILE))
     assert not CONTROLS & set(line)
     assert json.loads(line)["message"] == f"hears {HOSTILE}"
 
 
 @pytest.mark.parametrize(("kind", "exit_code"), [(Fatal, 1), (StartupError, 1), (SettingError, 2)])
-def test_what_ends_a_process_is_one_line_without_a_traceback_and_an_exit_code(
+def test_what_ends_a_process_is_one_line_and_an_exit_code(
     kind: type[Fatal], exit_code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """What ends a process is one line without a traceback and an exit code."""
+
     async def main() -> int:
         raise kind("no\nsuch file")
 

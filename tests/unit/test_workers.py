@@ -51,7 +51,8 @@ def lines(process: subprocess.Popen[str], count: int) -> list[str]:
     return sorted(process.stdout.readline().rstrip() for _ in range(count))
 
 
-def test_a_worker_that_raises_is_logged_with_its_traceback_and_gives_exit_code_1(supervise: Supervise) -> None:
+def test_a_worker_that_raises_is_logged_with_its_traceback(supervise: Supervise) -> None:
+    """A worker that raises is logged with its traceback and gives exit code 1."""
     supervisor = supervise("""
 def work(index, alive_fd, replaces):
     if index == 1:
@@ -64,7 +65,8 @@ def work(index, alive_fd, replaces):
     assert "ValueError: a bug in a worker" in said
 
 
-def test_workers_that_had_to_be_killed_are_said_and_give_exit_code_1(supervise: Supervise) -> None:
+def test_workers_that_had_to_be_killed_give_exit_code_1(supervise: Supervise) -> None:
+    """Workers that had to be killed are said and give exit code 1."""
     supervisor = supervise("""
 def work(index, alive_fd, replaces):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -126,7 +128,8 @@ def work(index, alive_fd, replaces):
     supervisor.wait(10)
 
 
-def test_every_worker_hears_of_a_killed_supervisor_through_alive_fd(supervise: Supervise) -> None:
+def test_every_worker_hears_of_a_killed_supervisor(supervise: Supervise) -> None:
+    """Every worker hears of a killed supervisor through alive fd."""
     supervisor = supervise("""
 def work(index, alive_fd, replaces):
     early = select.select([alive_fd], [], [], 0)[0]
@@ -148,7 +151,8 @@ def test_a_host_that_is_none_of_ours_is_one_line_that_names_it(host: str) -> Non
     assert "\n" not in str(refusal.value)
 
 
-def test_a_port_in_use_is_one_line_even_if_its_owner_would_share_it() -> None:
+def test_a_port_in_use_is_one_line_also_if_it_is_shared() -> None:
+    """A port in use is one line even if its owner would share it."""
     with socket.socket() as other:
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         other.bind(("127.0.0.1", 0))

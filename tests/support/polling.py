@@ -1,0 +1,34 @@
+"""Waits for a condition with a deadline, in place of sleeps."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+TIMEOUT_SECONDS = 20.0
+_POLL_SECONDS = 0.02
+
+
+def wait_until(
+    what: str,
+    condition: Callable[[], object],
+    timeout_seconds: float = TIMEOUT_SECONDS,
+    explain: Callable[[], str] = lambda: "",
+) -> None:
+    """Poll `condition` until it is true.
+
+    Raise AssertionError after the deadline, with `what` was waited for and what `explain` says.
+    """
+    deadline = time.monotonic() + timeout_seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {timeout_seconds:.0f} s: {what}\n{explain()}"
+        time.sleep(_POLL_SECONDS)
+
+
+async def until(what: str, condition: Callable[[], object], timeout_seconds: float = TIMEOUT_SECONDS) -> None:
+    """`wait_until` that lets the event loop run."""
+    deadline = time.monotonic() + timeout_seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {timeout_seconds:.0f} s: {what}"
+        await asyncio.sleep(_POLL_SECONDS / 4)
