@@ -7,14 +7,12 @@ the flag the same with dashes; a flag wins over the variable.
 from __future__ import annotations
 
 import argparse
-import ipaddress
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
-from common.amqp.address import masked_url
+from common.amqp.address import AddressError, check_host, masked_url, parse_address
 from common.errors import SettingError
 
 DEFAULT_AMQP_URL = "amqp://guest:guest@localhost:5672/"
@@ -37,7 +35,9 @@ class Settings:
     """What both processes take."""
 
     amqp_url: str = _setting(
-        "", f"broker address, amqp:// or amqps:// (TLS; ?cafile=PATH) (default {DEFAULT_AMQP_URL})"
+        "",
+        "broker address, amqp:// or amqps:// (TLS; ?cafile=PATH), of one host or several (host1:5672,host2:5672) "
+        f"(default {DEFAULT_AMQP_URL})",
     )
     rabbitmq_host: str = _setting("", "broker host, used when AMQP_URL is not set")
     queue_name: str = _setting("predictions", "queue of events; its dead letters go to <name>.dead")
@@ -181,22 +181,16 @@ def load(cls: type[S], flags: argparse.Namespace, environ: Mapping[str, str]) ->
 
 def _check_host(name: str, host: str) -> None:
     try:
-        host.encode("idna")
-        if ":" in host or any(char in "@/?#[] \t\r\n" for char in host):
-            ipaddress.IPv6Address(host)
-    except ValueError:  # UnicodeError is one
-        raise SettingError(f"{name} is {host!r}, but must be a host name or address, without a port") from None
+        check_host(host)
+    except AddressError as error:
+        raise SettingError(f"{name} is {host!r}, but {error}") from None
 
 
 def _check_amqp_url(url: str) -> None:
     try:
-        parts = urlsplit(url)
-        port = parts.port
-    except ValueError:
-        raise SettingError("AMQP_URL has a port that is no number from 1 to 65535") from None
-    if parts.scheme not in ("amqp", "amqps") or not parts.hostname or port == 0:
-        raise SettingError("AMQP_URL must look like amqp://user:password@host:5672/vhost (or amqps://)")
-    _check_host("the host in AMQP_URL", parts.hostname)
+        parse_address(url)
+    except AddressError as error:
+        raise SettingError(f"AMQP_URL {error}") from None
 
 
 def describe(settings: Settings) -> str:
