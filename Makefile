@@ -25,7 +25,7 @@ check:  ## lint, format, types, and the schemas of the YAML that other programs 
 	$(VENV_PYTHON) -m check_jsonschema --builtin-schema vendor.compose-spec compose.yaml
 	$(VENV_PYTHON) -m pre_commit validate-config
 
-bench:  ## the figures of docs/benchmarks.md, about eight minutes; QUICK=1 is a short run
+bench:  ## the figures of docs/benchmarks.md, about twelve minutes; QUICK=1 is a short run
 	@$(PYTHON) -m scripts.setup bench
 	$(VENV_PYTHON) -m tests.bench
 
@@ -46,6 +46,7 @@ lock:  ## pin the dependencies of pyproject.toml with hashes; LOCK=--upgrade tak
 	$(COMPILE) pyproject.toml --output-file requirements.txt
 	$(COMPILE) pyproject.toml --group dev --constraint requirements.txt --output-file requirements-dev.txt
 	$(COMPILE) --group e2e --constraint requirements-dev.txt --output-file requirements-e2e.txt
+	$(COMPILE) --group bench --constraint requirements-dev.txt --output-file requirements-bench.txt
 
 # data/ stays: it holds the CSV, and messages that were accepted and are not in it yet.
 clean:  ## remove .venv and caches; data/ stays

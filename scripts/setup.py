@@ -58,7 +58,10 @@ def main(arguments: list[str]) -> str | None:
         return f"make {goal} needs {' and '.join(sorted(required))}: sudo apt-get install {' '.join(sorted(required))}"
     if goal == "run":
         return install_requirements("requirements.txt")
-    return install_requirements("requirements-dev.txt", "requirements.txt")
+    trouble = install_requirements("requirements-dev.txt", "requirements.txt")
+    if goal == "bench" and trouble is None and (optional := install_requirements("requirements-bench.txt")):
+        print(f"{optional}; the benchmark continues without mq-bridge", flush=True)
+    return trouble
 
 
 def is_installed(package: str) -> bool:

@@ -5,9 +5,12 @@ harness's own errands (declare, fill, count, purge). Shares with the project not
 from __future__ import annotations
 
 import datetime
+import select
 import socket
 import struct
+import time
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import cycle, islice
 from types import TracebackType
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -72,7 +75,7 @@ class BareConnection:
         self._call(commands.Queue.Delete(queue=queue))
 
     def publish(self, blobs: Iterable[bytes], count: int, window: int = 4096) -> None:
-        """Send `count` messages in blobs of BLOB_MESSAGES (see encode_publishes), with at most `window` unconfirmed."""
+        """Send `count` messages in blobs of BLOB_MESSAGES (see `blobs`), with at most `window` unconfirmed."""
         self._call(commands.Confirm.Select())
         confirms, sent = _Confirms(), 0
         for blob in blobs:
@@ -82,6 +85,27 @@ class BareConnection:
             sent = min(sent + BLOB_MESSAGES, count)
         while confirms.count < count:
             self._receive_confirms(confirms)
+
+    def publish_paced(self, messages: Iterable[bytes], count: int, rate: float) -> list[float]:
+        """Send `count` messages, one every 1/`rate` seconds; the seconds from when each was due to its confirm."""
+        self._call(commands.Confirm.Select())
+        confirms, waits = _Confirms(), []
+        due = [0.0] * count
+        start = time.perf_counter()
+        for i, message in enumerate(messages):
+            due[i] = start + i / rate
+            while (early := due[i] - time.perf_counter()) > 0:
+                if select.select((self._socket,), (), (), early)[0]:
+                    waits += self._waits(confirms, due)
+            self._socket.sendall(message)
+        while len(waits) < count:
+            waits += self._waits(confirms, due)
+        return waits
+
+    def _waits(self, confirms: _Confirms, due: Sequence[float]) -> list[float]:
+        tags = self._receive_confirms(confirms)
+        now = time.perf_counter()
+        return [now - due[tag - 1] for tag in tags]
 
     def consume(self, queue: str, count: int, prefetch: int = 2000, ack_every: int = 256) -> None:
         """Receive and ack `count` messages, looking at nothing but the delivery tags."""
@@ -97,12 +121,15 @@ class BareConnection:
                         acked = int.from_bytes(payload[tag_at : tag_at + 8], "big")
                         self._socket.sendall(_ack_frame.pack(METHOD, CHANNEL, 13, ACK, acked, 1, 0xCE))
 
-    def _receive_confirms(self, confirms: _Confirms) -> None:
+    def _receive_confirms(self, confirms: _Confirms) -> list[int]:
+        """Wait for confirms; the delivery tags that are confirmed now."""
+        tags: list[int] = []
         for method, payload in self._methods():
             if method == ACK:
-                confirms.add(int.from_bytes(payload[4:12], "big"), bool(payload[12]))
+                tags += confirms.add(int.from_bytes(payload[4:12], "big"), bool(payload[12]))
             elif method in (NACK, RETURN):
                 raise RuntimeError("the broker refused a message of the benchmark")
+        return tags
 
     def _methods(self) -> Iterator[tuple[int, bytes]]:
         """(class and method id, payload) of each method frame in the next piece of the stream."""
@@ -148,7 +175,7 @@ class BareConnection:
 
 
 class _Confirms:
-    """How many delivery tags were confirmed: in any order, and `multiple` covers all lower ones."""
+    """Which delivery tags are confirmed: in any order, and `multiple` covers all lower ones."""
 
     def __init__(self) -> None:
         self._all_up_to = 0
@@ -158,27 +185,34 @@ class _Confirms:
     def count(self) -> int:
         return self._all_up_to + len(self._above)
 
-    def add(self, tag: int, multiple: bool) -> None:
+    def add(self, tag: int, multiple: bool) -> list[int]:
+        """The tags that this confirm is the first to confirm."""
         if multiple:
+            new = [lower for lower in range(self._all_up_to + 1, tag + 1) if lower not in self._above]
             self._all_up_to = max(self._all_up_to, tag)
             self._above = {t for t in self._above if t > self._all_up_to}
         else:
+            new = [tag]
             self._above.add(tag)
         while self._all_up_to + 1 in self._above:
             self._all_up_to += 1
             self._above.remove(self._all_up_to)
+        return new
 
 
-def encode_publishes(queue: str, bodies: Sequence[bytes], count: int, frame_max: int) -> Iterator[bytes]:
-    """Blobs of BLOB_MESSAGES persistent, mandatory messages that rotate over `bodies`, each with an id of its own."""
+def messages(queue: str, bodies: Sequence[bytes], count: int, frame_max: int) -> Iterator[bytes]:
+    """The frames of `count` persistent, mandatory messages that rotate over `bodies`, each with an id of its own."""
     halves = [_publish_template(queue, text, frame_max) for text in bodies]
     run = uuid4().hex[:16]
-    for start in range(0, count, BLOB_MESSAGES):
-        parts: list[bytes] = []
-        for i in range(start, min(start + BLOB_MESSAGES, count)):
-            before, after = halves[i % len(halves)]
-            parts += (before, f"{run}{i:016x}".encode(), after)
-        yield b"".join(parts)
+    for i, (before, after) in enumerate(islice(cycle(halves), count)):
+        yield b"".join((before, f"{run}{i:016x}".encode(), after))
+
+
+def blobs(queue: str, bodies: Sequence[bytes], count: int, frame_max: int) -> Iterator[bytes]:
+    """The same, BLOB_MESSAGES at a time."""
+    one_by_one = messages(queue, bodies, count, frame_max)
+    while blob := b"".join(islice(one_by_one, BLOB_MESSAGES)):
+        yield blob
 
 
 def _publish_template(queue: str, text: bytes, frame_max: int) -> tuple[bytes, bytes]:

@@ -5,17 +5,24 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from tests.bench.bare_amqp import BareConnection, encode_publishes
+from tests.bench.bare_amqp import BareConnection, blobs, messages
 
 
 def publish_rate(url: str, queue: str, bodies: Sequence[bytes], count: int) -> float:
     """Confirmed messages/s into a quorum queue, encoded before the clock starts."""
     with BareConnection(url) as connection:
         connection.declare(queue)
-        blobs = list(encode_publishes(queue, bodies, count, connection.frame_max))
+        encoded = list(blobs(queue, bodies, count, connection.frame_max))
         start = time.perf_counter()
-        connection.publish(blobs, count)
+        connection.publish(encoded, count)
         return count / (time.perf_counter() - start)
+
+
+def paced_waits(url: str, queue: str, bodies: Sequence[bytes], count: int, rate: float) -> list[float]:
+    """Seconds from when each of `count` messages was due, one every 1/`rate` seconds, to its confirm."""
+    with BareConnection(url) as connection:
+        connection.declare(queue)
+        return connection.publish_paced(messages(queue, bodies, count, connection.frame_max), count, rate)
 
 
 def consume_rate(url: str, queue: str, count: int) -> float:

@@ -88,8 +88,10 @@ class Answer:
     at: float
 
 
-def drive(port: int, bodies: Sequence[bytes], connections: int, rate: float | None = None) -> list[Answer]:
-    """POST each of `bodies` once over `connections` keep-alive connections, and wait for all answers.
+def drive(
+    port: int, bodies: Sequence[bytes], connections: int, rate: float | None = None, count: int | None = None
+) -> list[Answer]:
+    """POST `bodies` in rotation (`count` of them; by default each once) over keep-alive connections; all answers.
 
     With a `rate` (requests/s) it is an open loop: a slow answer does not delay the requests after it, and latency
     counts from the moment a request was due, so that no wait hides. Without, all are due at once.
@@ -98,19 +100,21 @@ def drive(port: int, bodies: Sequence[bytes], connections: int, rate: float | No
     gc.collect()
     gc.disable()
     try:
-        return uvloop.run(_drive(port, requests, connections, rate))
+        return uvloop.run(_drive(port, requests, connections, rate, len(bodies) if count is None else count))
     finally:
         gc.enable()
 
 
-async def _drive(port: int, requests: Sequence[bytes], connections: int, rate: float | None) -> list[Answer]:
+async def _drive(
+    port: int, requests: Sequence[bytes], connections: int, rate: float | None, count: int
+) -> list[Answer]:
     loop = asyncio.get_running_loop()
     client = _Client(requests)
     for _ in range(connections):
         _, connection = await loop.create_connection(lambda: _Connection(client), "127.0.0.1", port)
         client.idle.append(connection)
     start = time.perf_counter()
-    client.due = [start + i / rate if rate else start for i in range(len(requests))]
+    client.due = [start + i / rate if rate else start for i in range(count)]
     sent_all = False
     while not sent_all:
         sent_all = client.send_due(time.perf_counter())
@@ -134,17 +138,17 @@ class _Client:
 
     def send_due(self, now: float) -> bool:
         """Sends what is due, as far as connections are idle; True when nothing is left to send."""
-        while self.idle and self._next < len(self._requests) and self.due[self._next] <= now:
-            self.idle.popleft().send(self._next, self._requests[self._next])
+        while self.idle and self._next < len(self.due) and self.due[self._next] <= now:
+            self.idle.popleft().send(self._next, self._requests[self._next % len(self._requests)])
             self._next += 1
-        return self._next == len(self._requests)
+        return self._next == len(self.due)
 
     def answered(self, connection: _Connection, index: int, status: int) -> None:
         now = time.perf_counter()
         self.answers.append(Answer(index, status, self.due[index], now))
         self.idle.append(connection)
         self.send_due(now)
-        if len(self.answers) == len(self._requests):
+        if len(self.answers) == len(self.due):
             self.finished.set()
 
 
@@ -152,7 +156,9 @@ class _Connection(asyncio.Protocol):
     def __init__(self, client: _Client) -> None:
         self._client = client
         self._index = -1
-        self._received = b""
+        self._head = b""  # of the answer that is arriving, until it is whole
+        self._status = 0
+        self._missing = 0  # bytes of its body that are still to come
         self._transport: asyncio.Transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -160,22 +166,26 @@ class _Connection(asyncio.Protocol):
 
     def send(self, index: int, request: bytes) -> None:
         self._index = index
+        self._status = 0
         self._transport.write(request)
 
     def close(self) -> None:
         self._transport.close()
 
     def data_received(self, data: bytes) -> None:
-        self._received += data
-        head_end = self._received.find(b"\r\n\r\n")
-        if head_end < 0:
-            return
-        length = re.search(rb"(?i)\r\ncontent-length: *(\d+)", self._received[: head_end + 2])
-        if length is None:
-            raise RuntimeError("an answer without Content-Length")
-        if len(self._received) >= head_end + 4 + int(length[1]):
-            status, self._received = int(self._received[9:12]), b""
-            self._client.answered(self, self._index, status)
+        if not self._status:
+            self._head += data
+            head, end, body = self._head.partition(b"\r\n\r\n")
+            if not end:
+                return
+            length = re.search(rb"(?i)\r\ncontent-length: *(\d+)", head)
+            if length is None:
+                raise RuntimeError("an answer without Content-Length")
+            self._status, self._missing, self._head = int(head[9:12]), int(length[1]), b""
+            data = body
+        self._missing -= len(data)
+        if self._missing <= 0:
+            self._client.answered(self, self._index, self._status)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,12 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-PREDLOG, BASELINE, LIMIT = "predlog", "FastAPI + aio-pika", "RabbitMQ alone"
+PREDLOG, BASELINE = "predlog", "FastAPI + aio-pika"
+BRIDGE, BRIDGE_TUNED = "mq-bridge (Rust)", "mq-bridge, tuned"
+PLAIN, LIMIT = "plain aiormq", "RabbitMQ alone"
+
+SMALL, IMAGES = "small events", "5 images of 20 KB"
+IMAGES_CASE = f"32 connections, {IMAGES}"  # of the producer; its small events have the number of connections only
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,14 +43,10 @@ class Results:
         found = self.all(section, case, subject, value)
         return statistics.median(found) if found else None
 
-    def highest(self, section: str, subject: str, value: str) -> float:
-        """The highest median of any case."""
-        return max(m for case in self.cases(section) if (m := self.median(section, case, subject, value)) is not None)
-
-    def ratio(self, section: str, case: str, value: str) -> float | None:
-        """predlog ÷ baseline of the medians."""
+    def ratio(self, section: str, case: str, value: str, other: str = BASELINE) -> float | None:
+        """predlog ÷ `other`, of the medians."""
         ours = self.median(section, case, PREDLOG, value)
-        theirs = self.median(section, case, BASELINE, value)
+        theirs = self.median(section, case, other, value)
         return ours / theirs if ours is not None and theirs else None
 
     def _values(self, section: str, case: str, subject: str, value: str) -> Iterator[float]:

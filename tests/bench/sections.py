@@ -1,28 +1,38 @@
-"""The measurements. Each section yields its records as they are made: predlog and the baseline in turns."""
+"""The measurements. Each section yields its records as they are made; the programs take turns."""
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import cycle, islice
 from pathlib import Path
 
 from tests.bench import broker_limit, events, load
 from tests.bench.events import HEADER, Load
 from tests.bench.growth import Growth
-from tests.bench.process import Process
-from tests.bench.results import BASELINE, LIMIT, PREDLOG, Record, Results
-from tests.bench.stage import SUBJECTS, Producer, Stage
+from tests.bench.results import BASELINE, IMAGES, IMAGES_CASE, LIMIT, PLAIN, PREDLOG, SMALL, Record, Results
+from tests.bench.stage import BRIDGES, SUBJECTS, Consumer, Producer, Stage
 
-CONCURRENCIES = (1, 32, 256)
 CLIENT_CONNECTIONS = 64
 CALLS = 1000
 END_TO_END_RATE = 1000
-IMAGES_CASE = "32 connections, 5 images of 20 KB"
-SETTLE_SECONDS = 0.5
+SETTLE_SECONDS = 0.3
 LONGEST_BLOCK_SECONDS = 120
+WARM_SECONDS = 1
+
+# Offered load, as a share of the baseline's highest rate; beyond all of it, predlog is alone.
+OFFERED = {
+    SMALL: {"a quarter of": 0.25, "half of": 0.5, "all of": 1.0, "twice": 2.0, "four times": 4.0},
+    IMAGES: {"a quarter of": 0.25, "half of": 0.5, "all of": 1.0, "one and a half times": 1.5},
+}
+HIGHEST_OFFERED = 0.8  # of what predlog itself has taken at most
+
+# A backlog that takes about a second, on two cores.
+BACKLOG = {
+    SMALL: {PREDLOG: 50_000, BASELINE: 5_000, PLAIN: 20_000},
+    IMAGES: {PREDLOG: 1_500, BASELINE: 400},
+}
 
 Section = Callable[[Stage, Results], Iterator[Record]]
 
@@ -30,13 +40,21 @@ Section = Callable[[Stage, Results], Iterator[Record]]
 def producer(stage: Stage, _: Results) -> Iterator[Record]:
     """POST → confirm: the highest rate at several numbers of connections, and with images."""
     small, images = events.small(), events.with_frames()
-    cases = [(f"{c} connection{'s' if c > 1 else ''}", small, c) for c in CONCURRENCIES] + [(IMAGES_CASE, images, 32)]
-    limits = {cases[-2][0]: 20_000, IMAGES_CASE: 200}  # messages for each second of measuring
-    with _both_producers(stage) as running, stage.queue("bench-limit") as limit:
-        for case, messages, connections in cases:
+    cases = (
+        ("1 connection", small, 1, SUBJECTS),
+        ("32 connections", small, 32, (*SUBJECTS, *BRIDGES, PLAIN)),
+        ("256 connections", small, 256, (*SUBJECTS, *BRIDGES)),
+        (IMAGES_CASE, images, 32, (*SUBJECTS, *BRIDGES, PLAIN)),
+    )
+    limits = {"256 connections": 20_000, IMAGES_CASE: 200}  # messages for each second of measuring
+    with _producers(stage, *SUBJECTS, *BRIDGES, PLAIN) as running, stage.queue("bench-limit") as limit:
+        for case, messages, connections, subjects in cases:
             file = load.write_bodies(messages, stage.folder / "bodies.jsonl")
+            for subject in subjects:
+                load.Wrk(running[subject].port, file, connections, WARM_SECONDS).result()
+                _settle(stage, running[subject].queue)
             for _round in range(stage.effort.rounds):
-                for subject in SUBJECTS:
+                for subject in subjects:
                     yield Record("producer", case, subject, _highest(stage, running[subject], file, connections))
                 if case in limits:
                     count = stage.effort.seconds * limits[case]
@@ -46,34 +64,43 @@ def producer(stage: Stage, _: Results) -> Iterator[Record]:
 
 
 def latency(stage: Stage, results: Results) -> Iterator[Record]:
-    """POST → confirm at half of each one's own highest rate, from the moment each request was due."""
-    small = events.small()
-    with _both_producers(stage) as running:
-        for _round in range(stage.effort.rounds):
-            for subject in SUBJECTS:
-                rate = results.highest("producer", subject, "rate") / 2
-                bodies = list(islice(cycle(small.bodies), int(rate * stage.effort.seconds)))
-                answers = load.drive(running[subject].port, bodies, CLIENT_CONNECTIONS, rate)
-                _settle(stage, running[subject].queue)
-                values = {"offered": rate} | _percentiles([a.at - a.due for a in _accepted(answers)])
-                yield Record("latency", "half of its highest rate", subject, values)
+    """POST → confirm at equal offered load, from the moment each request was due."""
+    with _producers(stage, *SUBJECTS, *BRIDGES[-1:]) as running, stage.queue("bench-limit") as limit:
+        for kind, messages in ((SMALL, events.small()), (IMAGES, events.with_frames())):
+            file = load.write_bodies(messages, stage.folder / "bodies.jsonl")
+            highest = {s: _highest_known(stage, results, kind, s, running[s], file) for s in SUBJECTS}
+            for words, share in OFFERED[kind].items():
+                rate = share * highest[BASELINE]
+                if share > 1 and rate > HIGHEST_OFFERED * highest[PREDLOG]:
+                    continue
+                subjects = running if share <= 1 else (PREDLOG,)
+                for _round in range(stage.effort.rounds):
+                    for subject in (*subjects, LIMIT):
+                        count = int(rate * stage.effort.seconds)
+                        if subject == LIMIT:
+                            waits = broker_limit.paced_waits(stage.amqp_url, limit, messages.bodies, count, rate)
+                            _settle(stage, limit)
+                        else:
+                            waits = _waits(stage, running[subject], messages.bodies, count, rate)
+                        case = f"{kind}, {words} the baseline's best"
+                        yield Record("latency", case, subject, {"offered": rate} | _percentiles(waits))
 
 
 def consumer(stage: Stage, _: Results) -> Iterator[Record]:
     """Queue → CSV: the drain of a backlog."""
-    small = events.small()
-    counts = {PREDLOG: stage.effort.drain_messages, BASELINE: stage.effort.baseline_drain_messages}
-    for turn in range(stage.effort.rounds):
-        for subject in SUBJECTS:
-            with stage.queue(f"bench-drain-{turn}") as queue:
-                stage.fill(queue, small, counts[subject])
-                csv_file = stage.folder / f"drain-{turn}-{SUBJECTS.index(subject)}.csv"
-                values = _drain(stage, subject, queue, csv_file, small, counts[subject])
-            yield Record("consumer", "backlog", subject, values)
-        with stage.queue("bench-limit") as limit:
-            stage.fill(limit, small, counts[PREDLOG])
-            rate = broker_limit.consume_rate(stage.amqp_url, limit, counts[PREDLOG])
-        yield Record("consumer", "backlog", LIMIT, {"rate": rate})
+    for kind, messages in ((SMALL, events.small()), (IMAGES, events.with_frames())):
+        counts = {s: max(100, int(count * stage.effort.drain_seconds)) for s, count in BACKLOG[kind].items()}
+        for turn in range(stage.effort.rounds):
+            for subject, count in counts.items():
+                csv_file = stage.folder / "drain.csv"
+                with stage.queue(f"bench-drain-{turn}") as queue:
+                    stage.fill(queue, messages, count)
+                    yield Record("consumer", kind, subject, _drain(stage, subject, queue, csv_file, messages, count))
+                _remove(csv_file)
+            with stage.queue("bench-limit") as limit:
+                stage.fill(limit, messages, counts[PREDLOG])
+                rate = broker_limit.consume_rate(stage.amqp_url, limit, counts[PREDLOG])
+            yield Record("consumer", kind, LIMIT, {"rate": rate})
 
 
 def end_to_end(stage: Stage, _: Results) -> Iterator[Record]:
@@ -87,12 +114,13 @@ def end_to_end(stage: Stage, _: Results) -> Iterator[Record]:
                 stage.producer(subject, queue) as posting,
                 stage.consumer(subject, queue, csv_file) as consuming,
             ):
-                stage.wait_for_consumer(queue, consuming)
-                flow = _Flow(posting, consuming, csv_file)
+                stage.wait_for_consumer(queue, consuming.process)
+                flow = _Flow(posting, consuming, csv_file, counts_fsyncs=subject == PREDLOG)
                 yield Record("end to end", f"{CALLS:,} calls", subject, flow.calls())
                 latencies = flow.latency(stage.effort.seconds)
                 yield Record("end to end", f"{END_TO_END_RATE:,} requests/s", subject, latencies)
                 yield Record("end to end", "32 connections", subject, flow.highest(file, stage.effort.seconds))
+            _remove(csv_file)
 
 
 def idle(stage: Stage, _: Results) -> Iterator[Record]:
@@ -109,7 +137,7 @@ def idle(stage: Stage, _: Results) -> Iterator[Record]:
 
 def blocked(stage: Stage, _: Results) -> Iterator[Record]:
     """A memory alarm in the broker under full load: the producer's memory, and its answers."""
-    for case, messages in (("small events", events.small()), ("5 images of 20 KB", events.with_frames())):
+    for case, messages in ((SMALL, events.small()), (IMAGES, events.with_frames())):
         file = load.write_bodies(messages, stage.folder / "bodies.jsonl")
         with (
             stage.queue("bench-blocked") as queue,
@@ -120,7 +148,7 @@ def blocked(stage: Stage, _: Results) -> Iterator[Record]:
                 time.sleep(1)
                 stage.control("set_vm_memory_high_watermark", "0")
                 memory_mb = []
-                end = time.monotonic() + 2 * stage.effort.seconds + 2
+                end = time.monotonic() + 2 * stage.effort.seconds + 4
                 while time.monotonic() < end:
                     memory_mb.append(running.process.memory_mb())
                     time.sleep(0.05)
@@ -128,9 +156,10 @@ def blocked(stage: Stage, _: Results) -> Iterator[Record]:
                 result = pushing.stop()
                 stage.control("set_vm_memory_high_watermark", "0.6")
             running.process.wait_until_ready(running.port)
+            half = len(memory_mb) // 2
             values: dict[str, float] = {
-                "memory_min_mb": min(memory_mb),
                 "memory_max_mb": max(memory_mb),
+                "memory_growth_mb": max(memory_mb[half:]) - max(memory_mb[:half]),
                 "slowest_ms": result.max_us / 1000,
                 "broken": result.broken + result.timeouts,
             }
@@ -141,15 +170,12 @@ def blocked(stage: Stage, _: Results) -> Iterator[Record]:
 SECTIONS: tuple[Section, ...] = (producer, latency, consumer, end_to_end, idle, blocked)
 
 
-@contextmanager
-def _both_producers(stage: Stage) -> Iterator[dict[str, Producer]]:
-    with (
-        stage.queue("bench-predlog") as our_queue,
-        stage.queue("bench-baseline") as their_queue,
-        stage.producer(PREDLOG, our_queue) as ours,
-        stage.producer(BASELINE, their_queue) as theirs,
-    ):
-        yield {PREDLOG: ours, BASELINE: theirs}
+@contextlib.contextmanager
+def _producers(stage: Stage, *subjects: str) -> Iterator[dict[str, Producer]]:
+    """A producer of each, ready, with a queue of its own."""
+    with contextlib.ExitStack() as stack:
+        queues = [stack.enter_context(stage.queue(f"bench-{number}")) for number in range(len(subjects))]
+        yield {s: stack.enter_context(stage.producer(s, queue)) for s, queue in zip(subjects, queues, strict=True)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,8 +183,9 @@ class _Flow:
     """One subject's producer and consumer, and the CSV they end in."""
 
     posting: Producer
-    consuming: Process
+    consuming: Consumer
     csv_file: Path
+    counts_fsyncs: bool
 
     def calls(self) -> dict[str, float]:
         """The original's test: 1,000 events, until their last row is in the file."""
@@ -166,37 +193,44 @@ class _Flow:
         with Growth(self.csv_file) as growth:
             start = time.perf_counter()
             _accepted(load.drive(self.posting.port, sent.bodies, 32))
-            return {"seconds": growth.wait_for_size(sent.csv_bytes(CALLS), self.consuming) - start}
+            return {"seconds": growth.wait_for_size(sent.csv_bytes(CALLS), self.consuming.process) - start}
 
     def latency(self, seconds: int) -> dict[str, float]:
         """From the moment a request was due until its last row is in the file."""
         count = END_TO_END_RATE * seconds
         sent = events.numbered(count)
-        with Growth(self.csv_file) as growth:
+        with self._fsyncs() as fsyncs, Growth(self.csv_file) as growth:
             base = growth.last[1]
             answers = _accepted(load.drive(self.posting.port, sent.bodies, CLIENT_CONNECTIONS, END_TO_END_RATE))
-            growth.wait_for_size(base + sent.csv_bytes(count) - len(HEADER), self.consuming)
+            growth.wait_for_size(base + sent.csv_bytes(count) - len(HEADER), self.consuming.process)
         row_ends = _row_ends(self.csv_file, base)
         waits = [growth.reached(row_ends[answer.index]) - answer.due for answer in answers]
         answered = _percentiles([answer.at - answer.due for answer in answers])
-        return _percentiles(waits) | {f"answer_{name}": value for name, value in answered.items()}
+        return _percentiles(waits) | {f"answer_{name}": value for name, value in answered.items()} | fsyncs
 
     def highest(self, file: Path, seconds: int) -> dict[str, float]:
         """wrk on 32 connections, until the last row is in the file."""
-        with Growth(self.csv_file) as growth:
+        with self._fsyncs() as fsyncs, Growth(self.csv_file) as growth:
             cpu_before, start = self._cpu_seconds(), time.perf_counter()
             result = load.Wrk(self.posting.port, file, 32, seconds).result()
             end = growth.wait_until_still()
             cpu_us = (self._cpu_seconds() - cpu_before) * 1e6 / result.requests
-        return {"rate": result.requests / (end - start), "cpu_us": cpu_us}
+        return {"rate": result.requests / (end - start), "cpu_us": cpu_us} | fsyncs
+
+    @contextlib.contextmanager
+    def _fsyncs(self) -> Iterator[dict[str, float]]:
+        """Filled at the end: how often the consumer has synced its file, per second."""
+        values: dict[str, float] = {}
+        start, before = time.perf_counter(), self.consuming.fsyncs() if self.counts_fsyncs else 0.0
+        yield values
+        if self.counts_fsyncs:
+            values["fsyncs"] = (self.consuming.fsyncs() - before) / (time.perf_counter() - start)
 
     def _cpu_seconds(self) -> float:
-        return self.posting.process.cpu_seconds() + self.consuming.cpu_seconds()
+        return self.posting.process.cpu_seconds() + self.consuming.process.cpu_seconds()
 
 
 def _highest(stage: Stage, running: Producer, file: Path, connections: int) -> dict[str, float]:
-    load.Wrk(running.port, file, connections, 1).result()  # warm
-    _settle(stage, running.queue)
     cpu_before = running.process.cpu_seconds()
     result = load.Wrk(running.port, file, connections, stage.effort.seconds).result()
     cpu_seconds = running.process.cpu_seconds() - cpu_before
@@ -212,10 +246,25 @@ def _highest(stage: Stage, running: Producer, file: Path, connections: int) -> d
     }
 
 
+def _highest_known(stage: Stage, results: Results, kind: str, subject: str, running: Producer, file: Path) -> float:
+    """The subject's highest rate for events of that kind: what this run has measured, else measured now."""
+    cases = [case for case in results.cases("producer") if (case == IMAGES_CASE) == (kind == IMAGES)]
+    rates = [rate for case in cases if (rate := results.median("producer", case, subject, "rate"))]
+    return max(rates) if rates else _highest(stage, running, file, 32)["rate"]
+
+
+def _waits(stage: Stage, running: Producer, bodies: Sequence[bytes], count: int, rate: float) -> list[float]:
+    """Seconds from when each request of an open loop was due to its answer."""
+    answers = _accepted(load.drive(running.port, bodies, CLIENT_CONNECTIONS, rate, count))
+    _settle(stage, running.queue)
+    return [answer.at - answer.due for answer in answers]
+
+
 def _drain(stage: Stage, subject: str, queue: str, csv_file: Path, messages: Load, count: int) -> dict[str, float]:
     """From the first growth of the file, so that the start of the interpreter does not count."""
     whole = messages.csv_bytes(count)
-    with Growth(csv_file) as growth, stage.consumer(subject, queue, csv_file) as process:
+    with Growth(csv_file) as growth, stage.consumer(subject, queue, csv_file) as running:
+        process = running.process
         growth.wait_for_size(len(HEADER) + 1, process)
         cpu_before, (start, size) = process.cpu_seconds(), growth.last
         end = growth.wait_for_size(whole, process)
@@ -226,6 +275,12 @@ def _drain(stage: Stage, subject: str, queue: str, csv_file: Path, messages: Loa
     if growth.last[1] != whole:
         raise RuntimeError(f"{subject} wrote {growth.last[1]:,} bytes, and should have written {whole:,}")
     return {"rate": drained / (end - start), "cpu_us": cpu_us, "memory_mb": memory_mb}
+
+
+def _remove(csv_file: Path) -> None:
+    """The CSV and what the consumer keeps next to it."""
+    for path in csv_file.parent.glob(f"{csv_file.name}*"):
+        path.unlink()
 
 
 def _row_ends(csv_file: Path, base: int) -> dict[int, int]:
@@ -240,14 +295,15 @@ def _row_ends(csv_file: Path, base: int) -> dict[int, int]:
 
 
 def _accepted(answers: list[load.Answer]) -> list[load.Answer]:
-    refused = sum(answer.status != 200 for answer in answers)
+    refused = sum(answer.status // 100 != 2 for answer in answers)
     if refused:
         raise RuntimeError(f"{refused} of {len(answers)} requests were refused")
     return answers
 
 
 def _percentiles(seconds: list[float]) -> dict[str, float]:
-    return {f"p{percent}_ms": load.percentile_ms(seconds, percent) for percent in (50, 99)}
+    shown = {"p50_ms": 50, "p99_ms": 99, "p999_ms": 99.9}
+    return {name: load.percentile_ms(seconds, percent) for name, percent in shown.items()}
 
 
 def _settle(stage: Stage, queue: str) -> None:

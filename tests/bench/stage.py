@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import re
 import socket
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.bench.bare_amqp import BareConnection, encode_publishes
+from tests.bench.bare_amqp import BareConnection, blobs
 from tests.bench.events import Load
 from tests.bench.process import Process
-from tests.bench.results import BASELINE, PREDLOG
+from tests.bench.results import BASELINE, BRIDGE, BRIDGE_TUNED, PLAIN, PREDLOG
 
 PROGRAMS: dict[str, dict[str, tuple[str, ...]]] = {
     PREDLOG: {"producer": ("producer.py",), "consumer": ("consumer.py",)},
@@ -21,22 +24,28 @@ PROGRAMS: dict[str, dict[str, tuple[str, ...]]] = {
         "producer": ("-m", "tests.bench.baseline_producer"),
         "consumer": ("-m", "tests.bench.baseline_consumer"),
     },
+    BRIDGE: {"producer": ("-m", "tests.bench.baseline_bridge")},
+    BRIDGE_TUNED: {"producer": ("-m", "tests.bench.baseline_bridge", "tuned")},
+    PLAIN: {
+        "producer": ("-m", "tests.bench.plain_producer"),
+        "consumer": ("-m", "tests.bench.plain_consumer"),
+    },
 }
 SUBJECTS = (PREDLOG, BASELINE)
+BRIDGES = (BRIDGE, BRIDGE_TUNED) if importlib.util.find_spec("mq_bridge") else ()
 
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """How much to measure."""
+    """How much to measure. `drain_seconds`: how long the drain of a backlog should take, about."""
 
     rounds: int = 3
-    seconds: int = 4
-    drain_messages: int = 150_000
-    baseline_drain_messages: int = 20_000
+    seconds: int = 3
+    drain_seconds: float = 2.0
     idle_connections: int = 10_000
 
 
-QUICK = Effort(rounds=1, seconds=2, drain_messages=20_000, baseline_drain_messages=4_000, idle_connections=1_000)
+QUICK = Effort(rounds=1, seconds=2, drain_seconds=0.5, idle_connections=1_000)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +55,22 @@ class Producer:
     process: Process
     port: int
     queue: str
+
+
+@dataclass(frozen=True, slots=True)
+class Consumer:
+    """A running consumer."""
+
+    process: Process
+    health_port: int
+
+    def fsyncs(self) -> float:
+        """How often it has synced its file so far, by its own metrics."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.health_port}/metrics", timeout=5) as answer:
+            found = re.search(rb"^predlog_fsync_seconds_count (\d+)", answer.read(), re.MULTILINE)
+        if found is None:
+            raise RuntimeError("the consumer's metrics have no predlog_fsync_seconds_count")
+        return int(found[1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +92,13 @@ class Stage:
             yield Producer(process, port, queue)
 
     @contextlib.contextmanager
-    def consumer(self, subject: str, queue: str, csv_file: Path) -> Iterator[Process]:
+    def consumer(self, subject: str, queue: str, csv_file: Path) -> Iterator[Consumer]:
         """A consumer that was just started on `csv_file`."""
+        port = free_port()
         settings = {"AMQP_URL": self.amqp_url, "QUEUE_NAME": queue, "CSV_FILE": str(csv_file), "PREFETCH_COUNT": "2000"}
         command = (sys.executable, *PROGRAMS[subject]["consumer"])
-        with Process(command, settings, self.folder / "consumer.log") as process:
-            yield process
+        with Process(command, settings | {"HEALTH_PORT": str(port)}, self.folder / "consumer.log") as process:
+            yield Consumer(process, port)
 
     @contextlib.contextmanager
     def queue(self, name: str) -> Iterator[str]:
@@ -99,7 +125,7 @@ class Stage:
 
     def fill(self, queue: str, load: Load, count: int) -> None:
         with BareConnection(self.amqp_url) as connection:
-            connection.publish(encode_publishes(queue, load.bodies, count, connection.frame_max), count)
+            connection.publish(blobs(queue, load.bodies, count, connection.frame_max), count)
 
 
 def free_port() -> int:
