@@ -63,11 +63,11 @@ TOPICS = (
     ),
     Topic(
         "latency", "Producer: latency at equal offered load",
-        "An open loop on 64 connections: each request has its moment, and its latency counts from then. All are "
-        "offered the same, in shares of the baseline's highest rate above; beyond that, predlog alone. *RabbitMQ "
-        "alone*: a bare socket publishes messages at the same rate; its latency is the broker's own, from when a "
-        "message was due to its confirm. What it has in its tail (fsync, a new segment "
-        "of the log), no program in front of it can take away.",
+        "An open loop on 64 connections: each request has its moment, and its latency counts from then; the client "
+        "looks at its clock every millisecond. All are offered the same, in shares of the baseline's highest rate "
+        "above; beyond that, predlog alone. *RabbitMQ alone*: a bare socket publishes messages at the same rate; its "
+        "latency is the broker's own, from when a message was due to its confirm. What it has in its tail (fsync, a "
+        "new segment of the log), no program in front of it can take away.",
         ("offered", "p50_ms", "p99_ms", "p999_ms"),
     ),
     Topic(
