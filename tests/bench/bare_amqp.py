@@ -77,7 +77,7 @@ class BareConnection:
     def publish(self, blobs: Iterable[bytes], count: int, window: int = 4096) -> None:
         """Send `count` messages in blobs of BLOB_MESSAGES (see `blobs`), with at most `window` unconfirmed."""
         self._call(commands.Confirm.Select())
-        confirms, sent = _Confirms(), 0
+        confirms, sent = Confirms(), 0
         for blob in blobs:
             while sent + BLOB_MESSAGES - confirms.count > window:
                 self._receive_confirms(confirms)
@@ -89,7 +89,7 @@ class BareConnection:
     def publish_paced(self, messages: Iterable[bytes], count: int, rate: float) -> list[float]:
         """Send `count` messages, one every 1/`rate` seconds; the seconds from when each was due to its confirm."""
         self._call(commands.Confirm.Select())
-        confirms, waits = _Confirms(), []
+        confirms, waits = Confirms(), []
         due = [0.0] * count
         start = time.perf_counter()
         for i, message in enumerate(messages):
@@ -102,7 +102,7 @@ class BareConnection:
             waits += self._waits(confirms, due)
         return waits
 
-    def _waits(self, confirms: _Confirms, due: Sequence[float]) -> list[float]:
+    def _waits(self, confirms: Confirms, due: Sequence[float]) -> list[float]:
         tags = self._receive_confirms(confirms)
         now = time.perf_counter()
         return [now - due[tag - 1] for tag in tags]
@@ -121,7 +121,7 @@ class BareConnection:
                         acked = int.from_bytes(payload[tag_at : tag_at + 8], "big")
                         self._socket.sendall(_ack_frame.pack(METHOD, CHANNEL, 13, ACK, acked, 1, 0xCE))
 
-    def _receive_confirms(self, confirms: _Confirms) -> list[int]:
+    def _receive_confirms(self, confirms: Confirms) -> list[int]:
         """Wait for confirms; the delivery tags that are confirmed now."""
         tags: list[int] = []
         for method, payload in self._methods():
@@ -174,7 +174,7 @@ class BareConnection:
             self._buffer += piece
 
 
-class _Confirms:
+class Confirms:
     """Which delivery tags are confirmed: in any order, and `multiple` covers all lower ones."""
 
     def __init__(self) -> None:

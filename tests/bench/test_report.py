@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import pytest
 
 from tests.bench import charts, report
-from tests.bench.bare_amqp import _Confirms
+from tests.bench.bare_amqp import Confirms
 from tests.bench.results import BASELINE, BRIDGE_TUNED, LIMIT, PLAIN, PREDLOG, SMALL, Record, Results
 
 RATES = {PREDLOG: 8000.0, BRIDGE_TUNED: 5000.0, BASELINE: 1000.0, PLAIN: 4000.0}
@@ -61,6 +61,6 @@ def test_the_charts_are_small_and_well_formed(tmp_path: Path, results: Results) 
 
 
 def test_bare_confirms_count_each_tag_once() -> None:
-    confirms = _Confirms()
+    confirms = Confirms()
     assert [confirms.add(2, False), confirms.add(3, True), confirms.add(4, False)] == [[2], [1, 3], [4]]
     assert confirms.count == 4
