@@ -11,7 +11,7 @@ from html import escape
 from math import ceil, floor, log10
 from pathlib import Path
 
-from tests.bench.results import BASELINE, BRIDGE_TUNED, IMAGES, IMAGES_CASE, LIMIT, PREDLOG, SMALL, Results
+from tests.bench.results import BASELINE, BRIDGE_TUNED, HALF_LOAD, IMAGES, IMAGES_CASE, LIMIT, PREDLOG, SMALL, Results
 
 PAPER, INK, FAINT, RULE = "#ffffff", "#1f2328", "#6e7781", "#e4e7eb"
 COLOURS = {PREDLOG: "#0b6bcb", BRIDGE_TUNED: "#d9822b", BASELINE: "#9aa4ae", LIMIT: "#1f2328"}
@@ -21,7 +21,6 @@ BARS = (PREDLOG, BRIDGE_TUNED, BASELINE)
 STROKES = (PREDLOG, BRIDGE_TUNED, BASELINE, LIMIT)
 WIDTH, MARGIN = 900, 24
 FONT = "system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif"
-HALF_LOAD = f"{SMALL}, half of the baseline's best"
 
 
 def write(folder: Path, results: Results) -> None:

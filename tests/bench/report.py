@@ -8,7 +8,19 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.bench.results import BASELINE, BRIDGE, IMAGES, IMAGES_CASE, PLAIN, PREDLOG, SMALL, Record, Results
+from tests.bench.results import (
+    BASELINE,
+    BRIDGE,
+    BRIDGE_TUNED,
+    HALF_LOAD,
+    IMAGES,
+    IMAGES_CASE,
+    PLAIN,
+    PREDLOG,
+    SMALL,
+    Record,
+    Results,
+)
 
 _COUNT, _TENTHS, _HUNDREDTHS = "{:,.0f}", "{:,.1f}", "{:,.2f}"
 
@@ -165,6 +177,36 @@ def targets(results: Results) -> list[Target]:
     ]
 
 
+# (words, section, case, value, unit), for the table that the README shows too
+_SUMMARY = (
+    ("`POST /process` → confirm, 32 connections", "producer", "32 connections", "rate", "/s"),
+    ("the same, 256 connections", "producer", "256 connections", "rate", "/s"),
+    ("the same, 32 connections, 5 images of 20 KB each", "producer", IMAGES_CASE, "rate", "/s"),
+    ("p99 of the answer, half of the baseline's best rate", "latency", HALF_LOAD, "p99_ms", " ms"),
+    ("queue → CSV, 5.4 rows a message", "consumer", SMALL, "rate", "/s"),
+    ("queue → CSV, 5 images of 20 KB a message", "consumer", IMAGES, "rate", "/s"),
+    ("POST → row in the CSV at 1,000 events/s, p50", "end to end", "1,000 requests/s", "p50_ms", " ms"),
+    ("the same, p99", "end to end", "1,000 requests/s", "p99_ms", " ms"),
+    ("memory, 10,000 idle connections", "idle", "10,000 idle connections", "memory_mb", " MB"),
+)
+
+
+def summary_rows(results: Results) -> list[list[str]]:
+    """A row for each figure that matters most, a column for each program."""
+    rows = [["", PREDLOG, BRIDGE_TUNED, BASELINE]]
+    for words, section, case, value, unit in _SUMMARY:
+        cells = []
+        for subject in (PREDLOG, BRIDGE_TUNED, BASELINE):
+            median = results.median(section, case, subject, value)
+            form = _TENTHS if unit == " ms" else _COUNT
+            cell = "" if median is None else form.format(median) + unit
+            cpu_us = results.median(section, case, subject, "cpu_us")
+            cells.append(cell if cpu_us is None else f"{cell}, {cpu_us:,.0f} µs of CPU each")
+        if cells[0]:
+            rows.append([words, *cells])
+    return rows
+
+
 def lane_sentence(results: Results) -> str:
     """What the fast lane buys, in words; empty when it was not measured."""
     parts = []
@@ -230,7 +272,8 @@ def text_table(rows: list[list[str]]) -> str:
 
 def markdown_table(rows: Iterable[list[str]]) -> str:
     first, *rest = rows
-    rule = ["---", "---"] + ["---:"] * (len(first) - 2)
+    words = 2 if first[1] == "" else 1  # columns
+    rule = ["---"] * words + ["---:"] * (len(first) - words)
     return "\n".join("| " + " | ".join(row) + " |" for row in (first, rule, *rest))
 
 
@@ -249,7 +292,8 @@ def markdown(results: Results, machine: dict[str, str], load_text: str, rounds: 
         "with the range of the rounds in brackets; the last column says how many times better than the baseline: "
         f"more per second, or less time or memory. Load: {load_text}. CPU is user + sys of the process itself, "
         "from /proc.",
-        "![The three figures that matter most](benchmarks.svg)\n\n![Latency at equal load](latency.svg)",
+        "![The figures that matter most](benchmarks.svg)\n\n![Latency at equal load](latency.svg)",
+        markdown_table(summary_rows(results)),
         "## Targets",
         "Ratios are to the baseline of the same run.",
         markdown_table(target_rows(results)),

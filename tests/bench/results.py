@@ -12,6 +12,7 @@ PLAIN, LIMIT = "plain aiormq", "RabbitMQ alone"
 
 SMALL, IMAGES = "small events", "5 images of 20 KB"
 IMAGES_CASE = f"32 connections, {IMAGES}"  # of the producer; its small events have the number of connections only
+HALF_LOAD = f"{SMALL}, half of the baseline's best"
 
 
 @dataclass(frozen=True, slots=True)

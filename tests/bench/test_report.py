@@ -9,7 +9,7 @@ import pytest
 
 from tests.bench import charts, report
 from tests.bench.bare_amqp import Confirms
-from tests.bench.results import BASELINE, BRIDGE_TUNED, LIMIT, PLAIN, PREDLOG, SMALL, Record, Results
+from tests.bench.results import BASELINE, BRIDGE_TUNED, HALF_LOAD, LIMIT, PLAIN, PREDLOG, SMALL, Record, Results
 
 RATES = {PREDLOG: 8000.0, BRIDGE_TUNED: 5000.0, BASELINE: 1000.0, PLAIN: 4000.0}
 
@@ -19,7 +19,7 @@ def made_up(baseline_cpu_us: float = 700.0) -> Results:
     records = [Record("producer", "32 connections", s, {"rate": r, "cpu_us": cpu_us[s]}) for s, r in RATES.items()]
     for subject, factor in {PREDLOG: 1.0, BRIDGE_TUNED: 2.0, BASELINE: 4.0, LIMIT: 0.5}.items():
         values = {"offered": 500.0, "p50_ms": factor, "p99_ms": 3 * factor, "p999_ms": 9 * factor}
-        records.append(Record("latency", charts.HALF_LOAD, subject, values))
+        records.append(Record("latency", HALF_LOAD, subject, values))
     return Results(records)
 
 
