@@ -24,7 +24,6 @@ class Health:
         self._counters.metrics.values[self._counters.store_ok] = 0.0
 
     def handle(self, request: Request, exchange: Exchange) -> None:
-        self.check(request.head)
         path = request.head.path
         if path == b"/metrics":
             if self.consumer is not None:
@@ -43,5 +42,17 @@ class Health:
         if head.method not in (b"GET", b"HEAD"):
             raise HttpError(405, "this page takes GET, HEAD", (("Allow", "GET, HEAD"),))
 
+    def answered(self, exchange: Exchange, status: int) -> None:
+        """Nothing is counted here."""
 
-HEALTH_LIMITS = ServerLimits(Limits(body_bytes=1024), 100, 8, 2**20, 5.0, 5.0, 75.0, 5.0)
+
+HEALTH_LIMITS = ServerLimits(
+    request=Limits(body_bytes=1024),
+    connections=100,
+    pipelined=8,
+    buffered_bytes=2**20,
+    head_seconds=5.0,
+    body_seconds=5.0,
+    idle_seconds=75.0,
+    write_seconds=5.0,
+)

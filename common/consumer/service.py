@@ -68,7 +68,7 @@ async def serve(settings: ConsumerSettings) -> None:
     counters.metrics.values[counters.start_time] = time.time()
     counters.metrics.values[counters.store_ok] = 1.0  # on standby nothing speaks against it
     health = Health(counters)
-    server = HttpServer(HEALTH_LIMITS, health.handle, health.check)
+    server = HttpServer(HEALTH_LIMITS, health)
     if settings.health_port:
         await server.listen(settings.health_host, settings.health_port)
     lock = Lock(settings.csv_file)

@@ -1,6 +1,6 @@
 """HTTP connections: reading, answers in order, time-outs, limits, drain.
 
-The grammar is parser's; what a request means is the handler's, a plain function that answers its exchange now or later.
+The grammar is parser's; what a request means is the application's, which answers an exchange now or later.
 
 No task, future or timer is made for a request: answers are callbacks, and one sweep a second looks after all time-outs.
 """
@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import json
 import logging
 import ssl
 import time
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 from email.utils import formatdate
-from typing import cast
+from typing import Protocol, cast
 
-from common.errors import HttpError, InvalidEvent, StartupError, Unavailable
-from common.event.document import write_json
+from common.errors import HttpError, StartupError
 from common.http.parser import Head, Limits, Request, RequestParser
 from common.http.response import CONTINUE, encode_response
 
@@ -49,6 +48,22 @@ class ServerLimits:
     write_seconds: float
 
 
+class Application(Protocol):
+    """What requests mean. The server calls it from the event loop; it must not block."""
+
+    def check(self, head: Head) -> None:
+        """Raise HttpError for what the head alone condemns.
+
+        Called once a request, before `handle`, and before the body is read if it is still to come.
+        """
+
+    def handle(self, request: Request, exchange: Exchange) -> None:
+        """Answer the exchange, now or later, or raise HttpError."""
+
+    def answered(self, exchange: Exchange, status: int) -> None:
+        """Take note of an answer: the application's own, or a refusal by the server (`exchange.refused`)."""
+
+
 class Exchange:
     """One request and its answer, which may come at any time, once."""
 
@@ -63,7 +78,12 @@ class Exchange:
         self.response: bytes | None = None
 
     def answer(self, status: int, body: bytes, content_type: bytes = JSON, extra: bytes = b"") -> None:
-        """Answer; `extra` is whole header lines, each with its CRLF. An answer to a client that left goes nowhere."""
+        """Answer; `extra` is whole header lines, each with its CRLF. An answer to a client that left goes nowhere.
+
+        Raises RuntimeError when there is an answer already.
+        """
+        if self.response is not None:
+            raise RuntimeError("an exchange is answered once")
         connection = self._connection
         server = connection.server
         if server.draining and connection.exchanges and connection.exchanges[-1] is self:  # the last one, not any
@@ -79,22 +99,18 @@ class Exchange:
             head_only=head is not None and head.method == b"HEAD",
             http10=head is not None and head.http10,
         )
-        server.on_answer(self, status)
+        server.application.answered(self, status)
         connection.flush()
 
-    def fail(self, error: HttpError | InvalidEvent | Unavailable) -> None:
+    def fail(self, error: HttpError) -> None:
         """Answer with an error, in the contract's shape."""
-        extra = b""
-        if isinstance(error, InvalidEvent):
-            body = write_json({"detail": error.faults})
-        else:
-            body = write_json({"detail": str(error)})
-            if isinstance(error, Unavailable):
-                extra = b"Retry-After: 1\r\n"
-                self._connection.server.on_refusal(error.reason)
-            else:
-                extra = b"".join(f"{name}: {value}\r\n".encode("latin-1") for name, value in error.headers)
+        body = json.dumps({"detail": error.detail}, ensure_ascii=False, separators=(",", ":")).encode()
+        extra = b"".join(f"{name}: {value}\r\n".encode("latin-1") for name, value in error.headers)
         self.answer(error.status, body, extra=extra)
+
+    def seconds(self) -> float:
+        """The time since the request was complete."""
+        return self._connection.server.now() - self.began
 
 
 class Connection(asyncio.Protocol):
@@ -178,7 +194,7 @@ class Connection(asyncio.Protocol):
             while going_on:
                 try:
                     self._handle_requests()
-                except (HttpError, InvalidEvent, Unavailable) as error:
+                except HttpError as error:
                     error.__traceback__ = None
                     self._refuse(error)
                 if self._accounted or not self._parser.idle:
@@ -195,23 +211,28 @@ class Connection(asyncio.Protocol):
 
     def _handle_requests(self) -> None:
         parser, server, exchanges = self._parser, self.server, self.exchanges
+        application = server.application
         while len(exchanges) < server.limits.pipelined and not self._closing():
             request = parser.next_request()
             if request is None:
                 self._wait_for_more()
                 return
-            self._partial = self._checked = False
-            exchange = Exchange(self, request.head, server.now())
+            head = request.head
+            exchange = Exchange(self, head, server.now())
             exchanges.append(exchange)
+            checked, self._partial, self._checked = self._checked, False, False
             try:
-                server.handle(request, exchange)
-            except (HttpError, InvalidEvent, Unavailable) as error:
+                if not checked:
+                    application.check(head)
+                application.handle(request, exchange)
+            except HttpError as error:
                 # Its frames hold the request; with a frame that holds the error it is a cycle: memory until a gc.
                 error.__traceback__ = None
                 exchange.fail(error)
             except Exception:
-                log.exception("a bug: %s %s", request.head.method.decode(), request.head.target.decode())
-                exchange.fail(HttpError(500, "internal error; the log has the details"))
+                log.exception("a bug: %s %s", head.method.decode(), head.target.decode())
+                if exchange.response is None:
+                    exchange.fail(HttpError(500, "internal error; the log has the details"))
             if parser.idle:
                 return
         self._set_reading(False)
@@ -225,7 +246,7 @@ class Connection(asyncio.Protocol):
         head = parser.head
         # What may not come in is refused before its body is read; 100 Continue waits until it is this request's turn.
         if head is not None and not self._checked and not self.exchanges:
-            self.server.check(head)
+            self.server.application.check(head)
             self._checked = True
             if head.expect_continue and not parser.buffered_bytes and self.transport is not None:
                 self.transport.write(CONTINUE)
@@ -250,7 +271,7 @@ class Connection(asyncio.Protocol):
     def _closing(self) -> bool:
         return self._lingering is not None or bool(self.exchanges and self.exchanges[-1].close)
 
-    def _refuse(self, error: HttpError | InvalidEvent | Unavailable) -> None:
+    def _refuse(self, error: HttpError) -> None:
         """Answer what cannot be read, behind the answers still due, and close then."""
         exchange = Exchange(self, self._parser.head, self.server.now(), refused=True)
         self.exchanges.append(exchange)
@@ -369,25 +390,11 @@ class Connection(asyncio.Protocol):
 
 
 class HttpServer:
-    """Listens, and owns the connections.
+    """Listens, and owns the connections."""
 
-    `handle(request, exchange)` must answer, now or later; it and `check(head)` may raise HttpError, InvalidEvent or
-    Unavailable instead.
-    """
-
-    def __init__(
-        self,
-        limits: ServerLimits,
-        handle: Callable[[Request, Exchange], None],
-        check: Callable[[Head], None] = lambda head: None,
-        on_answer: Callable[[Exchange, int], None] = lambda exchange, status: None,
-        on_refusal: Callable[[str], None] = lambda reason: None,
-    ) -> None:
+    def __init__(self, limits: ServerLimits, application: Application) -> None:
         self.limits = limits
-        self.handle = handle
-        self.check = check
-        self.on_answer = on_answer
-        self.on_refusal = on_refusal
+        self.application = application
         self.connections: set[Connection] = set()
         self.buffered_bytes = 0
         self.draining = False

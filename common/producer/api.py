@@ -1,6 +1,6 @@
 """What each request to the producer means, its answer, and what is counted. Knows no socket and no broker.
 
-`Api.handle` is the server's handler. An accepted event goes to the publisher, whose confirm answers the exchange.
+`Api` is the HTTP server's application. An accepted event goes to the publisher, whose confirm answers the exchange.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from common import __version__
 from common.config import ProducerSettings
-from common.errors import HttpError, InvalidEvent, Unavailable
+from common.errors import HttpError, InvalidEvent, NotConfirmed, OutcomeUnknown, TooLarge, Unavailable
 from common.event.document import write_json
 from common.event.ids import keyed_message_id
 from common.event.rows import count_rows
@@ -20,7 +20,7 @@ from common.event.schema import normalise_batch, normalise_event
 from common.http.coding import decoded, require_known_coding
 from common.http.fields import idempotency_key, is_json_lines, require_json
 from common.http.parser import Head, Request
-from common.http.server import Exchange, HttpServer
+from common.http.server import Exchange
 from common.metrics import CONTENT_TYPE as METRICS_TYPE
 from common.producer import openapi
 from common.producer.metrics import METHODS, OTHER, Counters
@@ -49,8 +49,8 @@ class _Post(Publication):
         self._api.count_event(self.body, seconds)
         self._exchange.answer(200, self.body)
 
-    def failed(self, error: HttpError | Unavailable) -> None:
-        self._exchange.fail(error)
+    def failed(self, error: HttpError | NotConfirmed) -> None:
+        self._api.refuse(self._exchange, error)
 
 
 class _Batch:
@@ -81,7 +81,7 @@ class _Batch:
                     if self._under_way and error.reason == "window_full":
                         return
                     self._refuse(position, error)
-                except HttpError as error:
+                except (HttpError, NotConfirmed) as error:
                     self._refuse(position, error)
                 else:
                     self._under_way += 1
@@ -96,15 +96,14 @@ class _Batch:
         self._results[position] = {"status": 200}
         self._settled()
 
-    def fail(self, position: int, error: HttpError | Unavailable) -> None:
+    def fail(self, position: int, error: HttpError | NotConfirmed) -> None:
         """An event that was published is not accepted, or its outcome is unknown."""
         self._refuse(position, error)
         self._settled()
 
-    def _refuse(self, position: int, error: HttpError | Unavailable) -> None:
-        if isinstance(error, Unavailable):
-            self._api.on_refusal(error.reason)
-        self._results[position] = {"status": error.status, "detail": str(error)}
+    def _refuse(self, position: int, error: HttpError | NotConfirmed) -> None:
+        refusal = self._api.as_http(error)
+        self._results[position] = {"status": refusal.status, "detail": refusal.detail}
 
     def _settled(self) -> None:
         self._under_way -= 1
@@ -127,7 +126,7 @@ class _BatchItem(Publication):
         self._api.count_event(self.body, seconds)
         self._batch.accept(self._position)
 
-    def failed(self, error: HttpError | Unavailable) -> None:
+    def failed(self, error: HttpError | NotConfirmed) -> None:
         self._batch.fail(self._position, error)
 
 
@@ -201,9 +200,15 @@ class Api:
 
     def handle(self, request: Request, exchange: Exchange) -> None:
         """Answer a request, now or when its events have their outcome."""
-        head = request.head
-        path = head.path
-        self.check(head)
+        try:
+            self._handle(request, exchange)
+        except (InvalidEvent, NotConfirmed) as error:
+            # Its frames hold the request; with a frame that holds the error it is a cycle: memory until a gc.
+            error.__traceback__ = None
+            self.refuse(exchange, error)
+
+    def _handle(self, request: Request, exchange: Exchange) -> None:
+        path = request.head.path
         if path == b"/process":
             self._process(request, exchange)
         elif path == b"/process/batch":
@@ -224,6 +229,25 @@ class Api:
             exchange.answer(200, self._page, HTML, self._page_headers)
         else:
             exchange.answer(200, b"", extra=b"Allow: GET, HEAD, POST, OPTIONS\r\n")
+
+    def as_http(self, error: HttpError | NotConfirmed) -> HttpError:
+        """What a client is told of an event that is not stored, or may not be; counted by its reason."""
+        if isinstance(error, Unavailable):
+            self._counters.metrics.values[self._counters.refusals[error.reason]] += 1.0
+            return HttpError(503, str(error), (("Retry-After", "1"),))
+        if isinstance(error, TooLarge):
+            return HttpError(413, str(error))
+        if isinstance(error, OutcomeUnknown):
+            return HttpError(504, str(error))
+        assert isinstance(error, HttpError)
+        return error
+
+    def refuse(self, exchange: Exchange, error: HttpError | InvalidEvent | NotConfirmed) -> None:
+        """Answer with an error."""
+        if isinstance(error, InvalidEvent):
+            exchange.answer(422, write_json({"detail": error.faults}))
+        else:
+            exchange.fail(self.as_http(error))
 
     def _body(self, request: Request) -> bytes:
         if request.head.content_encoding is None:
@@ -258,19 +282,12 @@ class Api:
         values[counters.event_bytes] += len(body)
         counters.confirm_seconds.observe(seconds)
 
-    def on_answer(self, exchange: Exchange, status: int) -> None:
+    def answered(self, exchange: Exchange, status: int) -> None:
         counters = self._counters
         path = OTHER if exchange.head is None or exchange.head.path not in METHODS else exchange.head.path
         counters.metrics.values[counters.requests[path][status]] += 1.0
         if path == b"/process" and not exchange.refused:
-            counters.request_seconds.observe(self._now() - exchange.began)
-
-    def on_refusal(self, reason: str) -> None:
-        self._counters.metrics.values[self._counters.refusals[reason]] += 1.0
-
-    def attach(self, server: HttpServer) -> None:
-        self._server = server
-        self._now = server.now
+            counters.request_seconds.observe(exchange.seconds())
 
     def _set_gauges(self) -> None:
         counters, publisher = self._counters, self._publisher
@@ -279,10 +296,10 @@ class Api:
         values[counters.unconfirmed_bytes] = publisher.unconfirmed_bytes
         values[counters.connected] = publisher.down is None
         values[counters.blocked] = bool(publisher.blocked)
-        values[counters.connections] = len(self._server.connections)
 
-    def tick(self) -> None:
+    def tick(self, connections: int) -> None:
         """A few times a second: time-outs, and the gauges that another worker may be asked for."""
+        self._counters.metrics.values[self._counters.connections] = connections
         self._publisher.sweep()
         self._counters.metrics.settle()
         self._set_gauges()

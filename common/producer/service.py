@@ -88,8 +88,7 @@ async def serve(
         time.time,
     )
     api = Api(settings, publisher, counters, rows or (counters.metrics.values,))
-    server = HttpServer(_limits(settings, most_connections), api.handle, api.check, api.on_answer, api.on_refusal)
-    api.attach(server)
+    server = HttpServer(_limits(settings, most_connections), api)
 
     def reload_certificate() -> None:
         if tls is None:
@@ -127,7 +126,7 @@ async def serve(
     async def tick() -> None:
         while True:
             await asyncio.sleep(SWEEP_SECONDS)
-            api.tick()
+            api.tick(len(server.connections))
 
     loop.add_signal_handler(signal.SIGHUP, reload_certificate)
     ticker = asyncio.create_task(tick())

@@ -25,7 +25,6 @@ DOORS = {
     ("common.process", "common.errors"),
     ("common.process", "common.logs"),
     ("common.workers", "common.errors"),
-    ("common.http.server", "common.event"),
     ("common.storage", "common.event.rows"),  # the header
 }
 PURE = {

@@ -7,7 +7,7 @@ from typing import cast
 
 import pytest
 
-from common.http.parser import Limits, Request
+from common.http.parser import Head, Limits, Request
 from common.http.server import Connection, Exchange, HttpServer, ServerLimits
 
 GET = b"GET / HTTP/1.1\r\nHost: h\r\n\r\n"
@@ -46,14 +46,23 @@ class Transport:
         self.closing = self.aborted = True
 
 
-def answer(request: Request, exchange: Exchange) -> None:
-    exchange.answer(200, b"hello")
+class Hello:
+    """An application that answers at once."""
+
+    def check(self, head: Head) -> None:
+        pass
+
+    def handle(self, request: Request, exchange: Exchange) -> None:
+        exchange.answer(200, b"hello")
+
+    def answered(self, exchange: Exchange, status: int) -> None:
+        pass
 
 
 @pytest.fixture
 def opened() -> tuple[HttpServer, Connection, Transport]:
     limits = ServerLimits(Limits(), 10, 8, 1_000_000, 10.0, 10.0, idle_seconds=5.0, write_seconds=20.0)
-    server, transport = HttpServer(limits, answer), Transport()
+    server, transport = HttpServer(limits, Hello()), Transport()
     connection = Connection(server)
     connection.connection_made(cast(asyncio.Transport, transport))
     return server, connection, transport
