@@ -79,12 +79,20 @@ async def serve(settings: ProducerSettings) -> None:
     counters = Counters()
     publisher = cast(Publisher, PlainPublisher(cast(Channel, channel), settings.queue_name))
     api = Api(settings, publisher, counters, (counters.metrics.values,))
-    limits = ServerLimits(Limits(body_bytes=settings.max_body_bytes), 20_000, 8, 2**28, 10.0, 30.0, 75.0, 30.0)
-    server = HttpServer(limits, api.handle, api.check, api.on_answer, api.on_refusal)
-    api.attach(server)
+    limits = ServerLimits(
+        request=Limits(body_bytes=settings.max_body_bytes),
+        connections=20_000,
+        pipelined=8,
+        buffered_bytes=2**28,
+        head_seconds=10.0,
+        body_seconds=30.0,
+        idle_seconds=75.0,
+        write_seconds=30.0,
+    )
+    server = HttpServer(limits, api)
     await server.listen(settings.http_host, settings.http_port)
     while not stop.is_set():
-        api.tick()
+        api.tick(len(server.connections))
         await asyncio.sleep(0.1)
     server.abort()
     await connection.close()
