@@ -69,5 +69,5 @@ class StartupError(Fatal):
     """Something outside (port, folder, broker, password, queue) is not as it must be to start."""
 
 
-class DiskTrouble(StartupError):
-    """A disk that is full, or fails: it may be over in a while."""
+class DiskTrouble(Exception):
+    """A disk that is full, or fails. It may be over in a while, so it ends no process: wait and retry."""

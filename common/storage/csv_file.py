@@ -1,6 +1,6 @@
-"""The CSV file on disk: append, sync, find where its rows end, set bytes aside, gzip an old one.
+"""The CSV file on disk: append, sync, find where its rows end, set bytes aside.
 
-Knows that a file is a header and whole rows. Which bytes are committed, and what becomes of the others, is store.py's.
+Knows what a row is. Which bytes are committed, and what becomes of the others, is decided in recovery.py and store.py.
 Every function raises OSError.
 """
 
@@ -18,10 +18,10 @@ from common.storage.files import BLOCK_BYTES, free_name, naming, sync_directory
 
 
 class CsvFile:
-    """One open CSV file, locked by itself, too (flock): removing a lock file must not let two consumers write."""
+    """One open CSV file. It has an flock of its own: removing the lock file must not let two consumers write."""
 
     def __init__(self, path: str) -> None:
-        """Opens `path`; a missing file is created, empty."""
+        """Open `path`; create a missing file, empty."""
         self.path = path
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
@@ -45,7 +45,7 @@ class CsvFile:
         return os.fstat(self._fd).st_size
 
     def in_place(self) -> bool:
-        """False when the path is gone or names another file: renamed, removed, replaced."""
+        """Tell whether the path still names this file: it was not renamed, removed or replaced."""
         try:
             status = os.stat(self.path)
         except FileNotFoundError:
@@ -53,7 +53,7 @@ class CsvFile:
         return status.st_ino == self.inode and status.st_dev == self.device
 
     def write(self, data: bytes) -> None:
-        """Appends `data`. After an error any part of it may be at the end of the file."""
+        """Append `data`. After an error any part of it may be at the end of the file."""
         with naming(self.path):
             rest = memoryview(data)
             while rest:
@@ -68,7 +68,7 @@ class CsvFile:
             os.ftruncate(self._fd, length)
 
     def read(self, start: int, end: int | None = None) -> Iterator[bytes]:
-        """The bytes from `start` up to `end`, or up to the end of the file, in blocks."""
+        """Yield the bytes from `start` up to `end`, or up to the end of the file, in blocks."""
         while end is None or start < end:
             block = os.pread(self._fd, BLOCK_BYTES if end is None else min(BLOCK_BYTES, end - start), start)
             if not block:
@@ -86,7 +86,7 @@ class CsvFile:
         return rows_end(self.read(0))
 
     def set_aside(self, start: int) -> str:
-        """Moves the bytes from `start` on to a new file beside this one (synced before the cut); returns its path."""
+        """Move the bytes from `start` on to a new file in the same folder (synced before the cut); return its path."""
         aside = free_name(f"{self.path}.uncommitted-")
         fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         try:
@@ -105,13 +105,13 @@ class CsvFile:
 
 
 def rows_end(blocks: Iterable[bytes]) -> int:
-    """The offset behind the last whole row: behind the last CRLF with an even number of quotes before it."""
+    """Find the offset behind the last whole row: behind the last CRLF with an even number of quotes before it."""
     end = offset = quotes = 0
-    held = b""  # a CR at the end of a block, until its LF is seen
+    last_cr = b""  # a CR at the end of a block, until its LF is seen
     for block in blocks:
-        block = held + block
-        held = block[-1:] if block.endswith(b"\r") else b""
-        at = len(block) - len(held)
+        block = last_cr + block
+        last_cr = block[-1:] if block.endswith(b"\r") else b""
+        at = len(block) - len(last_cr)
         quotes += block.count(b'"')
         before = quotes
         after = at

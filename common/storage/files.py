@@ -18,7 +18,7 @@ _MAY_END = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 @contextmanager
 def naming(path: str) -> Iterator[None]:
-    """An OSError about a file descriptor does not say which file it was; `path` says it to a person."""
+    """Name the file in an OSError about a file descriptor, which does not say which file it was."""
     try:
         yield
     except OSError as error:
@@ -27,7 +27,7 @@ def naming(path: str) -> Iterator[None]:
 
 
 def free_name(prefix: str, suffix: str = "") -> str:
-    """`prefix` + UTC time + `suffix`, numbered when it or its .gz is taken. The consumer's lock makes it safe."""
+    """Return `prefix` + UTC time + `suffix`, numbered when it or its .gz is taken. Safe under the consumer's lock."""
     name = utc = prefix + time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     number = 0
     while os.path.lexists(name + suffix) or os.path.lexists(f"{name}{suffix}.gz"):
@@ -37,9 +37,9 @@ def free_name(prefix: str, suffix: str = "") -> str:
 
 
 def compress(path: str) -> None:
-    """Replaces the file `path` by `path`.gz.
+    """Replace the file `path` by `path`.gz.
 
-    The plain file goes only when the whole .gz is on disk under its name; killed anywhere, it can be run again.
+    The plain file is removed only when the whole .gz is on disk under its name. Killed anywhere, it can be run again.
     """
     part = f"{path}.gz.part"
     with open(path, "rb") as plain, open(part, "wb") as target:
@@ -53,7 +53,7 @@ def compress(path: str) -> None:
 
 
 def sync_directory(path: str) -> None:
-    """Makes the names in the folder of `path` durable: files made, renamed, removed."""
+    """Make the names in the folder of `path` durable: files made, renamed, removed."""
     fd = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY)
     try:
         with naming(path):
@@ -63,7 +63,7 @@ def sync_directory(path: str) -> None:
 
 
 def make_directory(path: str) -> None:
-    """Makes the folder `path` and those above it, durably."""
+    """Make the folder `path` and those above it, durably."""
     if not os.path.isdir(path):
         make_directory(os.path.dirname(path))
         with suppress(FileExistsError):
@@ -71,13 +71,14 @@ def make_directory(path: str) -> None:
         sync_directory(path)
 
 
-def startup_error(error: OSError, path: str, notes: Sequence[str] = ()) -> StartupError:
+def startup_error(error: OSError, path: str, notes: Sequence[str] = ()) -> StartupError | DiskTrouble:
+    """Return what to raise at a start: DiskTrouble when a later try may work, StartupError when it cannot."""
     kind = DiskTrouble if error.errno in _MAY_END else StartupError
     return kind(explain_os_error(error, path) + (f" ({'; '.join(notes)})" if notes else ""))
 
 
 def explain_os_error(error: OSError, path: str) -> str:
-    """One line for a person: where, what, what to do."""
+    """Say in one line for a person: where, what, what to do."""
     advice = {
         errno.EACCES: f"let uid {os.geteuid()} read and write there",
         errno.EPERM: f"let uid {os.geteuid()} read and write there",

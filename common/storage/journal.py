@@ -2,12 +2,12 @@
 
 An append-only text file. Each line is a checksum and one JSON record, and is one commit: one write, one fsync. A line
 cut short by a crash is a commit that never was. The first line holds every id, the others the ids of their commit.
-The file is replaced as a whole (written beside, synced, renamed) when it has grown, and when anything about it failed,
-because after a failed write or fsync nobody knows what of it is on disk.
+The file is replaced as a whole (written to a new file, synced, renamed) when it has grown, and when anything about it
+failed, because after a failed write or fsync nobody knows what of it is on disk.
 
-Beside it, the mark says how far it went, written after each commit and not synced: so that a journal whose end is gone
-(truncated, or an old copy put back) is not taken for one whose last commit never was.
-Knows nothing of the CSV itself. It is for one thread.
+A second file, the mark, says how far the journal went. It is written after each commit and not synced. It tells a
+journal whose end is gone (truncated, or an old copy put back) from one whose last commit never was.
+Knows nothing of the CSV itself. For one thread.
 """
 
 from __future__ import annotations
@@ -19,23 +19,14 @@ import zlib
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import chain, islice
 from struct import iter_unpack
 
+from common.storage.files import naming, sync_directory
+from common.storage.state import FileState, LastRun
+
 ID_BYTES = 16
-
-
-@dataclass(frozen=True, slots=True)
-class FileState:
-    """How far a file is committed, and how to know it: crc32 of its last committed bytes, from `chunk_offset` on."""
-
-    device: int
-    inode: int
-    committed_bytes: int
-    chunk_offset: int
-    chunk_crc32: int
-    started_at: float  # Unix time of its first row, or at which the file was begun or taken over
 
 
 class JournalCorrupt(Exception):
@@ -45,7 +36,6 @@ class JournalCorrupt(Exception):
 class Journal:
     def __init__(self, path: str, dedup_window: int, prefetch_count: int, log: logging.Logger) -> None:
         self.path = path
-        self.end_is_gone = ""  # why the state that was loaded is not the last one, as far as the mark tells
         self._log = log
         self._dedup_window = dedup_window
         self._prefetch_count = prefetch_count
@@ -58,17 +48,17 @@ class Journal:
 
     @property
     def window(self) -> int:
-        """How many ids are remembered.
+        """The number of ids that are remembered.
 
         The broker can redeliver `prefetch_count` messages, and while it does others are committed: twice covers both.
         The largest `prefetch_count` ever used counts, because what was unacked under it may still come back.
         """
         return max(self._dedup_window, 2 * self._prefetch_count)
 
-    def load(self) -> tuple[FileState, bool] | None:
-        """The last committed state, and whether that run ended cleanly; None without a journal. Remembers the ids.
+    def load(self) -> LastRun | None:
+        """Remember the ids of the last run, and return what else it left; None without a journal.
 
-        Raises OSError, and JournalCorrupt for anything that a crash of ours cannot have left.
+        Raise OSError, and JournalCorrupt for anything that a crash of ours cannot have left.
         """
         self._mark = _read_mark(self._mark_path)
         try:
@@ -95,9 +85,10 @@ class Journal:
             raise JournalCorrupt(f"not a journal of this version ({error!r})") from error
         self._prefetch_count = max(self._prefetch_count, prefetch_count)
         self._remember([id for (id,) in iter_unpack("16s", packed[-self.window * ID_BYTES :])])
+        outdated = ""
         if self._mark is not None and self._mark[0] == state.inode and self._mark[1] > state.committed_bytes:
-            self.end_is_gone = f"its end is gone: it knows of {state.committed_bytes} bytes, not {self._mark[1]}"
-        return state, clean
+            outdated = f"its end is gone: it knows of {state.committed_bytes} bytes, not {self._mark[1]}"
+        return LastRun(state, clean, outdated)
 
     def seen(self, id: bytes) -> bool:
         return id in self._ids
@@ -106,9 +97,9 @@ class Journal:
         return len(self._order)
 
     def commit(self, state: FileState, ids: Sequence[bytes] = (), clean: bool = False) -> None:
-        """Makes `state` and new `ids` (16 bytes each) durable, then remembers them.
+        """Make `state` and new `ids` (16 bytes each) durable, then remember them.
 
-        Raises OSError; then the commit is on disk or not, and the same call again settles it.
+        Raise OSError; then the commit is on disk or not, and the same call again settles it.
         """
         if self._mark is not None and not (self._mark[0] == state.inode and self._mark[1] <= state.committed_bytes):
             self._write_mark(state, sync=True)  # it must never be ahead, not even after a power cut
@@ -143,13 +134,10 @@ class Journal:
         if self._mark_fd < 0:
             self._mark_fd = os.open(self._mark_path, os.O_RDWR | os.O_CREAT, 0o644)
         text = b'{"file": {"inode": %d, "committed_bytes": %d}}' % mark
-        try:
+        with naming(self._mark_path):
             os.pwrite(self._mark_fd, _with_checksum(text.ljust(100)), 0)
             if sync:
                 os.fsync(self._mark_fd)
-        except OSError as error:
-            error.filename = error.filename or self._mark_path
-            raise
         self._mark = mark
 
     def _remember(self, ids: Sequence[bytes]) -> None:
@@ -178,33 +166,33 @@ class Journal:
         ours = os.fstat(self._fd)
         if status and (status.st_ino, status.st_dev, status.st_size) == (ours.st_ino, ours.st_dev, self._bytes):
             return True
-        self._log.warning("%s: another program changed or removed it; it is written anew, complete", self.path)
+        self._log.warning("%s: another program changed or removed it; it is written anew, whole", self.path)
         return False
 
     def _append(self, line: bytes) -> None:
         try:
-            _write(self._fd, line)
-            os.fsync(self._fd)
-        except OSError as error:
+            with naming(self.path):
+                _write(self._fd, line)
+                os.fsync(self._fd)
+        except OSError:
             self._close_file()
-            error.filename = error.filename or self.path
             raise
         self._bytes += len(line)
 
     def _replace(self, line: bytes) -> None:
         self._close_file()
-        beside = f"{self.path}.new"
-        fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644)
+        new = f"{self.path}.new"
+        fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644)
         try:
-            _write(fd, line)
-            os.fsync(fd)
-            os.rename(beside, self.path)
-            _sync_directory(self.path)
-        except OSError as error:
+            with naming(self.path):
+                _write(fd, line)
+                os.fsync(fd)
+                os.rename(new, self.path)
+                sync_directory(self.path)
+        except OSError:
             os.close(fd)
             with suppress(OSError):
-                os.unlink(beside)
-            error.filename = error.filename or self.path
+                os.unlink(new)
             raise
         self._fd = fd
         self._bytes = len(line)
@@ -233,11 +221,3 @@ def _write(fd: int, line: bytes) -> None:
     rest = memoryview(line)
     while rest:
         rest = rest[os.write(fd, rest) :]
-
-
-def _sync_directory(path: str) -> None:
-    fd = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

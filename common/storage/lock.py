@@ -1,4 +1,4 @@
-"""One consumer per CSV: an flock beside it."""
+"""The lock that makes one consumer the owner of a CSV."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from common.storage.files import explain_os_error, make_directory, startup_error
 
 
 class Lock:
-    """One consumer per CSV: flock on `<csv>.lock`, which ends with the process, however it ends."""
+    """An flock on `<csv>.lock`, which ends with the process, however it ends."""
 
     def __init__(self, csv_path: str) -> None:
         self.path = os.path.realpath(csv_path) + ".lock"
         self._fd = -1
 
     def acquire(self) -> bool:
-        """Takes the lock, or returns False at once when another has it. Makes the folder. Raises as Store.open."""
+        """Take the lock, or return False at once when another has it. Make the folder. Raise as Store.open does."""
         try:
             make_directory(os.path.dirname(self.path))
             fd = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -39,7 +39,7 @@ class Lock:
         return True
 
     def release(self) -> None:
-        """Gives the lock up. The file stays: were it removed, two processes could each hold a lock of that name."""
+        """Give the lock up. The file stays: were it removed, two processes could each hold a lock of that name."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

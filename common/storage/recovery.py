@@ -1,120 +1,133 @@
-"""What a start finds, and what it does about it. Destroys nothing: bytes that must go from the CSV are set aside."""
+"""What a start finds, and what to do about it: a decision without a disk. `repair` looks, and carries it out.
+
+Nothing is ever destroyed: bytes that must leave the CSV are set aside, and committed rows stay where they are.
+docs/guarantees.md has this as a table ("What a start finds"), tests/unit/test_recovery.py as a test.
+"""
 
 from __future__ import annotations
 
-import errno
-import os
-import time
-from dataclasses import replace
+from typing import NamedTuple, TypeAlias
 
 from common.event.rows import CSV_HEADER
-from common.storage.csv_file import CsvFile
-from common.storage.files import free_name, sync_directory
-from common.storage.journal import FileState, Journal, JournalCorrupt
+from common.storage.state import FileState, LastRun
 
-CHUNK_BYTES = 64 << 10  # how much of the committed end is kept as a checksum to know the file again
+# What is found.
 
 
-def load(journal: Journal, notes: list[str]) -> tuple[FileState, bool] | None:
-    """The state that the last run left. A journal that cannot be read is moved aside, and is as good as none."""
-    try:
-        return journal.load()
-    except JournalCorrupt as error:
-        set_journal_aside(journal, str(error), notes)
-        return None
+class Corrupt(NamedTuple):
+    """A journal that does not say what was committed."""
+
+    why: str
 
 
-def set_journal_aside(journal: Journal, why: str, notes: list[str]) -> None:
-    aside = free_name(f"{journal.path}.corrupt-")
-    os.rename(journal.path, aside)
-    sync_directory(aside)
-    notes.append(f"the journal is corrupt ({why}) and was moved to {aside}")
+class FileFacts(NamedTuple):
+    """The CSV at its path."""
+
+    existed: bool  # False: it was made just now, and is empty
+    device: int
+    inode: int
+    size: int
+    head: bytes  # its first bytes, as many as the header has
+    intact: bool  # the committed bytes of the journal are there, going by the last of them
 
 
-def recover(file: CsvFile, existed: bool, left: tuple[FileState, bool] | None, notes: list[str]) -> FileState:
-    """Brings `file` to its committed length when it is the one that the journal speaks of, and adopts it otherwise."""
-    size = file.size()
-    if left is None:
-        if size or notes:  # something was here before, so the journal is lost, and not only yet to come
-            notes.append(
-                "without a journal the last rows, if their messages come again, are doubled once, "
-                "and retries of older events are not recognised"
+# What to do, in this order.
+
+
+class SetJournalAside(NamedTuple):
+    why: str
+
+
+class CutRenamed(NamedTuple):
+    """Find the file of the last run under another name, and set its uncommitted end aside."""
+
+    state: FileState
+
+
+class Continue(NamedTuple):
+    """Continue after the committed bytes; `writer` wrote what is behind them, which is set aside."""
+
+    state: FileState
+    writer: str
+
+
+class Adopt(NamedTuple):
+    """Take the file over: its whole rows count as committed, a torn row at its end is set aside."""
+
+
+class Begin(NamedTuple):
+    """Write the header into a file that is empty, or has a part of the header."""
+
+
+class Refuse(NamedTuple):
+    """Touch nothing: the file is somebody else's."""
+
+    why: str
+
+
+class Note(NamedTuple):
+    """Tell the operator."""
+
+    text: str
+
+
+Step: TypeAlias = SetJournalAside | CutRenamed | Continue | Adopt | Begin | Refuse | Note
+
+
+def decide(journal: LastRun | Corrupt | None, file: FileFacts) -> list[Step]:
+    """Choose the steps of a recovery. The last one is Continue, Adopt or Begin; a Refuse is the only one."""
+    steps: list[Step] = []
+    if isinstance(journal, Corrupt):
+        steps.append(SetJournalAside(journal.why))
+        journal = None
+    # At the same length as the CSV, an older journal is as good as any: both were put back.
+    elif journal is not None and journal.outdated and file.size != journal.state.committed_bytes:
+        steps.append(SetJournalAside(journal.outdated))
+        journal = None
+    if journal is None:
+        if file.size or steps:  # something was here before, so the journal is lost, and not only yet to come
+            steps.append(
+                Note(
+                    "without a journal the last rows, if their messages come again, are doubled once, "
+                    "and retries of older events are not recognised"
+                )
             )
-        return adopt(file, notes)
-    state, clean = left
-    same = (file.device, file.inode) == (state.device, state.inode)
-    if not (same or clean):
-        cut_renamed(file.path, state, notes)
-    # Every CSV of this kind begins with the header. When no more than that was committed, rows after it are taken for
-    # the rest of a crash only in the very file that we wrote; otherwise somebody put a file with rows there.
-    known = (
-        state.committed_bytes > len(CSV_HEADER)
-        or size == state.committed_bytes
-        or (file.inode == state.inode and not clean)
-    )
-    if existed and known and is_intact(file, size, state):
-        if size > state.committed_bytes:
-            aside = file.set_aside(state.committed_bytes)
-            who = "another program appended after a clean stop" if clean else "the last run had not committed"
-            notes.append(f"{size - state.committed_bytes} bytes that {who} were moved to {aside}")
-        file.sync()
-        sync_directory(file.path)
-        return replace(state, device=file.device, inode=file.inode)
-    if not existed:
-        notes.append("was missing and is started anew")
-    elif size < state.committed_bytes:
-        notes.append(f"was truncated or replaced: it has {size} bytes, and {state.committed_bytes} were committed")
+        return _adopt(file, steps)
+    state = journal.state
+    if not journal.clean and (file.device, file.inode) != (state.device, state.inode):
+        steps.append(CutRenamed(state))
+    if file.existed and file.intact and _is_known(file, journal):
+        writer = "another program appended after a clean stop" if journal.clean else "the last run had not committed"
+        return [*steps, Continue(state, writer)]
+    if not file.existed:
+        note = "was missing and is started anew"
+    elif file.size < state.committed_bytes:
+        note = f"was truncated or replaced: it has {file.size} bytes, and {state.committed_bytes} were committed"
     else:
-        notes.append("was replaced or changed by another program")
-    return adopt(file, notes)
+        note = "was replaced or changed by another program"
+    return _adopt(file, [*steps, Note(note)])
 
 
-def is_intact(file: CsvFile, size: int, state: FileState) -> bool:
-    """Whether the committed bytes are still there, going by the last of them."""
-    return size >= state.committed_bytes and (
-        file.crc32(state.chunk_offset, state.committed_bytes) == state.chunk_crc32
-    )
+def _is_known(file: FileFacts, journal: LastRun) -> bool:
+    """Whether an intact file is the one that the journal speaks of.
 
-
-def cut_renamed(path: str, state: FileState, notes: list[str]) -> None:
-    """After a crash: finds the file that we wrote under another name (logrotate) and sets its uncommitted end aside."""
-    with os.scandir(os.path.dirname(path)) as entries:
-        # Not our own: it is open already, and a reboot may have given its disk another device number.
-        names = [e.path for e in entries if e.inode() == state.inode and e.is_file() and e.path != path]
-    for name in names:
-        file = CsvFile(name)
-        try:
-            size = file.size()
-            if file.device == state.device and is_intact(file, size, state):
-                notes.append(f"the file of the last run is now {name}")
-                if size > state.committed_bytes:
-                    aside = file.set_aside(state.committed_bytes)
-                    notes.append(f"{size - state.committed_bytes} bytes that were not committed there moved to {aside}")
-                    file.sync()
-        finally:
-            file.close()
-
-
-def adopt(file: CsvFile, notes: list[str]) -> FileState:
-    """Takes a file over: its whole rows count as committed, a torn end is set aside, an empty one gets a header.
-
-    Raises OSError for a file that does not begin with our header.
+    Every CSV of this kind begins with the header. When no more than that was committed, rows after it are taken for
+    the rest of a crash only in the very file that we wrote; otherwise somebody put a file with rows there.
     """
-    size = file.size()
-    head = b"".join(file.read(0, min(size, len(CSV_HEADER))))
+    committed = journal.state.committed_bytes
+    if committed > len(CSV_HEADER) or file.size == committed:
+        return True
+    return file.inode == journal.state.inode and not journal.clean
+
+
+def _adopt(file: FileFacts, steps: list[Step]) -> list[Step]:
+    last = adoption(file.head, file.size)
+    return [last] if isinstance(last, Refuse) else [*steps, last]
+
+
+def adoption(head: bytes, size: int) -> Adopt | Begin | Refuse:
+    """Decide how to take over a file that the journal does not know: `size` bytes that begin with `head`."""
     if head != CSV_HEADER[: len(head)]:
         header = CSV_HEADER.decode().strip()
-        raise OSError(errno.EINVAL, f"does not begin with the line {header!r} and CRLF: move it away", file.path)
-    if size < len(CSV_HEADER):
-        file.cut(0)
-        file.write(CSV_HEADER)
-        end = len(CSV_HEADER)
-    else:
-        end = file.rows_end()
-        if end < size:
-            aside = file.set_aside(end)
-            notes.append(f"{size - end} bytes of a torn row at the end were moved to {aside}")
-    file.sync()
-    sync_directory(file.path)
-    offset = max(0, end - CHUNK_BYTES)
-    return FileState(file.device, file.inode, end, offset, file.crc32(offset, end), round(time.time(), 3))
+        return Refuse(f"does not begin with the line {header!r} and CRLF: move it away")
+    return Adopt() if size >= len(CSV_HEADER) else Begin()

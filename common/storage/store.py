@@ -1,9 +1,9 @@
 """The exactly-once step: rows into the CSV, then its committed length and the message ids into the journal.
 
-Store.open() recovers whatever a crash, a person or another program left; Store.append() is the durable step after which
-the caller acks. What is committed is never touched, and nothing is ever destroyed: bytes that must go from the CSV move
-to `<csv>.uncommitted-<UTC time>`. Everything is synchronous and for one thread; when to flush, retry or rotate is the
-caller's.
+Store.open() recovers from whatever a crash, a person or another program left. Store.append() is the durable step after
+which the caller acks. Committed rows are never touched, and nothing is destroyed: bytes that must leave the CSV move to
+`<csv>.uncommitted-<UTC time>`. Everything is synchronous and for one thread. When to flush, retry or rotate is the
+caller's decision.
 """
 
 from __future__ import annotations
@@ -24,19 +24,14 @@ from typing import NamedTuple
 from common.event.rows import CSV_HEADER
 from common.storage.csv_file import CsvFile
 from common.storage.files import compress, explain_os_error, free_name, startup_error
-from common.storage.journal import ID_BYTES, FileState, Journal
-from common.storage.recovery import (
-    CHUNK_BYTES,
-    adopt,
-    is_intact,
-    load,
-    recover,
-    set_journal_aside,
-)
+from common.storage.journal import ID_BYTES, Journal
+from common.storage.recovery import decide
+from common.storage.repair import adopt, apply, is_intact, load, look
+from common.storage.state import CHUNK_BYTES, FileState
 
 
 class Timing(NamedTuple):
-    """Seconds that one append spent in each step; 0.0 for a step that an earlier try had done."""
+    """Seconds that one append spent in each step; 0.0 for a step that an earlier try has done."""
 
     write_seconds: float
     fsync_seconds: float
@@ -57,9 +52,9 @@ class Store:
     def open(
         cls, csv_path: str, dedup_window: int, prefetch_count: int, log: logging.Logger, rotate_gzip: bool = False
     ) -> Store:
-        """Recovers the CSV and its journal; the caller holds the Lock. Says in one log line what was found and done.
+        """Recover the CSV and its journal; the caller holds the Lock. Say in one log line what was found and done.
 
-        Raises DiskTrouble when a later try may work, and StartupError when the file is not ours to write, or cannot be
+        Raise DiskTrouble when a later try may work, and StartupError when the file is not ours to write, or cannot be
         written.
         """
         path = os.path.realpath(csv_path)
@@ -67,14 +62,10 @@ class Store:
         notes: list[str] = []
         file = None
         try:
-            left = load(journal, notes)
+            last_run = load(journal)
             existed = os.path.lexists(path)
             file = CsvFile(path)
-            # Of the same age as the CSV, an older journal is as good as any: both were put back.
-            if left is not None and journal.end_is_gone and file.size() != left[0].committed_bytes:
-                set_journal_aside(journal, journal.end_is_gone, notes)
-                left = None
-            state = recover(file, existed, left, notes)
+            state = apply(decide(last_run, look(file, existed, last_run)), file, journal, notes)
             journal.commit(state)
         except OSError as error:
             journal.close()
@@ -82,7 +73,7 @@ class Store:
                 file.close()
             raise startup_error(error, path, notes) from error
         level = logging.WARNING if notes else logging.INFO
-        notes.append(f"goes on after {state.committed_bytes} bytes, with {len(journal)} message ids remembered")
+        notes.append(f"continues after {state.committed_bytes} bytes, with {len(journal)} message ids remembered")
         log.log(level, "%s: %s", path, "; ".join(notes))
         store = cls(file, state, journal, log)
         if rotate_gzip:
@@ -108,14 +99,14 @@ class Store:
         return self._state.started_at
 
     def seen(self, id: bytes) -> bool:
-        """Whether the message with this id (16 bytes) is committed, within the window."""
+        """Tell whether the message with this id (16 bytes) is committed, within the window."""
         return self._journal.seen(id)
 
     def append(self, data: bytes, ids: Sequence[bytes]) -> Timing:
-        """Makes whole rows `data` and the new, distinct `ids` (16 bytes each) of their messages durable, as one.
+        """Make whole rows `data` and the new, distinct `ids` (16 bytes each) of their messages durable, as one.
 
-        Raises OSError when a step fails. The caller then acks nothing and calls again, with the same arguments, until
-        it works: that goes on from the step that failed. Two fsyncs; a third when the grown journal is written anew.
+        Raise OSError when a step fails. The caller then acks nothing and calls again, with the same arguments, until
+        it works: that continues from the step that failed. Two fsyncs; a third when the grown journal is written anew.
         """
         if sum(map(len, ids)) != ID_BYTES * len(ids):
             raise ValueError(f"an id is not {ID_BYTES} bytes")
@@ -150,15 +141,15 @@ class Store:
         return Timing(written - began, synced - written, time.perf_counter() - synced)
 
     def reopen(self) -> None:
-        """Starts a new file now when the current one was renamed or removed, as append would. Raises OSError."""
+        """Start a new file now if the current one was renamed or removed, as append would. Raise OSError."""
         if self._synced is None:
             self._check_file(b"")
 
     def rotate(self) -> str | None:
-        """Renames data.csv to data-<UTC time>.csv, starts a new data.csv, and returns the new name of the old one.
+        """Rename data.csv to data-<UTC time>.csv, start a new data.csv, and return the new name of the old one.
 
-        None when there is no row to rotate, or a failed append is not settled yet. Raises OSError; append, or rotate
-        again, then goes on in a new file.
+        Return None when there is no row to rotate, or a failed append is not settled yet. Raise OSError; append, or
+        rotate again, then continues in a new file.
         """
         if self._synced is not None:
             return None
@@ -174,7 +165,7 @@ class Store:
         return rotated
 
     def close(self) -> None:
-        """Marks the journal clean, when all is settled."""
+        """Mark the journal clean if everything is settled, and give up the files."""
         try:
             if self._synced is None and self._file.size() == self.committed_bytes:
                 self._journal.commit(self._state, clean=True)
@@ -186,7 +177,7 @@ class Store:
         self._journal.close()
 
     def _check_file(self, data: bytes) -> None:
-        """Before a write: the file ends where we left it, and is the one at our path. Two system calls when it is."""
+        """Before a write: make sure that the file at our path is ours and ends where we left it. Two system calls."""
         committed = self.committed_bytes
         size = self._cut_own(data)
         if not self._file.in_place():
@@ -199,7 +190,7 @@ class Store:
             self._start_file(logging.WARNING, note)
 
     def _cut_own(self, data: bytes) -> int:
-        """Cuts what a failed write of `data` left past the committed length; returns the size."""
+        """Cut what a failed write of `data` left behind the committed bytes; return the size."""
         end = self.committed_bytes
         size = self._file.size()
         if end < size <= end + len(data) and b"".join(self._file.read(end, size)) == data[: size - end]:
@@ -208,7 +199,7 @@ class Store:
         return size
 
     def _start_file(self, level: int, note: str) -> None:
-        """Goes over to the file that is at our path now, or to a new one. The journal knows it before it gets a row."""
+        """Change to the file that is at our path now, or to a new one. The journal knows it before it gets a row."""
         notes = [note]
         old = self._file
         file = old if old.in_place() else CsvFile(self.path)
@@ -222,10 +213,10 @@ class Store:
         if file is not old:
             old.close()
         self._file, self._state = file, state
-        self._log.log(level, "%s: %s; goes on after %d bytes", self.path, "; ".join(notes), state.committed_bytes)
+        self._log.log(level, "%s: %s; continues after %d bytes", self.path, "; ".join(notes), state.committed_bytes)
 
     def _start_compressing(self) -> None:
-        """Compresses rotated files beside the consumer's work, first those that an earlier run left plain."""
+        """Compress rotated files in a thread of its own, first those that an earlier run left plain."""
         queue = self._to_compress = SimpleQueue[str | None]()
         folder, name = os.path.split(self.path)
         stem, suffix = os.path.splitext(name)

@@ -18,10 +18,10 @@ from typing import Any
 import consumer
 from common.consumer.prepare import prepare_batch
 from common.consumer.worker import Consumer
-from common.storage import files, journal, store
+from common.storage import files, journal, state, store
 from common.storage.csv_file import CsvFile
 from common.storage.journal import Journal
-from common.storage.recovery import adopt
+from common.storage.repair import adopt
 from common.storage.store import Store
 
 Strike = Callable[..., None]
@@ -127,11 +127,11 @@ def _no_dedup() -> None:
 
 
 def _no_cut() -> None:
-    def recover(file: CsvFile, existed: bool, left: object, notes: list[str]) -> journal.FileState:
+    def apply(steps: object, file: CsvFile, journal: Journal, notes: list[str]) -> state.FileState:
         return adopt(file, notes)
 
     CsvFile.rows_end = CsvFile.size  # type: ignore[method-assign]
-    store.recover = recover  # type: ignore[attr-defined]
+    store.apply = apply  # type: ignore[attr-defined]
 
 
 MUTATIONS: dict[str, Callable[[], None]] = {

@@ -57,9 +57,8 @@ def fill(disk: Path, free_pages: int) -> Path:
 
 
 @pytest.mark.parametrize("free_pages", range(9))
-def test_on_a_full_disk_an_append_fails_leaves_the_file_whole_and_works_once_there_is_space(
-    disk: Path, free_pages: int
-) -> None:
+def test_on_a_full_disk_an_append_leaves_the_file_whole(disk: Path, free_pages: int) -> None:
+    """It fails, and works once there is space."""
     store = open_store(disk)
     store.append(ROW, [message_id(0)])
     before = (disk / "data.csv").read_bytes()
@@ -79,7 +78,7 @@ def test_on_a_full_disk_an_append_fails_leaves_the_file_whole_and_works_once_the
     assert sorted(os.listdir(disk)) == ["data.csv", "data.csv.journal", "data.csv.journal.mark"]
 
 
-def test_a_crash_on_a_full_disk_loses_nothing_that_was_committed(disk: Path) -> None:
+def test_a_crash_on_a_full_disk_loses_no_committed_row(disk: Path) -> None:
     store = open_store(disk)
     store.append(ROW, [message_id(0)])
     ballast = fill(disk, 3)
@@ -99,7 +98,7 @@ def test_a_crash_on_a_full_disk_loses_nothing_that_was_committed(disk: Path) -> 
     store.close()
 
 
-def test_rotation_on_a_full_disk_goes_on_once_there_is_space(disk: Path) -> None:
+def test_rotation_on_a_full_disk_continues_with_space(disk: Path) -> None:
     store = open_store(disk)
     store.append(ROW, [message_id(0)])
     ballast = fill(disk, 0)
@@ -138,7 +137,9 @@ def in_a_process_of_its_own(action: Callable[[], None]) -> None:
 
 
 @pytest.mark.parametrize("room", [0, 1, len(ROW), 2 * len(ROW) - 1])
-def test_at_a_file_size_limit_a_short_write_is_taken_back_and_all_is_written_later(tmp_path: Path, room: int) -> None:
+def test_at_a_file_size_limit_a_short_write_is_taken_back(tmp_path: Path, room: int) -> None:
+    """And all is written later."""
+
     def limited() -> None:
         store = open_store(tmp_path)
         hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
@@ -156,7 +157,7 @@ def test_at_a_file_size_limit_a_short_write_is_taken_back_and_all_is_written_lat
 
 
 @pytest.mark.parametrize("existing", [False, True])
-def test_a_folder_or_file_that_may_not_be_written_is_one_clear_line(existing: bool) -> None:
+def test_a_path_that_may_not_be_written_is_one_clear_line(existing: bool) -> None:
     def as_nobody() -> None:
         if os.geteuid() == 0:
             os.setuid(65534)

@@ -26,9 +26,8 @@ def encode(rows: list[list[str]]) -> bytes:
 
 
 @given(st.lists(st.lists(cells, min_size=2, max_size=3), max_size=6), st.data())
-def test_a_file_torn_at_any_byte_ends_behind_its_last_whole_row_however_it_is_read(
-    rows: list[list[str]], data: st.DataObject
-) -> None:
+def test_a_torn_file_ends_behind_its_last_whole_row(rows: list[list[str]], data: st.DataObject) -> None:
+    """Torn at any byte, read in any blocks."""
     ends = [len(encode(rows[:count])) for count in range(len(rows) + 1)]
     whole = encode(rows)
     torn = whole[: data.draw(st.integers(0, len(whole)), "length")]
@@ -40,7 +39,8 @@ def test_a_file_torn_at_any_byte_ends_behind_its_last_whole_row_however_it_is_re
     assert rows_end(blocks) == max(end for end in ends if end <= len(torn))
 
 
-def test_the_end_of_rows_is_found_in_linear_time_even_when_a_quote_is_never_closed() -> None:
+def test_the_end_of_rows_is_found_in_linear_time() -> None:
+    """Also when a quote is never closed."""
     lines = b"a;b\r\n" * 200_000
     assert rows_end([lines + b'"' + lines]) == len(lines)
 
@@ -54,7 +54,7 @@ def test_short_writes_are_continued_until_all_is_written(tmp_path: Path, monkeyp
     assert (tmp_path / "data.csv").read_bytes() == b"0123456789"
 
 
-def test_bytes_set_aside_are_in_the_new_file_and_no_longer_in_the_old_one(tmp_path: Path) -> None:
+def test_bytes_set_aside_move_to_the_new_file(tmp_path: Path) -> None:
     path = tmp_path / "data.csv"
     path.write_bytes(b"keep" + b"x" * 3_000_000)
     file = CsvFile(str(path))
@@ -80,7 +80,8 @@ def test_nothing_is_cut_when_setting_aside_fails(tmp_path: Path, monkeypatch: py
     assert os.listdir(tmp_path) == ["data.csv"]
 
 
-def test_a_second_consumer_cannot_open_the_file_even_without_a_lock_file(tmp_path: Path) -> None:
+def test_a_second_consumer_cannot_open_the_file(tmp_path: Path) -> None:
+    """Even without a lock file."""
     path = str(tmp_path / "data.csv")
     file = CsvFile(path)
     with pytest.raises(OSError, match="is in use by another consumer"):
@@ -95,7 +96,8 @@ def test_a_device_is_refused(special: str) -> None:
         CsvFile(special)
 
 
-def test_a_file_is_in_place_until_its_path_names_no_file_or_another_one(tmp_path: Path) -> None:
+def test_a_file_is_in_place_until_its_path_names_another(tmp_path: Path) -> None:
+    """Or none."""
     path = tmp_path / "data.csv"
     file = CsvFile(str(path))
     assert file.in_place()
@@ -116,7 +118,8 @@ def test_free_names_never_collide_also_not_with_a_packed_file(tmp_path: Path) ->
         Path(f"{name}.gz" if number % 2 else name).touch()
 
 
-def test_a_packed_file_holds_the_same_bytes_and_the_plain_one_is_gone(tmp_path: Path) -> None:
+def test_a_packed_file_replaces_the_plain_one(tmp_path: Path) -> None:
+    """With the same bytes."""
     path = tmp_path / "data-1.csv"
     path.write_bytes(content := b"a;b\r\n" * 500_000)
     compress(str(path))
@@ -125,9 +128,10 @@ def test_a_packed_file_holds_the_same_bytes_and_the_plain_one_is_gone(tmp_path: 
 
 
 @pytest.mark.parametrize("step", ["fsync", "rename", "unlink"])
-def test_packing_that_dies_at_any_step_leaves_a_whole_file_and_can_be_run_again(
+def test_packing_that_dies_at_any_step_can_be_run_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
+    """It leaves a whole file."""
     path = tmp_path / "data-1.csv"
     packed = tmp_path / "data-1.csv.gz"
     path.write_bytes(content := b"a;b\r\n" * 1000)
@@ -142,7 +146,8 @@ def test_packing_that_dies_at_any_step_leaves_a_whole_file_and_can_be_run_again(
     assert gzip.decompress(packed.read_bytes()) == content
 
 
-def test_folders_are_made_up_to_the_root_and_an_existing_one_is_fine(tmp_path: Path) -> None:
+def test_folders_are_made_up_to_the_root(tmp_path: Path) -> None:
+    """An existing one is fine."""
     make_directory(str(tmp_path / "a" / "b" / "c"))
     make_directory(str(tmp_path / "a" / "b" / "c"))
     assert (tmp_path / "a" / "b" / "c").is_dir()

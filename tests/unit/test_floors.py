@@ -36,6 +36,8 @@ PURE = {
     "common.http.response",
     "common.http.fields",
     "common.http.coding",
+    "common.storage.recovery",
+    "common.storage.state",
     "common.amqp.address",
     "common.amqp.codec",
     "common.amqp.properties",

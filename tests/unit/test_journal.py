@@ -15,7 +15,8 @@ from unittest.mock import Mock
 
 import pytest
 
-from common.storage.journal import FileState, Journal, JournalCorrupt
+from common.storage.journal import Journal, JournalCorrupt
+from common.storage.state import FileState, LastRun
 
 STATE = FileState(device=1, inode=2, committed_bytes=65, chunk_offset=0, chunk_crc32=7, started_at=1.5)
 log = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ def test_the_last_commit_and_all_ids_come_back(path: Path) -> None:
     journal.commit(replace(STATE, committed_bytes=99), ids(3))
     journal.close()
     again = open_journal(path)
-    assert again.load() == (replace(STATE, committed_bytes=99), False)
+    assert again.load() == LastRun(replace(STATE, committed_bytes=99), False)
     assert [id for id in ids(0, 1, 2, 3, 4) if again.seen(id)] == ids(1, 2, 3)
 
 
@@ -72,10 +73,10 @@ def test_only_a_run_that_ended_cleanly_is_clean(path: Path) -> None:
     journal.commit(STATE, clean=True)
     journal.close()
     journal = open_journal(path)
-    assert journal.load() == (STATE, True)
+    assert journal.load() == LastRun(STATE, True)
     journal.commit(STATE)
     journal.close()
-    assert open_journal(path).load() == (STATE, False)
+    assert open_journal(path).load() == LastRun(STATE, False)
 
 
 def test_a_commit_cut_short_at_any_byte_never_was(path: Path) -> None:
@@ -93,13 +94,13 @@ def test_a_commit_cut_short_at_any_byte_never_was(path: Path) -> None:
                 continue
             path.write_bytes(torn)
             again = open_journal(path)
-            assert again.load() == (STATE, False)
-            assert not again.end_is_gone
+            assert again.load() == LastRun(STATE, False)
             assert again.seen(*ids(1))
             assert not again.seen(*ids(2))
 
 
-def test_a_commit_cut_short_after_it_was_done_is_corruption_at_any_byte(path: Path) -> None:
+def test_a_commit_cut_short_after_it_was_done_is_told(path: Path) -> None:
+    """At any byte: the mark knows of it."""
     journal = open_journal(path)
     journal.commit(STATE, ids(1))
     before = path.stat().st_size
@@ -109,8 +110,7 @@ def test_a_commit_cut_short_after_it_was_done_is_corruption_at_any_byte(path: Pa
     for length in range(before, len(whole) - 1):
         path.write_bytes(whole[:length])
         again = open_journal(path)
-        assert again.load() == (STATE, False)
-        assert again.end_is_gone == "its end is gone: it knows of 65 bytes, not 99"
+        assert again.load() == LastRun(STATE, False, "its end is gone: it knows of 65 bytes, not 99")
         assert again.seen(*ids(1))
 
 
@@ -120,7 +120,7 @@ def test_a_mark_that_cannot_be_read_is_as_good_as_none(path: Path, mark: bytes) 
     journal.commit(STATE, ids(1))
     journal.close()
     mark_of(path).write_bytes(mark)
-    assert open_journal(path).load() == (STATE, False)
+    assert open_journal(path).load() == LastRun(STATE, False)
 
 
 def test_the_mark_is_lowered_on_disk_before_the_journal_is(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,9 +133,10 @@ def test_the_mark_is_lowered_on_disk_before_the_journal_is(path: Path, monkeypat
 
 
 @pytest.mark.parametrize("step", ["pwrite", "fsync"])
-def test_a_mark_that_could_not_be_lowered_is_lowered_and_synced_by_the_next_try(
+def test_a_mark_that_could_not_be_lowered_is_by_the_next_try(
     path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
+    """And synced."""
     journal = open_journal(path)
     journal.commit(replace(STATE, committed_bytes=99), ids(1))
 
@@ -152,7 +153,8 @@ def test_a_mark_that_could_not_be_lowered_is_lowered_and_synced_by_the_next_try(
     journal.close()
 
 
-def test_damage_before_the_last_commit_is_corruption_at_any_byte(path: Path) -> None:
+def test_damage_before_the_last_commit_is_corruption(path: Path) -> None:
+    """At any byte."""
     journal = open_journal(path)
     journal.commit(STATE, ids(1))
     before = path.stat().st_size
@@ -181,7 +183,8 @@ def test_a_whole_line_that_says_something_else_is_corruption(path: Path, text: b
         open_journal(path).load()
 
 
-def test_exactly_the_window_is_remembered_in_memory_and_after_a_restart(path: Path) -> None:
+def test_exactly_the_window_is_remembered(path: Path) -> None:
+    """In memory, and after a restart."""
     journal = open_journal(path, dedup_window=30)
     for number in range(0, 1000, 7):
         journal.commit(STATE, ids(*range(number, number + 7)))
@@ -193,7 +196,7 @@ def test_exactly_the_window_is_remembered_in_memory_and_after_a_restart(path: Pa
     assert [n for n in range(1100) if again.seen(*ids(n))] == list(range(last - 29, last + 1))
 
 
-def test_the_window_never_falls_below_what_the_broker_can_redeliver(path: Path) -> None:
+def test_the_window_covers_what_the_broker_can_redeliver(path: Path) -> None:
     journal = open_journal(path, dedup_window=0, prefetch_count=50)
     assert journal.window == 100
     journal.commit(STATE, ids(*range(100)))
@@ -207,9 +210,8 @@ def test_the_window_never_falls_below_what_the_broker_can_redeliver(path: Path) 
         journal.close()
 
 
-def test_the_file_stays_bounded_and_forgets_nothing_within_the_window(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_file_stays_bounded(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And forgets nothing within the window."""
     monkeypatch.setattr(Journal, "_limit_bytes", lambda self: 20_000)
     journal = open_journal(path, dedup_window=100)
     largest = 0
@@ -251,11 +253,11 @@ def test_after_a_failed_step_the_same_commit_again_settles_it(
             with pytest.raises(OSError, match="Input/output error"):
                 journal.commit(new, ids(2))
         assert not journal.seen(*ids(2))
-        assert open_journal(path).load() in [(STATE, False), (new, False)]
+        assert open_journal(path).load() in [LastRun(STATE, False), LastRun(new, False)]
     journal.commit(new, ids(2))
     journal.close()
     again = open_journal(path)
-    assert again.load() == (new, False)
+    assert again.load() == LastRun(new, False)
     assert [n for n in range(4) if again.seen(*ids(n))] == [1, 2]
     assert sorted(os.listdir(path.parent)) == [path.name, mark_of(path).name]
 
@@ -275,9 +277,8 @@ def test_a_file_that_failed_is_not_written_to_again(path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("harm", ["removed", "replaced", "truncated", "appended to"])
-def test_a_journal_touched_by_another_program_is_written_anew_from_memory(
-    path: Path, caplog: pytest.LogCaptureFixture, harm: str
-) -> None:
+def test_a_journal_that_was_touched_is_written_anew(path: Path, caplog: pytest.LogCaptureFixture, harm: str) -> None:
+    """From memory, whole."""
     journal = open_journal(path)
     journal.commit(STATE, ids(1))
     if harm == "removed":
@@ -294,10 +295,10 @@ def test_a_journal_touched_by_another_program_is_written_anew_from_memory(
     journal.commit(STATE, ids(3))
     journal.close()
     again = open_journal(path)
-    assert again.load() == (STATE, False)
+    assert again.load() == LastRun(STATE, False)
     assert [n for n in range(5) if again.seen(*ids(n))] == [1, 2, 3]
     assert [record.message for record in caplog.records] == [
-        f"{path}: another program changed or removed it; it is written anew, complete"
+        f"{path}: another program changed or removed it; it is written anew, whole"
     ]
 
 

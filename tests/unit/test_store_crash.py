@@ -31,10 +31,11 @@ import pytest
 
 from common.errors import StartupError
 from common.event.rows import CSV_HEADER
-from common.storage import journal, recovery, store
+from common.storage import journal, repair, store
 from common.storage.csv_file import CsvFile
-from common.storage.journal import FileState, Journal
-from common.storage.recovery import adopt
+from common.storage.journal import Journal
+from common.storage.repair import adopt
+from common.storage.state import FileState
 from common.storage.store import Store
 
 MESSAGES = range(20)
@@ -150,9 +151,8 @@ def live_and_die(folder: Path, deliveries: list[int], step: int, torn: bool) -> 
 
 
 @pytest.mark.parametrize("torn", [False, True], ids=["between steps", "within a write"])
-def test_killed_at_any_step_and_again_in_its_recovery_every_row_is_there_once(
-    folders: Iterator[Path], torn: bool
-) -> None:
+def test_killed_at_any_step_every_row_is_there_once(folders: Iterator[Path], torn: bool) -> None:
+    """Killed again in its recovery, too."""
     chance = random.Random(torn)
     for step, folder in enumerate(folders, 1):
         unacked = list(MESSAGES)
@@ -337,7 +337,7 @@ def commit_before_write(self: Store, data: bytes, ids: list[bytes]) -> None:
     self._state = state
 
 
-def adopt_always(file: CsvFile, existed: bool, left: Any, notes: list[str]) -> FileState:
+def adopt_always(steps: object, file: CsvFile, journal: Journal, notes: list[str]) -> FileState:
     return adopt(file, notes)
 
 
@@ -345,10 +345,10 @@ def adopt_always(file: CsvFile, existed: bool, left: Any, notes: list[str]) -> F
     ("place", "name", "harm", "fault"),
     [
         (CsvFile, "sync", skip, "lost|torn|no header|not begin"),
-        (recovery, "sync_directory", skip, "lost"),
-        (journal, "_sync_directory", skip, "lost|doubled"),
-        (store, "recover", adopt_always, "doubled"),
-        (recovery, "cut_renamed", skip, "doubled"),
+        (repair, "sync_directory", skip, "lost"),
+        (journal, "sync_directory", skip, "lost|doubled"),
+        (store, "apply", adopt_always, "doubled"),
+        (repair, "cut_renamed", skip, "doubled"),
         (Store, "append", commit_before_write, "lost"),
         (Store, "seen", skip, "doubled"),
         (Journal, "commit", without_ids(Journal.commit), "doubled"),

@@ -1,0 +1,127 @@
+"""Look at what a start finds, and carry out what `recovery` decides. Every function raises OSError."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from common.event.rows import CSV_HEADER
+from common.storage.csv_file import CsvFile
+from common.storage.files import free_name, sync_directory
+from common.storage.journal import Journal, JournalCorrupt
+from common.storage.recovery import (
+    Adopt,
+    Begin,
+    Continue,
+    Corrupt,
+    CutRenamed,
+    FileFacts,
+    Note,
+    Refuse,
+    SetJournalAside,
+    Step,
+    adoption,
+)
+from common.storage.state import CHUNK_BYTES, FileState, LastRun
+
+
+def load(journal: Journal) -> LastRun | Corrupt | None:
+    """Read what the last run left in the journal."""
+    try:
+        return journal.load()
+    except JournalCorrupt as error:
+        return Corrupt(str(error))
+
+
+def look(file: CsvFile, existed: bool, journal: LastRun | Corrupt | None) -> FileFacts:
+    size = file.size()
+    intact = isinstance(journal, LastRun) and is_intact(file, size, journal.state)
+    return FileFacts(existed, file.device, file.inode, size, read_head(file, size), intact)
+
+
+def apply(steps: Sequence[Step], file: CsvFile, journal: Journal, notes: list[str]) -> FileState:
+    """Carry out the steps; return what is committed then, for the journal. `notes` get what was done, in words."""
+    for step in steps:
+        match step:
+            case Note(text):
+                notes.append(text)
+            case SetJournalAside(why):
+                aside = free_name(f"{journal.path}.corrupt-")
+                os.rename(journal.path, aside)
+                sync_directory(aside)
+                notes.append(f"the journal is corrupt ({why}) and was moved to {aside}")
+            case CutRenamed(state):
+                cut_renamed(file.path, state, notes)
+            case Continue(state, writer):
+                return continue_after(file, state, writer, notes)
+            case _:
+                return take_over(step, file, notes)
+    raise AssertionError("a recovery without an end")
+
+
+def is_intact(file: CsvFile, size: int, state: FileState) -> bool:
+    """Tell whether the committed bytes are still there, going by the last of them."""
+    return size >= state.committed_bytes and (
+        file.crc32(state.chunk_offset, state.committed_bytes) == state.chunk_crc32
+    )
+
+
+def read_head(file: CsvFile, size: int) -> bytes:
+    return b"".join(file.read(0, min(size, len(CSV_HEADER))))
+
+
+def continue_after(file: CsvFile, state: FileState, writer: str, notes: list[str]) -> FileState:
+    """Set aside what `writer` left behind the committed bytes."""
+    more = file.size() - state.committed_bytes
+    if more > 0:
+        aside = file.set_aside(state.committed_bytes)
+        notes.append(f"{more} bytes that {writer} were moved to {aside}")
+    file.sync()
+    sync_directory(file.path)
+    return replace(state, device=file.device, inode=file.inode)
+
+
+def cut_renamed(path: str, state: FileState, notes: list[str]) -> None:
+    """After a crash: find the file that we wrote under another name (logrotate), and set its uncommitted end aside."""
+    with os.scandir(os.path.dirname(path)) as entries:
+        # Not our own: it is open already, and a reboot may have given its disk another device number.
+        names = [e.path for e in entries if e.inode() == state.inode and e.is_file() and e.path != path]
+    for name in names:
+        file = CsvFile(name)
+        try:
+            size = file.size()
+            if file.device == state.device and is_intact(file, size, state):
+                notes.append(f"the file of the last run is now {name}")
+                if size > state.committed_bytes:
+                    aside = file.set_aside(state.committed_bytes)
+                    notes.append(f"{size - state.committed_bytes} bytes that were not committed there moved to {aside}")
+                    file.sync()
+        finally:
+            file.close()
+
+
+def adopt(file: CsvFile, notes: list[str]) -> FileState:
+    """Take over a file that the journal does not know. Raise OSError for one that does not begin with our header."""
+    size = file.size()
+    return take_over(adoption(read_head(file, size), size), file, notes)
+
+
+def take_over(how: Adopt | Begin | Refuse, file: CsvFile, notes: list[str]) -> FileState:
+    if isinstance(how, Refuse):
+        raise OSError(errno.EINVAL, how.why, file.path)
+    if isinstance(how, Begin):
+        file.cut(0)
+        file.write(CSV_HEADER)
+        end = len(CSV_HEADER)
+    else:
+        size, end = file.size(), file.rows_end()
+        if end < size:
+            aside = file.set_aside(end)
+            notes.append(f"{size - end} bytes of a torn row at the end were moved to {aside}")
+    file.sync()
+    sync_directory(file.path)
+    offset = max(0, end - CHUNK_BYTES)
+    return FileState(file.device, file.inode, end, offset, file.crc32(offset, end), round(time.time(), 3))
