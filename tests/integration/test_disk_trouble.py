@@ -1,4 +1,4 @@
-"""The store on a real disk in trouble: full, limited, read-only, not ours. It stays whole, and goes on."""
+"""The store on a real disk in trouble: full, limited, read-only, not ours. It stays whole, and continues."""
 
 from __future__ import annotations
 
