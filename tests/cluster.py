@@ -6,12 +6,13 @@ Ports, cookie, epmd and directories are its own; it needs neither root nor conta
 import re
 import subprocess
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple, Self
 
 from scripts.rabbitmq import BrokerError, Epmd
 from tests.rabbitmq import RabbitMQ
+from tests.support.polling import wait_until
 
 NET_TICKTIME_SECONDS = 4
 """The others take a silent node for dead after this, a quarter more or less; RabbitMQ's default is 60."""
@@ -91,7 +92,7 @@ class Cluster:
                 whole = whole and running == self._names and not partitions
             return whole
 
-        _wait_until("all nodes are one cluster", is_whole, timeout_seconds)
+        wait_until("all nodes are one cluster", is_whole, timeout_seconds)
         return restarted
 
     def kill(self) -> None:
@@ -110,9 +111,9 @@ class Cluster:
         self.kill()
 
     def wait_until_up(self, *nodes: RabbitMQ, timeout_seconds: float = 60.0) -> None:
-        """Until each of them greets a client; raises BrokerError."""
+        """Until each of them greets a client."""
         for node in nodes:
-            _wait_until(f"{node.name} greets a client", node.is_up, timeout_seconds)
+            wait_until(f"{node.name} greets a client", node.is_up, timeout_seconds)
 
     def others(self, node: RabbitMQ) -> list[RabbitMQ]:
         """All but this one."""
@@ -144,7 +145,7 @@ class Cluster:
         return {name: Queue(leader, _names(online)) for name, leader, online in cells}
 
     def wait_until_replicated(self, node: RabbitMQ, queue_names: Iterable[str], timeout_seconds: float = 30.0) -> None:
-        """Until each of these quorum queues has a leader, and a member online on every node; raises BrokerError."""
+        """Until each of these quorum queues has a leader, and a member online on every node."""
         wanted = sorted(queue_names)
 
         def is_replicated() -> bool:
@@ -154,7 +155,7 @@ class Cluster:
                 for name in wanted
             )
 
-        _wait_until(f"{', '.join(wanted)} on every node", is_replicated, timeout_seconds)
+        wait_until(f"{', '.join(wanted)} on every node", is_replicated, timeout_seconds)
 
     def sync_new_queues(self) -> None:
         """See RabbitMQ.sync_new_queues: every member has such a table."""
@@ -198,11 +199,3 @@ def _ctl(node: RabbitMQ, *arguments: str) -> str:
 
 def _names(text: str) -> set[str]:
     return set(re.findall(r"[\w-]+@\w+", text))
-
-
-def _wait_until(what: str, condition: Callable[[], bool], timeout_seconds: float) -> None:
-    deadline = time.monotonic() + timeout_seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            raise BrokerError(f"not within {timeout_seconds:.0f} s: {what}")
-        time.sleep(0.05)

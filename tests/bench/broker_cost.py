@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from scripts.rabbitmq import BrokerError
 from tests.bench import broker_limit, events
-from tests.bench.bare_amqp import BLOB_MESSAGES, BareConnection, encode_publishes
+from tests.bench.bare_amqp import BLOB_MESSAGES, BareConnection, blobs
 from tests.bench.process import TICKS_PER_SECOND
 from tests.bench.report import text_table
 from tests.cluster import Cluster
@@ -49,8 +49,8 @@ def publish(url: str, queue: str, bodies: Sequence[bytes], count: int) -> None:
     """With no more unconfirmed than a producer has."""
     with BareConnection(url) as connection:
         connection.declare(queue)
-        blobs = encode_publishes(queue, bodies, count, connection.frame_max)
-        connection.publish(blobs, count, window=max(BLOB_MESSAGES, min(4096, UNCONFIRMED_BYTES // len(bodies[0]))))
+        encoded = blobs(queue, bodies, count, connection.frame_max)
+        connection.publish(encoded, count, window=max(BLOB_MESSAGES, min(4096, UNCONFIRMED_BYTES // len(bodies[0]))))
 
 
 def costs(nodes: Sequence[RabbitMQ], queues: int) -> list[list[str]]:

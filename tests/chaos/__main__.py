@@ -78,7 +78,7 @@ def main() -> int:
         report = run(seed, limit, directory, console, cluster_nodes)
         show(report, console)
         good = report.good
-    except (StageError, BrokerError) as error:
+    except (StageError, BrokerError, AssertionError) as error:
         console.print(f"make chaos: {error}", style="red", markup=False)
     except KeyboardInterrupt:
         return 130
