@@ -17,7 +17,7 @@ import logging
 import os
 import zlib
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from itertools import chain, islice
@@ -95,6 +95,10 @@ class Journal:
 
     def __len__(self) -> int:
         return len(self._order)
+
+    def ids(self) -> Iterator[bytes]:
+        """In the order of their commits, the oldest first."""
+        return iter(self._order)
 
     def commit(self, state: FileState, ids: Sequence[bytes] = (), clean: bool = False) -> None:
         """Make `state` and new `ids` (16 bytes each) durable, then remember them.

@@ -1,0 +1,98 @@
+"""Part of changing PARTITIONS (docs/scaling.md): what the old CSVs remember of messages, the new ones remember too.
+
+`python -m scripts.carry_ids --csv-file data/data.csv --from 1 --to 4`, while no consumer runs. A client that got no
+answer before the change and tries again after it meets another partition, which then knows that the event is stored.
+Each new CSV gets the ids of all: which device an id came from is not remembered. Run again, it changes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from itertools import chain, islice, zip_longest
+
+from common.errors import DiskTrouble, StartupError
+from common.storage.journal import Journal, JournalCorrupt
+from common.storage.lock import Lock
+from common.storage.store import Store
+
+log = logging.getLogger("carry_ids")
+
+
+def carry_ids(csv_file: str, before: int, after: int, dedup_window: int) -> int:
+    """Return how many ids every new CSV knows now. Raise StartupError or DiskTrouble; then it can be run again."""
+    old = [path for path in csv_files(csv_file, before) if os.path.exists(f"{path}.journal")]
+    if not old:
+        raise StartupError(f"no consumer has written {csv_file} with {before} partition(s): there is nothing to carry")
+    new = csv_files(csv_file, after)
+    with ExitStack() as locks:
+        for path in dict.fromkeys([*old, *new]):
+            lock = Lock(path)
+            if not lock.acquire():
+                raise StartupError(f"a consumer of {path} runs: stop all consumers first")
+            locks.callback(lock.release)
+        ids = latest([_ids(path, dedup_window) for path in old], dedup_window)
+        for path in new:
+            store = Store.open(path, dedup_window, 0, log)
+            try:
+                store.append(b"", [id for id in ids if not store.seen(id)])
+            finally:
+                store.close()
+    return len(ids)
+
+
+def csv_files(csv_file: str, partitions: int) -> list[str]:
+    """`data.csv`, or `data.0.csv`, `data.1.csv`, … of several partitions."""
+    if partitions == 1:
+        return [csv_file]
+    stem, suffix = os.path.splitext(csv_file)
+    return [f"{stem}.{index}{suffix}" for index in range(partitions)]
+
+
+def latest(lists: Sequence[Sequence[bytes]], count: int) -> list[bytes]:
+    """The last `count` ids of lists in the order of time, oldest first, the same share of each list."""
+    from_the_end = chain.from_iterable(zip_longest(*(reversed(ids) for ids in lists)))
+    distinct = dict.fromkeys(id for id in from_the_end if id is not None)
+    return list(islice(distinct, count))[::-1]
+
+
+def _ids(csv_file: str, dedup_window: int) -> list[bytes]:
+    path = os.path.realpath(csv_file) + ".journal"
+    journal = Journal(path, dedup_window, 0, log)
+    try:
+        journal.load()
+    except JournalCorrupt as error:
+        raise StartupError(f"{path}: {error}; start the consumer once, which repairs it, then stop it") from error
+    except OSError as error:
+        raise StartupError(f"{path}: {error.strerror}") from error
+    return list(journal.ids())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.carry_ids",
+        description="While no consumer runs: the CSVs of a new number of partitions remember what the old ones do.",
+    )
+    parser.add_argument("--csv-file", default=os.environ.get("CSV_FILE") or "data/data.csv", metavar="PATH")
+    parser.add_argument("--from", dest="before", type=int, required=True, metavar="N", help="PARTITIONS until now")
+    parser.add_argument("--to", dest="after", type=int, required=True, metavar="N", help="PARTITIONS from now on")
+    window = int(os.environ.get("DEDUP_WINDOW") or 200_000)
+    parser.add_argument("--dedup-window", type=int, default=window, metavar="N", help="ids (default %(default)s)")
+    options = parser.parse_args(arguments)
+    if not 1 <= options.before <= 1024 or not 1 <= options.after <= 1024:
+        parser.error("--from and --to are 1 to 1024")
+    try:
+        count = carry_ids(options.csv_file, options.before, options.after, options.dedup_window)
+    except (StartupError, DiskTrouble) as error:
+        print(f"carry_ids: {error}", file=sys.stderr)
+        return 1
+    print(f"{options.after} CSV(s) of {options.csv_file} now know {count:,} messages that are stored already")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
