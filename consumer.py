@@ -1,8 +1,10 @@
-"""The consumer: predictions from RabbitMQ into CSV, each exactly once. Wires settings, broker, batch, store and acks.
+"""The consumer: predictions from RabbitMQ into CSV, each exactly once. Settings → build → run → drain.
 
-The way of a message: FastLane.data_received (common/amqp/transport.py) → Consumer.on_deliveries → Pending
-(common/consumer/pending.py) → Consumer.run (common/consumer/worker.py) → prepare_batch (common/consumer/prepare.py) →
-Store.append (common/storage/store.py: write, fsync, remember) → ack.
+The way of a message: FastLane.data_received (common/amqp/transport.py) → Worker.deliveries → Pending.add
+(common/consumer/pending.py) → Worker.run (common/consumer/worker.py) → in the thread of the store: prepare_batch
+(common/consumer/prepare.py: decode, drop known ids, rows) and Store.append (common/storage/store.py: write, fsync,
+journal) → Worker._ack. A message that is not an event leaves prepare_batch as Poison, for Outgoing
+(common/consumer/dead_letters/outgoing.py), which has it acked once it is a dead letter.
 """
 
 from __future__ import annotations
@@ -11,13 +13,14 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 from common import __version__
 from common.config import ConsumerSettings, describe, load, parser_for
+from common.consumer import partitions, processes
 from common.consumer.dead_letters import commands as dead_letters
-from common.consumer.service import serve
-from common.errors import Fatal
+from common.consumer.metrics import Counters
+from common.errors import Fatal, SettingError
 from common.logs import set_up_logging
 from common.process import fail, run
 
@@ -33,17 +36,32 @@ def main(argv: Sequence[str], environ: dict[str, str]) -> int:
     flags: argparse.Namespace = parser.parse_args(argv)
     try:
         settings = load(ConsumerSettings, flags, environ)
+        served = partitions.served(settings)
+        if flags.export_dead_letters is not None and len(served) > 1:
+            raise SettingError("--export-dead-letters takes one partition at a time: set PARTITION")
     except Fatal as error:
         return fail("consumer", error)
     set_up_logging("consumer", settings.log_level, settings.log_format)
     if flags.dead_letters:
-        return run("consumer", lambda: dead_letters.show(settings))
+        return run("consumer", lambda: _each(dead_letters.show, served.values()))
     if flags.replay_dead_letters:
-        return run("consumer", lambda: dead_letters.replay(settings))
+        return run("consumer", lambda: _each(dead_letters.replay, served.values()))
     if flags.export_dead_letters is not None:
-        return run("consumer", lambda: dead_letters.export(settings, flags.export_dead_letters))
+        return run("consumer", lambda: dead_letters.export(next(iter(served.values())), flags.export_dead_letters))
     log.info("predlog %s consumer: %s", __version__, describe(settings))
-    return run("consumer", lambda: serve(settings))
+    if len(served) > 1:
+        try:
+            return processes.serve_all(settings, served)
+        except Fatal as error:
+            return fail("consumer", error)
+    ((number, own),) = served.items()
+    name = "consumer" if settings.partitions == 1 else f"consumer-{number}"
+    set_up_logging(name, settings.log_level, settings.log_format)
+    return run(name, lambda: processes.serve(own, Counters(), name))
+
+
+async def _each(command: Callable[[ConsumerSettings], Awaitable[int]], served: Iterable[ConsumerSettings]) -> int:
+    return max([await command(settings) for settings in served])
 
 
 if __name__ == "__main__":

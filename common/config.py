@@ -21,6 +21,9 @@ LOG_FORMATS = ("text", "json")
 SECRETS = frozenset({"amqp_url", "api_token"})
 
 
+# A producer that reconnects publishes all that is unconfirmed (4,096 by default) again; several of them, several times.
+LEAST_DEDUP_WINDOW = 16_384
+
 _MOST = 2**40  # of any whole number; a test starts and drains with it
 
 
@@ -40,6 +43,7 @@ class Settings:
         f"(default {DEFAULT_AMQP_URL})",
     )
     rabbitmq_host: str = _setting("", "broker host, used when AMQP_URL is not set")
+    partitions: int = _setting(1, "queues that events are spread over, each with a CSV of its own", low=1, high=1024)
     queue_name: str = _setting("predictions", "queue of events; its dead letters go to <name>.dead")
     log_level: str = _setting(
         "info", "least severe level that is logged: debug, info, warning or error", choices=LOG_LEVELS
@@ -80,12 +84,16 @@ class ProducerSettings(Settings):
 class ConsumerSettings(Settings):
     """What the consumer takes besides."""
 
+    partition: str = _setting("", "partitions to serve: empty for all, or like 2, 0-3 or 0,4")
     csv_file: str = _setting("data/data.csv", "the CSV file; its journal and lock lie beside it")
     prefetch_count: int = _setting(2000, "messages the broker may send ahead of their acks", low=1, high=65535)
     batch_max_rows: int = _setting(5000, "rows that make a batch full", low=1)
-    flush_interval_ms: int = _setting(50, "longest wait of a row for its batch, ms", low=0)
+    flush_interval_ms: int = _setting(50, "longest wait of a row for its batch, ms", low=0, high=600_000)
     low_prob_threshold: float = _setting(0.25, "predictions below it get the tag low_prob", low=-1e308, high=1e308)
-    dedup_window: int = _setting(200_000, "how many message ids are remembered to drop duplicates", low=0)
+    dedup_window: int = _setting(
+        200_000,
+        f"how many message ids are remembered to drop duplicates (at least {LEAST_DEDUP_WINDOW})",
+    )
     health_port: int = _setting(0, "port of /healthz, /readyz and /metrics (0: off)", low=0, high=65535)
     health_host: str = _setting("127.0.0.1", "address of the health port")
     rotate_bytes: int = _setting(0, "begin a new CSV when this one has so many bytes (0: off)", low=0)
@@ -155,6 +163,8 @@ def load(cls: type[S], flags: argparse.Namespace, environ: Mapping[str, str]) ->
         if not text:
             continue
         values[item.name] = _convert(item.name, _KINDS[str(item.type)], text, item.metadata)
+    if "dedup_window" in values:
+        values["dedup_window"] = max(values["dedup_window"], LEAST_DEDUP_WINDOW)
     for name in ("http_host", "health_host", "rabbitmq_host"):
         _check_host(name.upper(), values.get(name, ""))
     if not values.get("amqp_url"):

@@ -49,8 +49,11 @@ def raise_file_limit() -> int:
     return hard if hard != resource.RLIM_INFINITY else sys.maxsize
 
 
-def on_stop() -> asyncio.Event:
-    """An event that SIGTERM and SIGINT set. A second SIGINT ends the process at once."""
+def on_stop(alive_fd: int | None = None) -> asyncio.Event:
+    """An event that SIGTERM and SIGINT set, and the end of the supervisor, when `alive_fd` becomes readable.
+
+    A second SIGINT ends the process at once.
+    """
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
 
     def interrupted() -> None:
@@ -59,6 +62,12 @@ def on_stop() -> asyncio.Event:
             signal.raise_signal(signal.SIGINT)
         stop.set()
 
+    def orphaned(fd: int) -> None:
+        loop.remove_reader(fd)
+        stop.set()
+
+    if alive_fd is not None:
+        loop.add_reader(alive_fd, orphaned, alive_fd)
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     loop.add_signal_handler(signal.SIGINT, interrupted)
     return stop

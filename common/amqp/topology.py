@@ -22,6 +22,11 @@ QUEUE_ARGUMENTS: Mapping[str, str | int | bool] = {
 DEAD_LETTER_ARGUMENTS: Mapping[str, str | int | bool] = {"x-queue-type": "quorum", "x-delivery-limit": 2**31 - 1}
 
 
+def queue_names(queue_name: str, partitions: int) -> list[str]:
+    """The queue of each partition; with one partition, the name itself."""
+    return [queue_name] if partitions == 1 else [f"{queue_name}.{k}" for k in range(partitions)]
+
+
 def dead_letter_queue(queue_name: str) -> str:
     return queue_name + ".dead"
 

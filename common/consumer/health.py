@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from common.consumer.metrics import Counters
-from common.consumer.worker import Consumer
+from collections.abc import Callable
+
 from common.errors import HttpError
 from common.http.parser import Head, Limits, Request
 from common.http.server import Exchange, ServerLimits
@@ -11,30 +11,22 @@ from common.metrics import CONTENT_TYPE as METRICS_TYPE
 
 
 class Health:
-    """The health port: /healthz, /readyz, /metrics."""
+    """The application behind the health port. `not_ready` is why no event would reach the CSV now, or ""."""
 
-    def __init__(self, counters: Counters) -> None:
-        self.consumer: Consumer | None = None
-        self.no_consumer = "standby: another consumer owns the CSV"  # why there is none yet
-        self._counters = counters
-
-    def cannot_store(self, trouble: str) -> None:
-        """Before there is a consumer, which tells its own troubles."""
-        self.no_consumer = f"cannot store: {trouble}"
-        self._counters.metrics.values[self._counters.store_ok] = 0.0
+    def __init__(self, not_ready: Callable[[], str], metrics: Callable[[], bytes]) -> None:
+        self._not_ready = not_ready
+        self._metrics = metrics
 
     def handle(self, request: Request, exchange: Exchange) -> None:
         path = request.head.path
         if path == b"/metrics":
-            if self.consumer is not None:
-                self.consumer.tick()
-            exchange.answer(200, self._counters.metrics.render(), METRICS_TYPE)
-            return
-        if path == b"/readyz":
-            reason = self.no_consumer if self.consumer is None else self.consumer.not_ready()
-            if reason:
-                raise HttpError(503, reason)
-        exchange.answer(200, b'{"status":"alive"}' if path == b"/healthz" else b'{"status":"ready"}')
+            exchange.answer(200, self._metrics(), METRICS_TYPE)
+        elif path == b"/healthz":
+            exchange.answer(200, b'{"status":"alive"}')
+        elif reason := self._not_ready():
+            raise HttpError(503, reason)
+        else:
+            exchange.answer(200, b'{"status":"ready"}')
 
     def check(self, head: Head) -> None:
         if head.path not in (b"/healthz", b"/readyz", b"/metrics"):

@@ -37,6 +37,13 @@ class Counters:
         self.store_ok = m.gauge("predlog_store_ok", "1 while batches can be stored.", min)
         self.active = m.gauge("predlog_active", "1 while this consumer owns the CSV, 0 on standby.")
         self.connected = m.gauge("predlog_amqp_connected", "1 while connected to the broker.", min)
+        self.stalled = m.gauge("predlog_stalled", "1 while work waits and none of it gets further.", max)
+        self.spilled_bytes = m.gauge(
+            "predlog_dead_letters_spilled_bytes", "Size of the file of dead letters that the broker does not take."
+        )
+        self.unserved = m.gauge(
+            "predlog_unserved_messages", "Messages in queues of another number of partitions, that nobody consumes."
+        )
         self.start_time = m.gauge("process_start_time_seconds", "Start of the process, Unix time.", max)
         self.reconnects = m.counter("predlog_amqp_reconnects_total", "Connections to the broker lost.")
         m.values[m.gauge("predlog_info", "Version and process.", max, version=__version__, process="consumer")] = 1.0

@@ -1,111 +1,173 @@
-"""The consumer as a service: its parts wired, started, drained and closed."""
+"""The consumer as a service: one queue into one CSV. Its parts wired, started, drained and closed."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import signal
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from common.amqp.link import keep_up
 from common.config import ConsumerSettings
+from common.consumer.dead_letters.mover import DeadLetters
+from common.consumer.dead_letters.spill import Spill
 from common.consumer.health import HEALTH_LIMITS, Health
 from common.consumer.metrics import Counters
-from common.consumer.worker import RETRY_FIRST_SECONDS, RETRY_MOST_SECONDS, STANDBY_POLL_SECONDS, Consumer, T
+from common.consumer.worker import RETRY_FIRST_SECONDS, RETRY_MOST_SECONDS, T, Worker
 from common.errors import DiskTrouble
 from common.http.server import HttpServer
-from common.process import end, first_of, on_stop
+from common.process import end, first_of
 from common.storage.lock import Lock
 from common.storage.store import Store
 
 log = logging.getLogger("predlog.consumer")
-# A producer that reconnects publishes all that is unconfirmed (4,096 by default) again.
-LEAST_DEDUP_WINDOW = 16_384
+
+STANDBY_POLL_SECONDS = 0.25
+TICK_SECONDS = 1.0
 
 
-async def _owned(lock: Lock, stop: asyncio.Event) -> bool:
-    """Wait as a standby until the CSV is ours; False if stopped before."""
-    waiting = False
-    while not lock.acquire():
-        if not waiting:
-            log.info("standby: another consumer owns the CSV; taking over when it ends")
-        waiting = True
+class ConsumerService:
+    """Call `start`, `drain` and `close`, each once. `running` is the work in between; it ends early only by an error.
+
+    `name` is what the broker shows. `report(why it is not ready)` is called once a second.
+    """
+
+    def __init__(
+        self,
+        settings: ConsumerSettings,
+        counters: Counters,
+        name: str = "consumer",
+        report: Callable[[str], None] = lambda reason: None,
+    ) -> None:
+        self._settings = settings
+        self._counters = counters
+        self._name = name
+        self._report = report
+        self._server = HttpServer(HEALTH_LIMITS, Health(self.not_ready, self.metrics))
+        self._lock = Lock(settings.csv_file)
+        self._thread = ThreadPoolExecutor(1, "store")
+        self._stop = asyncio.Event()
+        self._store: Store | None = None
+        self._spill: Spill | None = None
+        self._worker: Worker | None = None
+        self._no_worker = "starting"  # why there is none
+        self._tasks: list[asyncio.Task[None]] = []
+        self.health_port = 0
+
+    async def start(self) -> None:
+        """Open the health port, and begin: as a standby, if another consumer owns the CSV."""
+        values, counters = self._counters.metrics.values, self._counters
+        values[counters.start_time] = time.time()
+        values[counters.store_ok] = 1.0  # on standby nothing speaks against it
+        if self._settings.health_port:
+            self.health_port = await self._server.listen(self._settings.health_host, self._settings.health_port)
+        self.running = self._task(self._run())
+
+    async def drain(self) -> None:
+        """Take nothing new; store and ack what is here, for SHUTDOWN_TIMEOUT_MS at most."""
+        self._stop.set()
+        await asyncio.wait([self.running], timeout=self._settings.shutdown_timeout_ms / 1000)
+        if self._worker is None:
+            return
+        log.info("stopping")
         try:
-            await asyncio.wait_for(stop.wait(), STANDBY_POLL_SECONDS)
-            return False
+            await asyncio.wait_for(self._worker.drain(self._batches), self._settings.shutdown_timeout_ms / 1000)
         except TimeoutError:
-            pass
-    if waiting:
-        log.info("taking over")
-    return True
+            log.warning("not everything could be stored in time; the broker keeps it")
 
+    async def close(self) -> None:
+        """End everything, drained or not."""
+        self._stop.set()
+        await end(*self._tasks)
+        if self._worker is not None:
+            await self._worker.close()
+        if self._spill is not None:
+            self._spill.close()
+        if self._store is not None:
+            await asyncio.get_running_loop().run_in_executor(self._thread, self._store.close)
+        self._thread.shutdown(wait=False)
+        self._server.abort()
+        self._lock.release()
 
-async def _past_trouble(call: Callable[[], Awaitable[T]], health: Health, stop: asyncio.Event) -> T | None:
-    """What `call` returns, once the disk is fit for it; None if stopped before."""
-    delay, in_trouble = RETRY_FIRST_SECONDS, False
-    while True:
-        try:
-            return await call()
-        except DiskTrouble as error:
-            if not in_trouble:
-                log.error("cannot store: %s; trying on", error)
-            in_trouble = True
-            health.cannot_store(str(error))
-        try:
-            await asyncio.wait_for(stop.wait(), delay)
-            return None
-        except TimeoutError:
+    def reopen(self) -> None:
+        """Somebody moved the CSV. A standby has no file to open again."""
+        if self._worker is not None:
+            self._worker.reopen()
+
+    def not_ready(self) -> str:
+        """Why no event would reach the CSV now; "" when it would."""
+        return self._no_worker if self._worker is None else self._worker.not_ready()
+
+    def metrics(self) -> bytes:
+        """The metrics as text, with the gauges of this moment."""
+        if self._worker is not None:
+            self._worker.tick()
+        return self._counters.metrics.render()
+
+    async def _run(self) -> None:
+        loop, settings = asyncio.get_running_loop(), self._settings
+        self._task(self._tick())
+        if not await self._past_trouble(self._own):
+            return
+        arguments = settings.csv_file, settings.dedup_window, settings.prefetch_count, log, settings.rotate_gzip
+        self._store = await self._past_trouble(lambda: loop.run_in_executor(self._thread, Store.open, *arguments))
+        if self._store is None or self._stop.is_set():
+            return
+        self._spill = await loop.run_in_executor(self._thread, Spill, f"{self._store.path}.dead-letters")
+        mover = DeadLetters(settings.amqp_url, settings.queue_name)
+        self._worker = worker = Worker(settings, self._store, self._thread, self._counters, mover, self._spill)
+        self._counters.metrics.values[self._counters.active] = 1.0
+        log.info("rows go to %s", settings.csv_file)
+        self._batches = self._task(worker.run())
+        link = keep_up(settings.amqp_url, self._name, worker.up, lambda reason: None, worker.down)
+        await first_of(self._stop, self._batches, self._task(link), self._task(worker.watch()))
+
+    async def _own(self) -> bool:
+        """Wait as a standby until the CSV is ours; False if stopped before."""
+        waiting = False
+        while not self._lock.acquire():
+            self._no_worker = "standby: another consumer owns the CSV"
+            if not waiting:
+                log.info("standby: another consumer owns the CSV; taking over when it ends")
+            waiting = True
+            if await self._stopped_within(STANDBY_POLL_SECONDS):
+                return False
+        if waiting:
+            log.info("taking over")
+        return True
+
+    async def _past_trouble(self, call: Callable[[], Awaitable[T]]) -> T | None:
+        """What `call` returns, once the disk is fit for it; None if stopped before."""
+        delay, in_trouble = RETRY_FIRST_SECONDS, False
+        while True:
+            try:
+                return await call()
+            except DiskTrouble as error:
+                if not in_trouble:
+                    log.error("cannot store: %s; retrying", error)
+                in_trouble = True
+                self._no_worker = f"cannot store: {error}"
+                self._counters.metrics.values[self._counters.store_ok] = 0.0
+            if await self._stopped_within(delay):
+                return None
             delay = min(2 * delay, RETRY_MOST_SECONDS)
 
-
-async def serve(settings: ConsumerSettings) -> None:
-    """Run the consumer until a signal, then drain."""
-    loop, stop = asyncio.get_running_loop(), on_stop()
-    loop.add_signal_handler(signal.SIGHUP, lambda: None)  # a standby has no file to open again
-    counters = Counters()
-    counters.metrics.values[counters.start_time] = time.time()
-    counters.metrics.values[counters.store_ok] = 1.0  # on standby nothing speaks against it
-    health = Health(counters)
-    server = HttpServer(HEALTH_LIMITS, health)
-    if settings.health_port:
-        await server.listen(settings.health_host, settings.health_port)
-    lock = Lock(settings.csv_file)
-    if not await _past_trouble(lambda: _owned(lock, stop), health, stop):
-        return
-    with ThreadPoolExecutor(1, "store") as thread:
-        window = max(settings.dedup_window, LEAST_DEDUP_WINDOW)
-        arguments = settings.csv_file, window, settings.prefetch_count, log, settings.rotate_gzip
-        store = await _past_trouble(lambda: loop.run_in_executor(thread, Store.open, *arguments), health, stop)
-        if store is None:
-            return
-        consumer = health.consumer = Consumer(settings, store, thread, counters)
-        counters.metrics.values[counters.active] = 1.0
-        loop.add_signal_handler(signal.SIGHUP, consumer.reopen)
-        log.info("rows go to %s", settings.csv_file)
-
-        async def tick() -> None:
-            while True:
-                consumer.tick()
-                await asyncio.sleep(1.0)
-
-        running = asyncio.create_task(consumer.run())
-        ticker = asyncio.create_task(tick())
-        link = asyncio.create_task(
-            keep_up(settings.amqp_url, "consumer", consumer.prepare, consumer.on_down, consumer.on_trouble)
-        )
+    async def _stopped_within(self, seconds: float) -> bool:
         try:
-            await first_of(stop, running, ticker, link)
-            log.info("stopping")
-            try:
-                await asyncio.wait_for(consumer.drain(running), settings.shutdown_timeout_ms / 1000)
-            except TimeoutError:
-                log.warning("not everything could be stored in time; the broker keeps it")
-        finally:
-            await end(running, ticker, link)
-            await consumer.close()
-            await loop.run_in_executor(thread, store.close)
-            server.abort()
-            lock.release()
-    log.info("stopped")
+            await asyncio.wait_for(self._stop.wait(), seconds)
+        except TimeoutError:
+            return False
+        return True
+
+    async def _tick(self) -> None:
+        while True:
+            if self._worker is not None:
+                self._worker.tick()
+            self._report(self.not_ready())
+            await asyncio.sleep(TICK_SECONDS)
+
+    def _task(self, work: Awaitable[None]) -> asyncio.Task[None]:
+        task: asyncio.Task[None] = asyncio.ensure_future(work)
+        self._tasks.append(task)
+        return task

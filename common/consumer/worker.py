@@ -1,23 +1,29 @@
-"""The loop of the consumer: deliveries in, batch after batch into the store, acks out."""
+"""The loop of the consumer: deliveries in, batch after batch into the store, acks out.
+
+The event loop owns everything here. The store has a thread of its own, one call at a time: it prepares a batch (which
+reads the ids that the journal remembers), appends it, rotates and reopens. The event loop itself only reads the numbers
+that the store shows: committed bytes and age.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import TypeVar
 
-from common.amqp.codec import Delivery, ack_frame, ack_frames
-from common.amqp.link import CLOSE_TIMEOUT_SECONDS, CONNECT_TIMEOUT_SECONDS, Link, cancelled
+from common.amqp.codec import Confirm, Delivery, ack_frames
+from common.amqp.link import CLOSE_TIMEOUT_SECONDS, CONNECT_TIMEOUT_SECONDS, CONNECTION_ERRORS, Link, cancelled
 from common.amqp.topology import DEAD_LETTER_ARGUMENTS, QUEUE_ARGUMENTS, dead_letter_queue, declare
 from common.config import ConsumerSettings
-from common.consumer import pending
-from common.consumer.dead_letters import mover
+from common.consumer.dead_letters.mover import DeadLetters
+from common.consumer.dead_letters.outgoing import Outgoing
+from common.consumer.dead_letters.spill import Spill
 from common.consumer.metrics import Counters
-from common.consumer.prepare import Poison, Prepared, prepare_batch
+from common.consumer.pending import Pending, ack_ranges, rotation_due
+from common.consumer.prepare import Prepared, prepare_batch
 from common.storage.store import Store
 
 log = logging.getLogger("predlog.consumer")
@@ -26,103 +32,118 @@ T = TypeVar("T")
 
 HELD_BACK_BYTES = 64 * 1024 * 1024  # of deliveries in memory; beyond it the broker's socket is not read
 RETRY_FIRST_SECONDS, RETRY_MOST_SECONDS = 0.1, 5.0
-STANDBY_POLL_SECONDS = TROUBLE_POLL_SECONDS = 0.25
+TROUBLE_POLL_SECONDS = 0.25
 IDLE_SECONDS = 1.0
+STALL_SECONDS = 10.0  # work waits, and none of it has got further for so long: say so
 
 
-class Consumer:
-    """Takes deliveries, stores them batch by batch, acks. `run` is the loop; all else feeds it or hears of it."""
+class Worker:
+    """Takes deliveries, stores them batch by batch, acks. A link calls the first five methods; `run` is the loop."""
 
     def __init__(
-        self, settings: ConsumerSettings, store: Store, thread: ThreadPoolExecutor, counters: Counters
+        self,
+        settings: ConsumerSettings,
+        store: Store,
+        thread: ThreadPoolExecutor,
+        counters: Counters,
+        mover: DeadLetters,
+        spill: Spill,
     ) -> None:
-        self.trouble = ""  # why batches cannot be stored now
-        self.down = "not connected yet"  # why there is no link; "" while there is
         self._settings = settings
         self._store = store
-        self._thread = thread  # the only one that touches the store
+        self._thread = thread
         self._counters = counters
         self._loop = asyncio.get_running_loop()
-        self._pending = pending.Pending(
-            settings.batch_max_rows, settings.prefetch_count, settings.flush_interval_ms / 1000
-        )
+        self._pending = Pending(settings.batch_max_rows, settings.prefetch_count, settings.flush_interval_ms / 1000)
+        self._outgoing = Outgoing(mover, spill, self._in_thread, self._acknowledge, counters)
         self._link: Link | None = None
         self._consumer_tag = ""
-        self._held: dict[int, float] = {}  # delivery tags on their way to the dead letters, and since when
-        self._burials: set[asyncio.Task[None]] = set()
-        self._dead_letters = mover.DeadLetters(settings.amqp_url, settings.queue_name)
-        self._in_store: tuple[int, float] | None = None  # messages in the batch being stored, and since when
+        self._down = "not connected yet"  # why there is no link; "" while there is
+        self._trouble = ""  # why batches cannot be stored now
+        self._stalled = ""  # why work that waits has not got further
+        self._storing: tuple[int, float] | None = None  # messages in the batch being stored, and when the oldest came
+        self._call_since: float | None = None  # when the running call in the store's thread began
+        self._delivered_at = self._loop.time()
+        self._fruitless_looks = 0  # how often messages waited in the queue, and none was delivered since
         self._wake = asyncio.Event()
         self._draining = False
         self._reopen_due = False
-        self._rotation_trouble = False
+        self._rotation_failed = False
 
-    # The broker
+    # The link
 
-    async def prepare(self, link: Link) -> None:
+    async def up(self, link: Link) -> None:
         """Set up a new connection: queues, prefetch, consume."""
         settings = self._settings
         await declare(link.channel, settings.queue_name, QUEUE_ARGUMENTS)
         await declare(link.channel, dead_letter_queue(settings.queue_name), DEAD_LETTER_ARGUMENTS)
         # RabbitMQ cuts a link that is not read for half a minute: in trouble, the next one takes nothing until it ends.
-        while self.trouble and not self._draining:
+        while self._trouble and not self._draining:
             if link.lane.lost is not None:
                 raise ConnectionError(link.lane.lost)
-            self.down = ""  # there is a link
+            self._down = ""  # there is a link
             await asyncio.sleep(TROUBLE_POLL_SECONDS)
         if self._draining:
             return  # nothing new; the link is only kept up
         async with asyncio.timeout(CONNECT_TIMEOUT_SECONDS):
             await link.channel.basic_qos(prefetch_count=settings.prefetch_count)
-            self._link, self.down = link, ""
-            link.lane.on_deliveries = self.on_deliveries
+            self._link, self._down = link, ""
+            self._delivered_at = self._loop.time()
+            link.lane.on_deliveries = self.deliveries
             consuming = await link.channel.basic_consume(settings.queue_name, _not_called)
         self._consumer_tag = consuming.consumer_tag or ""
         if self._draining:  # since a moment ago
             await link.channel.basic_cancel(self._consumer_tag, nowait=True)
 
-    def on_down(self, reason: str) -> None:
+    def down(self, reason: str) -> None:
         """What was not stored yet comes again; acks for this link have no meaning any more."""
-        self._link, self.down = None, reason
+        if self._link is not None:
+            self._counters.metrics.values[self._counters.reconnects] += 1.0
+        self._link, self._down = None, reason
         self._pending.take()
-        self._held.clear()
-        for task in self._burials:  # these messages come again too
-            task.cancel()
-        self._counters.metrics.values[self._counters.reconnects] += 1.0
+        self._outgoing.forget()
 
-    def on_trouble(self, reason: str) -> None:
-        self.down = reason
-
-    def on_deliveries(self, deliveries: list[Delivery]) -> None:
-        values, counters = self._counters.metrics.values, self._counters
+    def deliveries(self, deliveries: list[Delivery]) -> None:
+        values, counters, pending = self._counters.metrics.values, self._counters, self._pending
         values[counters.deliveries] += len(deliveries)
         if deliveries[0].redelivered or deliveries[-1].redelivered:
             values[counters.redeliveries] += sum(delivery.redelivered for delivery in deliveries)
-        was_empty = not self._pending.deliveries
-        self._pending.add(deliveries, self._loop.time())
-        if was_empty or self._pending.full:
+        was_empty = not pending.deliveries
+        self._delivered_at = self._loop.time()
+        self._fruitless_looks = 0
+        pending.add(deliveries, self._delivered_at)
+        if was_empty or pending.full:
             self._wake.set()
-        if self._pending.bytes > HELD_BACK_BYTES and self._link is not None:
+        if pending.bytes > HELD_BACK_BYTES and self._link is not None:
             self._link.lane.hold_back(True)
+
+    def confirms(self, confirms: list[Confirm]) -> None:
+        """Nothing is published on this connection."""
+
+    def blocked(self, reason: str) -> None:
+        """An alarm of the broker stops publishers only."""
 
     # The loop
 
     async def run(self) -> None:
         """Store batch after batch, until drained."""
         while await self._batch_is_due():
-            link, deliveries = self._link, self._pending.take()
+            link, since, deliveries = self._link, self._pending.since, self._pending.take()
             if link is not None:
                 link.lane.hold_back(False)
-            self._in_store = (len(deliveries), self._loop.time())
+            self._storing = len(deliveries), since
             prepared = await self._in_thread(
                 prepare_batch, deliveries, self._store.seen, self._settings.low_prob_threshold
             )
             if prepared.ids or prepared.data:
                 await self._store_until_done(prepared)
-            self._in_store = None
-            self._bury(link, prepared.poison)
-            self._ack(link, prepared.stored)
+            self._storing = None
             self._counters.metrics.values[self._counters.duplicates] += prepared.duplicates
+            if link is self._link:  # else all of it comes again: on another channel the tags mean other messages
+                for each in prepared.poison:
+                    log.warning("a message that is not an event goes to the dead letters: %s", each.reason)
+                self._outgoing.take(prepared.poison)
+                self._ack(link, prepared.stored)
 
     async def _batch_is_due(self) -> bool:
         """Wait for the next batch; False once there is nothing more to come."""
@@ -139,24 +160,24 @@ class Consumer:
                     await self._wake.wait()
 
     async def _between_batches(self) -> None:
-        """What may only happen while no batch is under way: rotation, reopening."""
+        """What may only happen while no batch is being stored: rotate, reopen, put dead letters into their file."""
         settings, store = self._settings, self._store
         try:
-            if pending.rotation_due(
-                store.committed_bytes, time.time() - store.started_at, settings.rotate_bytes, settings.rotate_interval
-            ):
+            if rotation_due(store.committed_bytes, store.age_seconds, settings.rotate_bytes, settings.rotate_interval):
                 await self._in_thread(store.rotate)
             if self._reopen_due:
                 self._reopen_due = False
                 await self._in_thread(store.reopen)
-            self._rotation_trouble = False
+            if self._outgoing.overdue():
+                await self._outgoing.spill()
+            self._rotation_failed = False
         except OSError as error:
-            if not self._rotation_trouble:
-                log.error("cannot begin a new file: %s: %s; trying on", error.filename, error.strerror)
-            self._rotation_trouble = True
+            if not self._rotation_failed:
+                log.error("cannot begin a new file: %s: %s; retrying", error.filename, error.strerror)
+            self._rotation_failed = True
 
     async def _store_until_done(self, prepared: Prepared) -> None:
-        """Append a batch; in trouble (disk full, I/O error) wait and try again: nothing is acked before it is safe."""
+        """Append a batch; in trouble (disk full, I/O error) wait and retry: nothing is acked before it is safe."""
         counters, delay = self._counters, RETRY_FIRST_SECONDS
         while True:
             try:
@@ -165,14 +186,15 @@ class Consumer:
             except OSError as error:
                 counters.metrics.values[counters.store_failures] += 1.0
                 trouble = f"{error.filename}: {error.strerror}"
-                if not self.trouble:
-                    log.error("cannot store: %s; nothing is acked, trying on", trouble)
-                self.trouble = trouble
+                if not self._trouble:
+                    log.error("cannot store: %s; nothing is acked, retrying", trouble)
+                self._trouble = trouble
                 await asyncio.sleep(delay)
                 delay = min(2 * delay, RETRY_MOST_SECONDS)
-        if self.trouble:
+        if self._trouble:
             log.info("storing again")
-            self.trouble = ""
+            self._trouble = ""
+        self._pending.stored(sum(timing))
         counters.metrics.values[counters.rows] += prepared.rows
         counters.batch_rows.observe(prepared.rows)
         counters.write_seconds.observe(timing.write_seconds)
@@ -180,64 +202,97 @@ class Consumer:
         counters.commit_seconds.observe(timing.commit_seconds)
 
     async def _in_thread(self, call: Callable[..., T], *args: object) -> T:
-        return await self._loop.run_in_executor(self._thread, call, *args)
+        self._call_since = self._loop.time()
+        try:
+            return await self._loop.run_in_executor(self._thread, call, *args)
+        finally:
+            self._call_since = None
 
     def _ack(self, link: Link | None, tags: Sequence[int]) -> None:
-        """Ack on the link that delivered, if it is still the one: on another channel the tags mean other messages."""
+        """Ack on the link that delivered, if it still is the one."""
         if link is not None and link is self._link and link.lane.lost is None:
-            link.lane.send([ack_frames(pending.ack_ranges(tags, self._held))])
+            link.lane.send([ack_frames(ack_ranges(tags, self._outgoing.held))])
 
-    def _bury(self, link: Link | None, poison: Sequence[Poison]) -> None:
-        if link is not self._link:
-            return  # they come again, on the new link
-        for each in poison:
-            log.warning("a message that is not an event goes to the dead letters: %s", each.reason)
-            self._held[each.delivery.delivery_tag] = self._loop.time()
-            task = asyncio.create_task(self._bury_one(link, each))
-            self._burials.add(task)
-            task.add_done_callback(self._buried)
+    def _acknowledge(self, tags: Sequence[int]) -> None:
+        self._ack(self._link, tags)
 
-    def _buried(self, task: asyncio.Task[None]) -> None:
-        self._burials.discard(task)
-        if not task.cancelled() and task.exception() is not None:
-            log.error("a bug: a message could not be buried", exc_info=task.exception())
-            if self._link is not None:
-                self._link.lane.fail("a message could not be buried")
-
-    async def _bury_one(self, link: Link | None, poison: Poison) -> None:
-        await self._dead_letters.bury(poison.delivery, poison.reason)
-        self._counters.metrics.values[self._counters.dead_letters[poison.kind]] += 1.0
-        tag = poison.delivery.delivery_tag
-        if link is self._link and self._held.pop(tag, None) is not None:
-            assert link is not None
-            link.lane.send([ack_frame(tag, False)])
-
-    # Watching, and the end
+    # Watching
 
     def not_ready(self) -> str:
-        """Why no event would reach the CSV now; "" when it would."""
-        if self.trouble:
-            return f"cannot store: {self.trouble}"
-        return f"no broker: {self.down}" if self.down else ""
+        """Why no event would reach the CSV now, or something needs a person; "" when all is well."""
+        if self._trouble:
+            return f"cannot store: {self._trouble}"
+        if self._stalled:
+            return self._stalled
+        return f"no broker: {self._down}" if self._down else self._outgoing.trouble()
 
     def tick(self) -> None:
-        """Once a second: the gauges, and aiormq's liveness clock while we do not read."""
+        """Once a second: the gauges, whether anything is stalled, and aiormq's liveness clock while we do not read."""
         values, counters, now = self._counters.metrics.values, self._counters, self._loop.time()
         if self._link is not None:
             self._link.lane.keep_alive()
+        self._note_stall(now)
         counters.metrics.settle()
-        since = list(self._held.values())
-        if self._pending.deliveries:
-            since.append(self._pending.since)
-        in_store = 0
-        if self._in_store is not None:
-            in_store = self._in_store[0]
-            since.append(self._in_store[1])
-        values[counters.unacked] = len(self._pending.deliveries) + len(self._held) + in_store
-        values[counters.oldest_unacked] = now - min(since, default=now)
+        since = [now, self._pending.since]
+        if self._outgoing.oldest_since is not None:
+            since.append(self._outgoing.oldest_since)
+        storing = 0
+        if self._storing is not None:
+            storing = self._storing[0]
+            since.append(self._storing[1])
+        values[counters.unacked] = len(self._pending.deliveries) + len(self._outgoing.held) + storing
+        values[counters.oldest_unacked] = now - min(since)
         values[counters.csv_bytes] = self._store.committed_bytes
-        values[counters.store_ok] = not self.trouble
-        values[counters.connected] = not self.down
+        values[counters.store_ok] = not self._trouble
+        values[counters.connected] = not self._down
+        values[counters.stalled] = bool(self._stalled)
+        values[counters.spilled_bytes] = self._outgoing.spilled_bytes
+
+    def _note_stall(self, now: float) -> None:
+        stalled = ""
+        if self._call_since is not None and now - self._call_since > STALL_SECONDS:
+            stalled = f"stalled: the disk has not answered for {now - self._call_since:.0f} s"
+        elif self._fruitless_looks >= 2:
+            stalled = f"stalled: messages wait in '{self._settings.queue_name}', and the broker delivers none"
+        if stalled and not self._stalled:
+            log.error("%s", stalled)
+        elif self._stalled and not stalled:
+            log.info("no longer stalled")
+        self._stalled = stalled
+
+    async def watch(self) -> None:
+        """Look into the queue when nothing was delivered for a while: if messages wait there, something is wrong.
+
+        For example acks that the broker has not taken, a lost consumer, or another consumer of the queue (it has a
+        single active one). A new connection cures all but the last, and then does no harm.
+        """
+        while True:
+            await asyncio.sleep(STALL_SECONDS / 2)
+            link, since = self._link, self._delivered_at
+            if link is None or self._draining or self._pending.deliveries or self._storing is not None:
+                continue
+            if self._loop.time() - since < STALL_SECONDS / 2:
+                continue
+            try:
+                async with asyncio.timeout(CONNECT_TIMEOUT_SECONDS):
+                    queue = await link.channel.queue_declare(self._settings.queue_name, passive=True)
+            except asyncio.CancelledError:
+                if cancelled():
+                    raise
+                continue
+            except TimeoutError:
+                link.lane.fail("the broker does not answer")
+                continue
+            except CONNECTION_ERRORS:
+                continue  # the link is lost, and whoever keeps it up says why
+            if link is not self._link or since != self._delivered_at:
+                continue
+            self._fruitless_looks = self._fruitless_looks + 1 if queue.message_count else 0
+            if self._fruitless_looks >= 2 and (queue.consumer_count or 0) < 2:
+                self._note_stall(self._loop.time())
+                link.lane.fail("messages wait, and the broker delivers none")
+
+    # The end
 
     def reopen(self) -> None:
         """Somebody (logrotate) moved the CSV: begin a new one before the next batch."""
@@ -245,11 +300,11 @@ class Consumer:
         self._wake.set()
 
     async def drain(self, running: asyncio.Task[None]) -> None:
-        """Take no more deliveries; store, ack and bury what is here."""
+        """Take no more deliveries; store and ack what is here, and dead-letter what is poison."""
         link, self._draining = self._link, True
         if link is not None and link.lane.lost is None:
             try:
-                # No answer wanted: it would come behind all deliveries under way, and not at all while held back.
+                # No answer wanted: it would come behind all deliveries in flight, and not at all while held back.
                 async with asyncio.timeout(CLOSE_TIMEOUT_SECONDS):
                     await link.channel.basic_cancel(self._consumer_tag, nowait=True)
             except (Exception, asyncio.CancelledError) as error:
@@ -258,13 +313,10 @@ class Consumer:
                 log.debug("while cancelling: %r", error)
         self._wake.set()
         await running
-        if self._burials:
-            await asyncio.wait(self._burials)
+        await self._outgoing.settled()
 
     async def close(self) -> None:
-        for task in self._burials:
-            task.cancel()
-        await self._dead_letters.close()
+        await self._outgoing.close()
 
 
 async def _not_called(_: object) -> None:

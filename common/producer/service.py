@@ -63,14 +63,7 @@ async def serve(
     """
     counters.metrics.values[counters.start_time] = time.time()
     loop = asyncio.get_running_loop()
-    stop = on_stop()
-    if alive_fd is not None:
-
-        def orphaned() -> None:
-            loop.remove_reader(alive_fd)
-            stop.set()
-
-        loop.add_reader(alive_fd, orphaned)
+    stop = on_stop(alive_fd)
     most_connections = raise_file_limit() - FILES_BESIDE_CONNECTIONS
     if most_connections < settings.max_connections:
         log.warning(

@@ -45,6 +45,7 @@ class Store:
         self._state = state  # what the journal says
         self._synced: FileState | None = None  # what it must say next: rows are on disk, their commit failed
         self._journal = journal
+        self._aging: tuple[float, float] | None = None  # started_at, and the same moment by the monotonic clock
         self._log = log
         self._to_compress: SimpleQueue[str | None] | None = None  # None ends the thread
 
@@ -66,6 +67,7 @@ class Store:
             existed = os.path.lexists(path)
             file = CsvFile(path)
             state = apply(decide(last_run, look(file, existed, last_run)), file, journal, notes)
+            state = replace(state, started_at=min(state.started_at, time.time()))  # the clock was set back
             journal.commit(state)
         except OSError as error:
             journal.close()
@@ -97,6 +99,14 @@ class Store:
     def started_at(self) -> float:
         """Unix time of the first row of the current CSV, or of its beginning (or taking over), also across restarts."""
         return self._state.started_at
+
+    @property
+    def age_seconds(self) -> float:
+        """The time since `started_at`. The wall clock is asked once for each file: somebody may set it."""
+        started_at = self.started_at
+        if self._aging is None or self._aging[0] != started_at:
+            self._aging = started_at, time.monotonic() - max(0.0, time.time() - started_at)
+        return time.monotonic() - self._aging[1]
 
     def seen(self, id: bytes) -> bool:
         """Tell whether the message with this id (16 bytes) is committed, within the window."""

@@ -17,7 +17,7 @@ from typing import Any
 
 import consumer
 from common.consumer.prepare import prepare_batch
-from common.consumer.worker import Consumer
+from common.consumer.worker import Worker
 from common.storage import files, journal, state, store
 from common.storage.csv_file import CsvFile
 from common.storage.journal import Journal
@@ -79,7 +79,7 @@ STORING: dict[str, Arm] = {
     "fsync-to-commit": _after(CsvFile, "sync"),
     "in-commit": _in_the_middle_of(journal, "_write"),
     "commit-to-ack": _after(Journal, "commit"),
-    "after-ack": _after(Consumer, "_ack"),
+    "after-ack": _after(Worker, "_ack"),
 }
 """What every batch passes."""
 
@@ -106,7 +106,7 @@ POINTS = STORING | RECOVERING | ROTATING
 
 
 def _ack_before_fsync() -> None:
-    async def run(self: Consumer) -> None:
+    async def run(self: Worker) -> None:
         while await self._batch_is_due():
             link, deliveries = self._link, self._pending.take()
             prepared = await self._in_thread(prepare_batch, deliveries, self._store.seen, 0.25)
@@ -115,7 +115,7 @@ def _ack_before_fsync() -> None:
             if prepared.ids or prepared.data:
                 await self._store_until_done(prepared)
 
-    Consumer.run = run  # type: ignore[method-assign]
+    Worker.run = run  # type: ignore[method-assign]
 
 
 def _no_fsync() -> None:

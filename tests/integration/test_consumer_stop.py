@@ -18,8 +18,10 @@ from common.amqp.codec import Confirm, Delivery, PublishEncoder, packed_seconds
 from common.amqp.link import open_link
 from common.amqp.topology import QUEUE_ARGUMENTS, declare
 from common.config import ConsumerSettings
+from common.consumer.dead_letters.mover import DeadLetters
+from common.consumer.dead_letters.spill import Spill
 from common.consumer.metrics import Counters
-from common.consumer.worker import Consumer
+from common.consumer.worker import Worker
 from common.event.document import write_json
 from common.storage.store import Store
 from tests.conftest import Service, Start
@@ -155,14 +157,15 @@ async def test_a_failed_rotation_is_said_once_and_rows_continue(
             return rotate()
 
         monkeypatch.setattr(store, "rotate", rotate_or_not)
-        consumer = Consumer(settings, store, thread, Counters())
+        mover, spill = DeadLetters(settings.amqp_url, settings.queue_name), Spill(f"{csv_file}.dead-letters")
+        consumer = Worker(settings, store, thread, Counters(), mover, spill)
         running = asyncio.create_task(consumer.run())
 
         async def store_rows(count: int) -> None:
             nonlocal sent
             for _ in range(count):
                 sent += 1
-                consumer.on_deliveries([Delivery(sent, False, header, event_of(f"device-{sent}"))])
+                consumer.deliveries([Delivery(sent, False, header, event_of(f"device-{sent}"))])
                 await until("the row is stored", lambda: len(all_devices(tmp_path)) == sent)  # noqa: B023
 
         def said() -> int:
@@ -177,7 +180,7 @@ async def test_a_failed_rotation_is_said_once_and_rows_continue(
         await store_rows(5)
         assert said() == 2
         assert sorted(all_devices(tmp_path)) == sorted(f"device-{number}" for number in range(1, sent + 1))
-        assert consumer.trouble == ""
+        assert "cannot store" not in consumer.not_ready()
         running.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await running

@@ -104,6 +104,7 @@ WELL = {
     'predlog_http_request_seconds_bucket{job="p", instance="p1", le="2.5"}': "0+6000x40",
     'predlog_http_request_seconds_bucket{job="p", instance="p1", le="+Inf"}': "0+6000x40",
     'predlog_store_ok{job="c", instance="c1"}': "1x10 0 1x40",
+    'predlog_stalled{job="c", instance="c1"}': "0x10 1 0x30",
     'predlog_oldest_unacked_seconds{job="c", instance="c1"}': "0 2 5 1 1x40",
     'predlog_dead_letters_total{job="c", instance="c1", reason="not_an_event"}': "3x40",
 }
@@ -121,6 +122,7 @@ TROUBLES = {
     "PredlogWindowFull": {'predlog_refusals_total{job="p", instance="p1", reason="window_full"}': "0+5x40"},
     "PredlogSlowAnswers": {'predlog_http_request_seconds_bucket{job="p", instance="p1", le="0.01"}': "0+5900x40"},
     "PredlogStoreNotOk": {'predlog_store_ok{job="c", instance="c1"}': "1x20 0x20"},
+    "PredlogStalled": {'predlog_stalled{job="c", instance="c1"}': "0x20 1x20"},
     "PredlogOldestUnacked": {'predlog_oldest_unacked_seconds{job="c", instance="c1"}': "0+5x40"},
     "PredlogDeadLetters": {'predlog_dead_letters_total{job="c", instance="c1", reason="not_an_event"}': "3x30 4x10"},
 }

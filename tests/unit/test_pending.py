@@ -7,20 +7,41 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.amqp.codec import Delivery
-from common.consumer.pending import FULL_BYTES, Pending, ack_ranges, rotation_due
+from common.consumer.pending import FULL_BYTES, LEAST_WAIT_SECONDS, Pending, ack_ranges, rotation_due
 
 
 def deliveries(*bodies: bytes) -> list[Delivery]:
     return [Delivery(number, False, b"", body) for number, body in enumerate(bodies, 1)]
 
 
-def test_a_row_waits_no_longer_than_the_flush_interval() -> None:
+def test_the_disk_sets_the_pace_of_the_batches() -> None:
+    """A batch waits as long as the one before took the disk, 5 ms at least and FLUSH_INTERVAL_MS at most."""
     pending = Pending(batch_max_rows=10, prefetch_count=100, flush_interval_seconds=0.05)
     assert pending.due_in(0.0) is None
+    for seconds, wait in ((0.0, LEAST_WAIT_SECONDS), (0.02, 0.02), (3.0, 0.05), (0.001, LEAST_WAIT_SECONDS)):
+        pending.stored(seconds)
+        pending.add(deliveries(b'{"prob":1}'), 1.0)
+        pending.add(deliveries(b'{"prob":1}'), 1.004)  # what comes later does not put it off
+        assert pending.due_in(1.004) == pytest.approx(wait - 0.004)
+        assert pending.due_in(1.06) == 0.0
+        pending.take()
+
+
+def test_a_flush_interval_of_zero_waits_for_nothing() -> None:
+    pending = Pending(10, 100, 0.0)
     pending.add(deliveries(b'{"prob":1}'), 1.0)
-    pending.add(deliveries(b'{"prob":1}'), 1.04)  # what comes later does not put it off
-    assert pending.due_in(1.04) == pytest.approx(0.01)
-    assert pending.due_in(1.06) == 0.0
+    assert pending.due_in(1.0) == 0.0
+
+
+def test_what_comes_again_does_not_wait_again() -> None:
+    """A connection cut while a batch waits (consumer_timeout) must not begin its wait anew, for ever."""
+    pending = Pending(10, 100, 9.0)
+    pending.stored(9.0)
+    pending.add(deliveries(b'{"prob":1}'), 1.0)
+    assert pending.due_in(5.0) == pytest.approx(5.0)
+    pending.take()  # the connection is lost
+    pending.add([Delivery(1, True, b"", b'{"prob":1}')], 5.3)
+    assert pending.due_in(5.3) == 0.0
 
 
 def test_a_full_batch_does_not_wait() -> None:
