@@ -71,3 +71,7 @@ class StartupError(Fatal):
 
 class DiskTrouble(Exception):
     """A disk that is full, or fails. It may be over in a while, so it ends no process: wait and retry."""
+
+
+class TakenOver(Fatal):
+    """Another consumer writes our CSV: this one must stop, touch nothing and ack nothing."""

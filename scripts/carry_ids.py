@@ -11,13 +11,14 @@ import argparse
 import logging
 import os
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from itertools import chain, islice, zip_longest
 
 from common.errors import DiskTrouble, StartupError
 from common.storage.journal import Journal, JournalCorrupt
-from common.storage.lock import Lock
+from common.storage.lock import WATCH_SECONDS, Lock
 from common.storage.store import Store
 
 log = logging.getLogger("carry_ids")
@@ -32,8 +33,11 @@ def carry_ids(csv_file: str, before: int, after: int, dedup_window: int) -> int:
     with ExitStack() as locks:
         for path in dict.fromkeys([*old, *new]):
             lock = Lock(path)
-            if not lock.acquire():
-                raise StartupError(f"a consumer of {path} runs: stop all consumers first")
+            deadline = time.monotonic() + 2 * WATCH_SECONDS
+            while not lock.acquire():  # also while it makes sure that a consumer elsewhere has ended
+                if time.monotonic() > deadline:
+                    raise StartupError(f"a consumer of {path} runs: stop all consumers first")
+                time.sleep(WATCH_SECONDS / 10)
             locks.callback(lock.release)
         ids = latest([_ids(path, dedup_window) for path in old], dedup_window)
         for path in new:

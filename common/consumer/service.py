@@ -110,7 +110,14 @@ class ConsumerService:
         self._task(self._tick())
         if not await self._past_trouble(self._own):
             return
-        arguments = settings.csv_file, settings.dedup_window, settings.prefetch_count, log, settings.rotate_gzip
+        arguments = (
+            settings.csv_file,
+            settings.dedup_window,
+            settings.prefetch_count,
+            log,
+            settings.rotate_gzip,
+            self._lock,
+        )
         self._store = await self._past_trouble(lambda: loop.run_in_executor(self._thread, Store.open, *arguments))
         if self._store is None or self._stop.is_set():
             return

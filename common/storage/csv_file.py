@@ -44,10 +44,10 @@ class CsvFile:
     def size(self) -> int:
         return os.fstat(self._fd).st_size
 
-    def in_place(self) -> bool:
-        """Tell whether the path still names this file: it was not renamed, removed or replaced."""
+    def is_at(self, path: str) -> bool:
+        """Tell whether `path` leads to this file: it was not renamed, removed or replaced, nor a link re-pointed."""
         try:
-            status = os.stat(self.path)
+            status = os.stat(path)
         except FileNotFoundError:
             return False
         return status.st_ino == self.inode and status.st_dev == self.device
@@ -82,23 +82,27 @@ class CsvFile:
             checksum = zlib.crc32(block, checksum)
         return checksum
 
-    def rows_end(self) -> int:
-        return rows_end(self.read(0))
+    def rows_end(self, start: int = 0) -> int:
+        """Find the offset behind the last whole row; `start` is behind one, or 0."""
+        return start + rows_end(self.read(start))
 
     def set_aside(self, start: int) -> str:
         """Move the bytes from `start` on to a new file in the same folder (synced before the cut); return its path."""
         aside = free_name(f"{self.path}.uncommitted-")
-        fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        part = f"{aside}.part"
+        fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         try:
-            with naming(aside), open(fd, "wb") as file:
+            with naming(part), open(fd, "wb") as file:
                 for block in self.read(start):
                     file.write(block)
                 file.flush()
                 os.fsync(fd)
+            os.rename(part, aside)
             sync_directory(aside)
         except OSError:
-            with suppress(OSError):
-                os.unlink(aside)
+            for name in (part, aside):
+                with suppress(OSError):
+                    os.unlink(name)
             raise
         self.cut(start)
         return aside

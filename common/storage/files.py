@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import errno
-import gzip
 import os
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -13,7 +11,8 @@ from contextlib import contextmanager, suppress
 from common.errors import DiskTrouble, StartupError
 
 BLOCK_BYTES = 1 << 20
-_MAY_END = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_MAY_END = (*NO_SPACE, errno.EIO, errno.EBUSY)  # EBUSY: another consumer has the file, and may end
 
 
 @contextmanager
@@ -34,22 +33,6 @@ def free_name(prefix: str, suffix: str = "") -> str:
         number += 1
         name = f"{utc}-{number}"
     return name + suffix
-
-
-def compress(path: str) -> None:
-    """Replace the file `path` by `path`.gz.
-
-    The plain file is removed only when the whole .gz is on disk under its name. Killed anywhere, it can be run again.
-    """
-    part = f"{path}.gz.part"
-    with open(path, "rb") as plain, open(part, "wb") as target:
-        with gzip.GzipFile(os.path.basename(path), "wb", 6, target) as packed:
-            shutil.copyfileobj(plain, packed, BLOCK_BYTES)
-        target.flush()
-        os.fsync(target.fileno())
-    os.rename(part, f"{path}.gz")
-    sync_directory(path)
-    os.unlink(path)
 
 
 def sync_directory(path: str) -> None:

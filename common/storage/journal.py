@@ -1,36 +1,62 @@
 """What is remembered next to the CSV: which bytes of which file are committed, and the ids of recent messages.
 
 An append-only text file. Each line is a checksum and one JSON record, and is one commit: one write, one fsync. A line
-cut short by a crash is a commit that never was. The first line holds every id, the others the ids of their commit.
-The file is replaced as a whole (written to a new file, synced, renamed) when it has grown, and when anything about it
-failed, because after a failed write or fsync nobody knows what of it is on disk.
+cut short by a crash is a commit that never was. The first line holds the version of the format and every id, the others
+the ids of their commit. The file is replaced as a whole (written to a new file, synced, renamed) when it has grown, and
+when anything about it failed, because after a failed write or fsync nobody knows what of it is on disk.
 
 A second file, the mark, says how far the journal went. It is written after each commit and not synced. It tells a
 journal whose end is gone (truncated, or an old copy put back) from one whose last commit never was.
+
+Locks decide who may write. Where they have no effect (some network file systems), the journal itself keeps a second
+writer out. Each run has a generation, greater than any before. It begins with a fence: a line after which a commit of
+an earlier generation does not count, written before the last state is read. And each commit ends with a look at the
+file: unless it is the one that this run left, a later generation may have begun, and nothing of this commit is acked.
+So a commit before the fence is seen by the next run, and one after it is noticed by this one.
+
 Knows nothing of the CSV itself. For one thread.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
+import time
 import zlib
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import chain, islice
 from struct import iter_unpack
+from typing import Any, NamedTuple
 
-from common.storage.files import naming, sync_directory
+from common.errors import StartupError, TakenOver
+from common.storage.files import free_name, naming, sync_directory
 from common.storage.state import FileState, LastRun
 
 ID_BYTES = 16
+VERSION = 2  # of the format; version 1 is that of predlog 1.0.0, which does not say so
 
 
 class JournalCorrupt(Exception):
     """The journal is there, and does not say what was committed."""
+
+
+class Mark(NamedTuple):
+    inode: int
+    committed_bytes: int
+    generation: int
+
+
+class _Content(NamedTuple):
+    state: FileState
+    clean: bool
+    prefetch_count: int
+    ids: list[bytes]
+    generation: int
 
 
 class Journal:
@@ -41,10 +67,17 @@ class Journal:
         self._prefetch_count = prefetch_count
         self._order: deque[bytes] = deque()  # the same ids in commit order
         self._ids: set[bytes] = set()
+        self._generation = time.time_ns()  # of this run: unique, and `load` makes it greater than any before
+        self._last_generation = 0  # of the journal on the disk
+        self._place: tuple[int, int, int] | None = None  # device, inode and size of the journal as this run left it
         self._fd = -1  # -1: the next commit writes the file anew
-        self._bytes = 0
-        self._mark: tuple[int, int] | None = None  # inode and committed length, as the mark may say at most
+        self._failed = False  # the last write did, so that nobody knows what it left
+        self._mark: Mark | None = None  # as the mark may say at most
         self._mark_fd = -1
+
+    def at(self, path: str) -> Journal:
+        """Make a journal like this one for another file."""
+        return Journal(path, self._dedup_window, self._prefetch_count, self._log)
 
     @property
     def window(self) -> int:
@@ -56,39 +89,44 @@ class Journal:
         return max(self._dedup_window, 2 * self._prefetch_count)
 
     def load(self) -> LastRun | None:
-        """Remember the ids of the last run, and return what else it left; None without a journal.
+        """Begin a run: remember the ids of the last one, and return what else it left; None without a journal.
 
-        Raise OSError, and JournalCorrupt for anything that a crash of ours cannot have left.
+        Raise OSError, JournalCorrupt for anything that a crash of ours cannot have left, and StartupError for a journal
+        of a newer version. These two leave the file as it is.
         """
         self._mark = _read_mark(self._mark_path)
+        newest = self._mark.generation if self._mark is not None else 0
+        self._generation = max(self._generation, newest + 1)
         try:
-            with open(self.path, "rb") as file:
-                lines = file.read().split(b"\n")
+            fd = os.open(self.path, os.O_RDWR | os.O_APPEND)
         except FileNotFoundError:
             return None
-        texts = [_checked(line) for line in lines[:-1]]
-        whole = [text for text in texts if text is not None]
-        if not whole or None in texts[: len(whole)]:
-            raise JournalCorrupt("a damaged line" if whole else "no whole line")
         try:
-            ids = deque[str]()
-            for text in whole:
-                record = json.loads(text)
-                ids.append(record["ids"])
-            state = FileState(**record["file"])
-            clean = bool(record["clean"])
-            prefetch_count = int(record["prefetch_count"])
-            packed = bytes.fromhex("".join(ids))
-            if len(packed) % ID_BYTES or not 0 <= state.chunk_offset <= state.committed_bytes:
-                raise ValueError("impossible numbers")
-        except (ValueError, TypeError, KeyError) as error:
-            raise JournalCorrupt(f"not a journal of this version ({error!r})") from error
-        self._prefetch_count = max(self._prefetch_count, prefetch_count)
-        self._remember([id for (id,) in iter_unpack("16s", packed[-self.window * ID_BYTES :])])
-        outdated = ""
-        if self._mark is not None and self._mark[0] == state.inode and self._mark[1] > state.committed_bytes:
-            outdated = f"its end is gone: it knows of {state.committed_bytes} bytes, not {self._mark[1]}"
-        return LastRun(state, clean, outdated)
+            with naming(self.path):
+                whole = _read(fd)
+                content = self._parse(whole)
+                self._generation = max(self._generation, content.generation + 1)
+                if (before := self._fence(fd)) != whole:  # committed meanwhile
+                    content = self._parse(before)
+        finally:
+            os.close(fd)
+        self._last_generation = content.generation
+        self._prefetch_count = max(self._prefetch_count, content.prefetch_count)
+        self._remember(content.ids[-self.window :])
+        state, outdated = content.state, ""
+        if newest > content.generation:
+            outdated = "its end is gone: it is older than its mark"
+        elif (
+            self._mark is not None
+            and self._mark.inode == state.inode
+            and self._mark.committed_bytes > state.committed_bytes
+        ):
+            outdated = f"its end is gone: it knows of {state.committed_bytes} bytes, not {self._mark.committed_bytes}"
+        return LastRun(state, content.clean, outdated)
+
+    def remember(self, ids: Iterable[bytes]) -> None:
+        """Take over ids of another journal, before the first commit."""
+        self._remember([id for id in ids if id not in self._ids])
 
     def seen(self, id: bytes) -> bool:
         return id in self._ids
@@ -103,43 +141,63 @@ class Journal:
     def commit(self, state: FileState, ids: Sequence[bytes] = (), clean: bool = False) -> None:
         """Make `state` and new `ids` (16 bytes each) durable, then remember them.
 
-        Raise OSError; then the commit is on disk or not, and the same call again settles it.
+        Raise OSError; then the commit is on disk or not, and the same call again settles it. Raise TakenOver when
+        another run has begun; then this one must touch nothing and ack nothing any more.
         """
-        if self._mark is not None and not (self._mark[0] == state.inode and self._mark[1] <= state.committed_bytes):
-            self._write_mark(state, sync=True)  # it must never be ahead, not even after a power cut
-        if self._fd >= 0 and self._bytes < self._limit_bytes() and self._untouched():
+        mark = self._mark
+        if mark is not None and not (mark.inode == state.inode and mark.committed_bytes <= state.committed_bytes):
+            # It must never be ahead, not even after a power cut.
+            self._write_mark(Mark(state.inode, state.committed_bytes, self._last_generation), sync=True)
+        done = False
+        if self._fd >= 0 and self._place is not None and self._place[2] < self._limit_bytes():
             self._append(self._line(state, ids, clean))
-        else:
+            done = self._is_untouched()
+        if not done:
             known = islice(self._order, max(0, len(self._order) + len(ids) - self.window), None)
-            self._replace(self._line(state, chain(known, ids), clean))
+            self._replace(self._line(state, chain(known, ids), clean, first=True))
         self._remember(ids)
+        self._last_generation = self._generation
         with suppress(OSError):  # an older mark is as good as none
-            self._write_mark(state, sync=False)
+            self._write_mark(Mark(state.inode, state.committed_bytes, self._generation), sync=False)
+
+    def set_aside(self) -> str:
+        """Move a journal that was loaded out of the way, or one that is corrupt; return its new name."""
+        aside = free_name(f"{self.path}.corrupt-")
+        os.rename(self.path, aside)
+        sync_directory(aside)
+        self._place = None
+        return aside
+
+    def check(self) -> None:
+        """Raise TakenOver when another run has begun, OSError when that cannot be known."""
+        self._is_untouched()
 
     def close(self) -> None:
         self._close_file()
-        if self._mark_fd >= 0:
-            os.close(self._mark_fd)
-            self._mark_fd = -1
+        self._close_mark()
 
     def _close_file(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
 
+    def _close_mark(self) -> None:
+        if self._mark_fd >= 0:
+            os.close(self._mark_fd)
+            self._mark_fd = -1
+
     @property
     def _mark_path(self) -> str:
         return f"{self.path}.mark"
 
-    def _write_mark(self, state: FileState, sync: bool) -> None:
-        mark = state.inode, state.committed_bytes
+    def _write_mark(self, mark: Mark, sync: bool) -> None:
         if not sync:
             self._mark = mark  # it may be there although the write fails
         if self._mark_fd < 0:
             self._mark_fd = os.open(self._mark_path, os.O_RDWR | os.O_CREAT, 0o644)
-        text = b'{"file": {"inode": %d, "committed_bytes": %d}}' % mark
+        text = b'{"file": {"inode": %d, "committed_bytes": %d}, "generation": %d}' % mark
         with naming(self._mark_path):
-            os.pwrite(self._mark_fd, _with_checksum(text.ljust(100)), 0)
+            os.pwrite(self._mark_fd, _with_checksum(text.ljust(140)), 0)
             if sync:
                 os.fsync(self._mark_fd)
         self._mark = mark
@@ -150,65 +208,155 @@ class Journal:
         for _ in range(len(self._order) - self.window):
             self._ids.discard(self._order.popleft())
 
-    def _line(self, state: FileState, ids: Sequence[bytes] | chain[bytes], clean: bool) -> bytes:
-        record = {
+    def _line(self, state: FileState, ids: Iterable[bytes], clean: bool, first: bool = False) -> bytes:
+        record: dict[str, Any] = {"version": VERSION, "generation": self._generation} if first else {}
+        record |= {
             "file": asdict(state),
             "clean": clean,
             "prefetch_count": self._prefetch_count,
+            "at": int(time.time() * 1000) / 1000,  # never ahead of the clock
             "ids": b"".join(ids).hex(),
         }
-        return _with_checksum(json.dumps(record).encode())
+        return _with_checksum(json.dumps(record, separators=(",", ":")).encode())
 
     def _limit_bytes(self) -> int:
         return (4 << 20) + 2 * (2 * ID_BYTES * self.window)
 
-    def _untouched(self) -> bool:
+    def _fence(self, fd: int) -> bytes:
+        """Write the fence of this run; return what stands before it."""
+        line = b"\n" + _with_checksum(b'{"fence":%d}' % self._generation)  # a torn commit may come before it
+        _write(fd, line)
+        os.fsync(fd)
+        whole = _read(fd)
+        if (at := whole.find(line)) < 0:
+            raise OSError(errno.EBUSY, "was changed while it was read")
+        status = os.fstat(fd)
+        self._place = status.st_dev, status.st_ino, at + len(line)
+        return whole[:at]
+
+    def _is_untouched(self) -> bool:
+        """Tell whether the journal is as this run left it. Raise TakenOver when another run has begun."""
         try:
             status = os.stat(self.path)
         except FileNotFoundError:
-            status = None
-        ours = os.fstat(self._fd)
-        if status and (status.st_ino, status.st_dev, status.st_size) == (ours.st_ino, ours.st_dev, self._bytes):
+            place = None
+        else:
+            place = status.st_dev, status.st_ino, status.st_size
+        if place == self._place:
             return True
-        self._log.warning("%s: another program changed or removed it; it is written anew, whole", self.path)
+        if place is not None and self._newest_generation() > self._generation:
+            raise TakenOver(
+                f"{self.path}: another consumer has begun to write the same CSV, although this one has its lock (the "
+                "lock file was removed, or flock has no effect on this file system): this one stops, and acks nothing"
+            )
         return False
 
+    def _newest_generation(self) -> int:
+        newest = 0
+        with open(self.path, "rb") as file:
+            for line in file:
+                text = _checked(line.removesuffix(b"\n"))
+                with suppress(ValueError, TypeError):
+                    record = json.loads(text or b"{}")
+                    newest = max(newest, int(record.get("generation", 0)), int(record.get("fence", 0)))
+        return newest
+
+    def _parse(self, whole: bytes) -> _Content:
+        """Raise JournalCorrupt, and StartupError for a newer version."""
+        content: _Content | None = None
+        ids: list[str] = []
+        generation, damaged, fenced = 0, False, False
+        for line in whole.split(b"\n")[:-1]:
+            text = _checked(line)
+            if text is None:
+                damaged = True  # a torn commit, unless one follows: only a fence may
+                continue
+            try:
+                record = json.loads(text)
+                if "fence" in record:
+                    generation, damaged, fenced = int(record["fence"]), False, True
+                    continue
+                if int(record.get("version", 1)) > VERSION:
+                    raise StartupError(
+                        f"{self.path}: its format {record['version']} is that of a newer predlog, and this one reads "
+                        f"up to {VERSION}: upgrade, or move the journal and its CSV away together"
+                    )
+                if fenced:
+                    continue  # a commit that came too late
+                ids.append(record["ids"])
+                generation = int(record.get("generation", generation))
+                content = _content(record, generation)
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                raise JournalCorrupt(f"not a journal of this version ({error!r})") from error
+            if damaged:
+                raise JournalCorrupt("a damaged line")
+        if content is None:
+            raise JournalCorrupt("no whole line")
+        try:
+            packed = bytes.fromhex("".join(ids))
+            if len(packed) % ID_BYTES:
+                raise ValueError("impossible numbers")
+        except (ValueError, TypeError) as error:
+            raise JournalCorrupt(f"not a journal of this version ({error!r})") from error
+        return content._replace(ids=[id for (id,) in iter_unpack("16s", packed)], generation=generation)
+
     def _append(self, line: bytes) -> None:
+        assert self._place is not None
+        device, inode, size = self._place
         try:
             with naming(self.path):
                 _write(self._fd, line)
                 os.fsync(self._fd)
         except OSError:
+            self._failed = True
             self._close_file()
             raise
-        self._bytes += len(line)
+        self._place = device, inode, size + len(line)
 
     def _replace(self, line: bytes) -> None:
         self._close_file()
+        self._close_mark()  # its folder may be a new one
         new = f"{self.path}.new"
         fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644)
         try:
             with naming(self.path):
                 _write(fd, line)
                 os.fsync(fd)
+                if not self._is_untouched() and not self._failed:
+                    self._log.warning("%s: another program changed or removed it; it is written anew, whole", self.path)
                 os.rename(new, self.path)
                 sync_directory(self.path)
-        except OSError:
+        except (OSError, TakenOver):
+            self._failed = True
             os.close(fd)
             with suppress(OSError):
                 os.unlink(new)
             raise
-        self._fd = fd
-        self._bytes = len(line)
+        self._fd, self._failed = fd, False
+        status = os.fstat(fd)
+        self._place = status.st_dev, status.st_ino, len(line)
 
 
-def _read_mark(path: str) -> tuple[int, int] | None:
-    """Inode and committed length; None without a mark, and for a torn one."""
+def _content(record: dict[str, Any], generation: int) -> _Content:
+    """Read what a commit says, but for its ids. Raise ValueError, TypeError or KeyError."""
+    state = FileState(**record["file"])
+    if not 0 <= state.chunk_offset <= state.committed_bytes:
+        raise ValueError("impossible numbers")
+    set_back_seconds = float(record.get("at", 0.0)) - time.time()
+    if set_back_seconds > 0:  # the clock was: the age of the file stays as it was
+        state = replace(state, started_at=state.started_at - set_back_seconds)
+    return _Content(state, bool(record["clean"]), int(record["prefetch_count"]), [], generation)
+
+
+def _read_mark(path: str) -> Mark | None:
+    """Read the mark; None without one, and for a torn one."""
     with suppress(OSError, ValueError, KeyError, TypeError), open(path, "rb") as file:
         text = _checked(file.readline().removesuffix(b"\n"))
         if text is not None:
-            record = json.loads(text)["file"]
-            return int(record["inode"]), int(record["committed_bytes"])
+            record = json.loads(text)
+            file_record = record["file"]
+            generation = int(record.get("generation", 0))
+            return Mark(int(file_record["inode"]), int(file_record["committed_bytes"]), generation)
     return None
 
 
@@ -219,6 +367,14 @@ def _with_checksum(text: bytes) -> bytes:
 def _checked(line: bytes) -> bytes | None:
     checksum, _, text = line.partition(b" ")
     return text if checksum == b"%08x" % zlib.crc32(text) else None
+
+
+def _read(fd: int) -> bytes:
+    blocks, at = [], 0
+    while block := os.pread(fd, 1 << 24, at):
+        blocks.append(block)
+        at += len(block)
+    return b"".join(blocks)
 
 
 def _write(fd: int, line: bytes) -> None:

@@ -2,23 +2,73 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import time
 from contextlib import suppress
 
 from common.errors import StartupError
 from common.storage.files import explain_os_error, make_directory, startup_error
 
+WATCH_SECONDS = 1.0  # a consumer under load commits many times within it
+
 
 class Lock:
-    """An flock on `<csv>.lock`, which ends with the process, however it ends."""
+    """An flock on `<csv>.lock`, which ends with the process, however it ends.
+
+    On some network file systems flock has no effect. So the file also says who owns it, until it is released: an owner
+    that still runs is not taken for dead because its lock could be had.
+    """
 
     def __init__(self, csv_path: str) -> None:
-        self.path = os.path.realpath(csv_path) + ".lock"
+        path = os.path.realpath(csv_path)
+        self.path = f"{path}.lock"
+        self._journal_path = f"{path}.journal"
         self._fd = -1
+        self._owned = False
+        self._works = False  # this lock was refused once, so it has an effect between us and its owner
+        self._watched: tuple[float, object] | None = None  # since when, and the journal as it was then
 
     def acquire(self) -> bool:
-        """Take the lock, or return False at once when another has it. Make the folder. Raise as Store.open does."""
+        """Take the lock, or return False at once when another has it. Make the folder.
+
+        Return False, too, while an owner that left no sign of its end is watched: call again. Raise as Store.open does,
+        and StartupError when that owner still writes.
+        """
+        if self._fd < 0 and not self._take():
+            return False
+        try:
+            if not (self._works or self._last_owner_is_gone()):
+                return False
+        except StartupError:
+            self._close()
+            raise
+        self._sign()
+        return True
+
+    def renew(self) -> None:
+        """Make the lock file again if it is gone, so that it keeps others out. Raise OSError if another has it."""
+        if not self._owned or self._is_in_place():
+            return
+        fd = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(fd)
+            raise OSError(errno.EBUSY, "is in use by another consumer", self.path) from error
+        self._close()
+        self._fd = fd
+        self._sign()
+
+    def release(self) -> None:
+        """Give the lock up. The file stays: were it removed, two processes could each hold a lock of that name."""
+        if self._owned:
+            with suppress(OSError):
+                os.ftruncate(self._fd, 0)
+        self._close()
+
+    def _take(self) -> bool:
         try:
             make_directory(os.path.dirname(self.path))
             fd = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -28,18 +78,78 @@ class Lock:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(fd)
+            self._works = True
             return False
         except OSError as error:
             os.close(fd)
             raise StartupError(explain_os_error(error, self.path)) from error
         self._fd = fd
-        with suppress(OSError):  # the pid is only for people
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, b"%d\n" % os.getpid(), 0)
         return True
 
-    def release(self) -> None:
-        """Give the lock up. The file stays: were it removed, two processes could each hold a lock of that name."""
+    def _close(self) -> None:
+        self._owned, self._watched = False, None
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+    def _is_in_place(self) -> bool:
+        try:
+            return os.path.samestat(os.stat(self.path), os.fstat(self._fd))
+        except FileNotFoundError:
+            return False
+
+    def _sign(self) -> None:
+        self._owned = True
+        with suppress(OSError):  # on a full disk there is no signature, and flock alone decides
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, f"{os.getpid()} {_here()} {_started(os.getpid())}\n".encode(), 0)
+
+    def _last_owner_is_gone(self) -> bool:
+        """Raise StartupError when it is not; return False while nobody knows."""
+        signature = os.pread(self._fd, 1000, 0).decode("ascii", "replace").split()
+        if len(signature) != 4:  # released; or signed by predlog 1.0.0
+            return True
+        pid, *here, started = signature
+        if " ".join(here) == _here():
+            if pid == str(os.getpid()) or _started(pid) != started:
+                return True
+            raise StartupError(
+                f"{self.path}: process {pid} owns it and still runs, although its lock could be had: flock has no "
+                "effect on this file system; stop that process, or set CSV_FILE to another place"
+            )
+        # A process on another machine, in another container, or before a reboot: does it write?
+        journal = self._journal_signature()
+        if self._watched is None:
+            self._watched = time.monotonic(), journal
+        since, before = self._watched
+        if journal != before:
+            raise StartupError(
+                f"{self.path}: another consumer (process {pid} on another machine or in another container) writes to "
+                "the CSV, although its lock could be had: flock has no effect here; stop it, or set CSV_FILE"
+            )
+        return time.monotonic() - since >= WATCH_SECONDS
+
+    def _journal_signature(self) -> object:
+        try:
+            status = os.stat(self._journal_path)
+        except OSError:
+            return None
+        return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _here() -> str:
+    """Name this boot of this machine, and this container: where a process number means one process."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return f"{file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return "- -"
+
+
+def _started(pid: int | str) -> str:
+    """Say when a process was started, in ticks since boot; "-" if there is none of that number."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[19]
+    except OSError:
+        return "-"

@@ -42,17 +42,19 @@ class CutRenamed(NamedTuple):
     """Find the file of the last run under another name, and set its uncommitted end aside."""
 
     state: FileState
+    otherwise: str  # what to tell the operator when it is not found
 
 
 class Continue(NamedTuple):
-    """Continue after the committed bytes; `writer` wrote what is behind them, which is set aside."""
+    """Continue after the committed bytes. What the last run wrote behind them was not committed, and is set aside."""
 
     state: FileState
-    writer: str
 
 
 class Adopt(NamedTuple):
     """Take the file over: its whole rows count as committed, a torn row at its end is set aside."""
+
+    start: int = 0  # up to here they are known to be whole
 
 
 class Begin(NamedTuple):
@@ -74,6 +76,20 @@ class Note(NamedTuple):
 Step: TypeAlias = SetJournalAside | CutRenamed | Continue | Adopt | Begin | Refuse | Note
 
 
+NO_JOURNAL = (
+    "without a journal the last rows, if their messages come again, are doubled once, "
+    "and retries of older events are not recognised"
+)
+LONGER = (
+    "has {} bytes that its journal does not know of, though the last run ended in order (the journal is an older copy, "
+    "or another program wrote them): whole rows stay, and are doubled once if their messages come again"
+)
+MOVED_AWAY = (
+    "the file of the last run is not in this folder under any name: if it was moved or compressed since the crash, "
+    "its rows after the first {} bytes were not committed, and come again"
+)
+
+
 def decide(journal: LastRun | Corrupt | None, file: FileFacts) -> list[Step]:
     """Choose the steps of a recovery. The last one is Continue, Adopt or Begin; a Refuse is the only one."""
     steps: list[Step] = []
@@ -86,19 +102,17 @@ def decide(journal: LastRun | Corrupt | None, file: FileFacts) -> list[Step]:
         journal = None
     if journal is None:
         if file.size or steps:  # something was here before, so the journal is lost, and not only yet to come
-            steps.append(
-                Note(
-                    "without a journal the last rows, if their messages come again, are doubled once, "
-                    "and retries of older events are not recognised"
-                )
-            )
+            steps.append(Note(NO_JOURNAL))
         return _adopt(file, steps)
     state = journal.state
+    known = file.existed and file.intact and _is_known(file, journal)
     if not journal.clean and (file.device, file.inode) != (state.device, state.inode):
-        steps.append(CutRenamed(state))
-    if file.existed and file.intact and _is_known(file, journal):
-        writer = "another program appended after a clean stop" if journal.clean else "the last run had not committed"
-        return [*steps, Continue(state, writer)]
+        steps.append(CutRenamed(state, "" if known else MOVED_AWAY.format(state.committed_bytes)))
+    if known:
+        # A run that ended in order left nothing uncommitted: the rest may be committed rows, and the journal a copy.
+        if journal.clean and file.size > state.committed_bytes:
+            return [*steps, Note(LONGER.format(file.size - state.committed_bytes)), Adopt(state.committed_bytes)]
+        return [*steps, Continue(state)]
     if not file.existed:
         note = "was missing and is started anew"
     elif file.size < state.committed_bytes:

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from common.event.rows import CSV_HEADER
 from common.storage.csv_file import CsvFile
-from common.storage.files import free_name, sync_directory
+from common.storage.files import sync_directory
 from common.storage.journal import Journal, JournalCorrupt
 from common.storage.recovery import (
     Adopt,
@@ -49,14 +49,12 @@ def apply(steps: Sequence[Step], file: CsvFile, journal: Journal, notes: list[st
             case Note(text):
                 notes.append(text)
             case SetJournalAside(why):
-                aside = free_name(f"{journal.path}.corrupt-")
-                os.rename(journal.path, aside)
-                sync_directory(aside)
-                notes.append(f"the journal is corrupt ({why}) and was moved to {aside}")
-            case CutRenamed(state):
-                cut_renamed(file.path, state, notes)
-            case Continue(state, writer):
-                return continue_after(file, state, writer, notes)
+                notes.append(f"the journal is corrupt ({why}) and was moved to {journal.set_aside()}")
+            case CutRenamed(state, otherwise):
+                if not cut_renamed(file.path, state, notes) and otherwise:
+                    notes.append(otherwise)
+            case Continue(state):
+                return continue_after(file, state, notes)
             case _:
                 return take_over(step, file, notes)
     raise AssertionError("a recovery without an end")
@@ -73,19 +71,20 @@ def read_head(file: CsvFile, size: int) -> bytes:
     return b"".join(file.read(0, min(size, len(CSV_HEADER))))
 
 
-def continue_after(file: CsvFile, state: FileState, writer: str, notes: list[str]) -> FileState:
-    """Set aside what `writer` left behind the committed bytes."""
+def continue_after(file: CsvFile, state: FileState, notes: list[str]) -> FileState:
+    """Set aside what is behind the committed bytes."""
     more = file.size() - state.committed_bytes
     if more > 0:
         aside = file.set_aside(state.committed_bytes)
-        notes.append(f"{more} bytes that {writer} were moved to {aside}")
+        notes.append(f"{more} bytes that the last run had not committed were moved to {aside}")
     file.sync()
     sync_directory(file.path)
     return replace(state, device=file.device, inode=file.inode)
 
 
-def cut_renamed(path: str, state: FileState, notes: list[str]) -> None:
+def cut_renamed(path: str, state: FileState, notes: list[str]) -> bool:
     """After a crash: find the file that we wrote under another name (logrotate), and set its uncommitted end aside."""
+    found = False
     with os.scandir(os.path.dirname(path)) as entries:
         # Not our own: it is open already, and a reboot may have given its disk another device number.
         names = [e.path for e in entries if e.inode() == state.inode and e.is_file() and e.path != path]
@@ -94,6 +93,7 @@ def cut_renamed(path: str, state: FileState, notes: list[str]) -> None:
         try:
             size = file.size()
             if file.device == state.device and is_intact(file, size, state):
+                found = True
                 notes.append(f"the file of the last run is now {name}")
                 if size > state.committed_bytes:
                     aside = file.set_aside(state.committed_bytes)
@@ -101,6 +101,7 @@ def cut_renamed(path: str, state: FileState, notes: list[str]) -> None:
                     file.sync()
         finally:
             file.close()
+    return found
 
 
 def adopt(file: CsvFile, notes: list[str]) -> FileState:
@@ -117,7 +118,7 @@ def take_over(how: Adopt | Begin | Refuse, file: CsvFile, notes: list[str]) -> F
         file.write(CSV_HEADER)
         end = len(CSV_HEADER)
     else:
-        size, end = file.size(), file.rows_end()
+        size, end = file.size(), file.rows_end(how.start)
         if end < size:
             aside = file.set_aside(end)
             notes.append(f"{size - end} bytes of a torn row at the end were moved to {aside}")

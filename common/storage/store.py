@@ -11,20 +11,20 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import re
-import threading
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from queue import SimpleQueue
 from typing import NamedTuple
 
+from common.errors import TakenOver
 from common.event.rows import CSV_HEADER
 from common.storage.csv_file import CsvFile
-from common.storage.files import compress, explain_os_error, free_name, startup_error
+from common.storage.files import NO_SPACE, explain_os_error, free_name, make_directory, startup_error
 from common.storage.journal import ID_BYTES, Journal
+from common.storage.lock import Lock
+from common.storage.packer import Packer, clean_up, rotated_files
 from common.storage.recovery import decide
 from common.storage.repair import adopt, apply, is_intact, load, look
 from common.storage.state import CHUNK_BYTES, FileState
@@ -38,48 +38,68 @@ class Timing(NamedTuple):
     commit_seconds: float
 
 
+def _boot_seconds() -> float:
+    """Read a clock that nobody sets, and that also counts while the machine sleeps."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
 class Store:
-    def __init__(self, file: CsvFile, state: FileState, journal: Journal, log: logging.Logger) -> None:
+    def __init__(
+        self,
+        csv_path: str,
+        file: CsvFile,
+        state: FileState,
+        journal: Journal,
+        rotate_gzip: bool,
+        lock: Lock | None,
+        log: logging.Logger,
+    ) -> None:
         """Use Store.open()."""
+        self._csv_path = csv_path  # as it was set: perhaps a link, which may be re-pointed
         self._file = file
         self._state = state  # what the journal says
         self._synced: FileState | None = None  # what it must say next: rows are on disk, their commit failed
         self._journal = journal
-        self._aging: tuple[float, float] | None = None  # started_at, and the same moment by the monotonic clock
+        self._lock = lock
         self._log = log
-        self._to_compress: SimpleQueue[str | None] | None = None  # None ends the thread
+        self._rotate_gzip = rotate_gzip
+        self._packer = Packer(log)
+        self._began = 0.0  # by _boot_seconds: when the first row of the file came, or the file itself
+        self._set_age()
 
     @classmethod
     def open(
-        cls, csv_path: str, dedup_window: int, prefetch_count: int, log: logging.Logger, rotate_gzip: bool = False
+        cls,
+        csv_path: str,
+        dedup_window: int,
+        prefetch_count: int,
+        log: logging.Logger,
+        rotate_gzip: bool = False,
+        lock: Lock | None = None,
     ) -> Store:
-        """Recover the CSV and its journal; the caller holds the Lock. Say in one log line what was found and done.
+        """Recover the CSV and its journal. Say in one log line what was found and done.
 
+        The caller holds the `lock`; the store makes it again when the file moves, and releases it when it is closed.
         Raise DiskTrouble when a later try may work, and StartupError when the file is not ours to write, or cannot be
         written.
         """
         path = os.path.realpath(csv_path)
         journal = Journal(f"{path}.journal", dedup_window, prefetch_count, log)
         notes: list[str] = []
-        file = None
         try:
-            last_run = load(journal)
-            existed = os.path.lexists(path)
-            file = CsvFile(path)
-            state = apply(decide(last_run, look(file, existed, last_run)), file, journal, notes)
-            state = replace(state, started_at=min(state.started_at, time.time()))  # the clock was set back
-            journal.commit(state)
+            clean_up(path)
+            file, state = _recover(path, journal, (), notes)
+            packed = set(os.listdir(os.path.dirname(path)))
+            plain = [each for each in rotated_files(path) if rotate_gzip or f"{os.path.basename(each)}.gz" in packed]
         except OSError as error:
             journal.close()
-            if file is not None:
-                file.close()
             raise startup_error(error, path, notes) from error
         level = logging.WARNING if notes else logging.INFO
         notes.append(f"continues after {state.committed_bytes} bytes, with {len(journal)} message ids remembered")
         log.log(level, "%s: %s", path, "; ".join(notes))
-        store = cls(file, state, journal, log)
-        if rotate_gzip:
-            store._start_compressing()
+        store = cls(csv_path, file, state, journal, rotate_gzip, lock, log)
+        for each in plain:  # left by an earlier run, perhaps beside its .gz
+            store._packer.put(each)
         return store
 
     @property
@@ -96,17 +116,12 @@ class Store:
         return self.committed_bytes > len(CSV_HEADER)
 
     @property
-    def started_at(self) -> float:
-        """Unix time of the first row of the current CSV, or of its beginning (or taking over), also across restarts."""
-        return self._state.started_at
-
-    @property
     def age_seconds(self) -> float:
-        """The time since `started_at`. The wall clock is asked once for each file: somebody may set it."""
-        started_at = self.started_at
-        if self._aging is None or self._aging[0] != started_at:
-            self._aging = started_at, time.monotonic() - max(0.0, time.time() - started_at)
-        return time.monotonic() - self._aging[1]
+        """Seconds since the first row of the current CSV, or since its beginning (or taking over), over all runs.
+
+        A clock that was set back while the consumer was down adds nothing; while it runs no such clock counts.
+        """
+        return _boot_seconds() - self._began
 
     def seen(self, id: bytes) -> bool:
         """Tell whether the message with this id (16 bytes) is committed, within the window."""
@@ -131,7 +146,8 @@ class Store:
                 synced = time.perf_counter()
                 if self._file.size() != self.committed_bytes + len(data):
                     raise OSError(errno.EBUSY, "another program wrote to it at the same moment", self.path)
-            except OSError:
+            except OSError as error:
+                self._make_room(error)
                 with suppress(OSError):
                     self._cut_own(data)
                 raise
@@ -140,13 +156,17 @@ class Store:
             end = state.committed_bytes + len(data)
             chunk = memoryview(data)[-CHUNK_BYTES:]
             state = replace(state, committed_bytes=end, chunk_offset=end - len(chunk), chunk_crc32=zlib.crc32(chunk))
-            if not self.has_rows:  # its age counts from its first row
-                began_at = round(time.time(), 3) if self._synced is None else self._synced.started_at
-                state = replace(state, started_at=began_at)
+            if not self.has_rows and self._synced is None:
+                self._began = _boot_seconds()  # its age counts from its first row
+        state = self._with_age(state) if self._synced is None else replace(state, started_at=self._synced.started_at)
         if self._synced not in (None, state):
             raise ValueError("the batch before is not committed yet")
         self._synced = state  # from here on the rows stay: the commit may be on disk even when it fails
-        self._journal.commit(state, ids)
+        try:
+            self._journal.commit(state, ids)
+        except OSError as error:
+            self._make_room(error)
+            raise
         self._state, self._synced = state, None
         return Timing(written - began, synced - written, time.perf_counter() - synced)
 
@@ -166,32 +186,54 @@ class Store:
         self._check_file(b"")
         if not self.has_rows:
             return None
+        self._journal.check()
         stem, suffix = os.path.splitext(self.path)
         rotated = free_name(f"{stem}-", suffix)
         os.rename(self.path, rotated)
         self._start_file(logging.INFO, f"rotated to {rotated}")
-        if self._to_compress:
-            self._to_compress.put(rotated)
+        if self._rotate_gzip:
+            self._packer.put(rotated)
         return rotated
 
     def close(self) -> None:
-        """Mark the journal clean if everything is settled, and give up the files."""
+        """Mark the journal clean if everything is settled, and give up files and lock."""
+        self._packer.close()
+        self._give_up_files()
+
+    def _give_up_files(self) -> None:
         try:
             if self._synced is None and self._file.size() == self.committed_bytes:
-                self._journal.commit(self._state, clean=True)
+                self._journal.commit(self._with_age(self._state), clean=True)
         except OSError as error:
             self._log.warning("%s", explain_os_error(error, self._journal.path))
-        if self._to_compress:
-            self._to_compress.put(None)
+        except TakenOver:
+            pass  # the journal is another's; append has said so, or will never run again
         self._file.close()
         self._journal.close()
+        if self._lock is not None:
+            self._lock.release()
+
+    def _make_room(self, error: OSError) -> None:
+        if error.errno in NO_SPACE:
+            self._packer.give_way()
+
+    def _with_age(self, state: FileState) -> FileState:
+        """Tell the age by the clock as it is set now: the next run takes it from there."""
+        return replace(state, started_at=round(time.time() - self.age_seconds, 3))
+
+    def _set_age(self) -> None:
+        self._began = _boot_seconds() - max(0.0, time.time() - self._state.started_at)
 
     def _check_file(self, data: bytes) -> None:
         """Before a write: make sure that the file at our path is ours and ends where we left it. Two system calls."""
         committed = self.committed_bytes
+        in_place = self._file.is_at(self._csv_path)
+        if in_place and self._file.size() == committed:
+            return
+        self._journal.check()  # what is there may be another consumer's
         size = self._cut_own(data)
-        if not self._file.in_place():
-            self._start_file(logging.WARNING, "was renamed, removed or replaced")
+        if not in_place:
+            self._follow()
         elif size > committed and is_intact(self._file, size, self._state):
             aside = self._file.set_aside(committed)
             self._log.warning("%s: %d bytes of another program were moved to %s", self.path, size - committed, aside)
@@ -204,42 +246,70 @@ class Store:
         end = self.committed_bytes
         size = self._file.size()
         if end < size <= end + len(data) and b"".join(self._file.read(end, size)) == data[: size - end]:
+            self._journal.check()
             self._file.cut(end)
             return end
         return size
+
+    def _follow(self) -> None:
+        """Our path does not lead to our file any more: change to where it leads now."""
+        path = os.path.realpath(self._csv_path)
+        make_directory(os.path.dirname(path))
+        if path == self.path:
+            if self._lock is not None:
+                self._lock.renew()
+            self._start_file(logging.WARNING, "was renamed, removed or replaced")
+        else:
+            self._move_to(path)
+
+    def _move_to(self, path: str) -> None:
+        """Continue in another file with a journal of its own, which takes over the ids."""
+        lock = Lock(path)
+        if not lock.acquire():
+            raise OSError(errno.EBUSY, "is in use by another consumer", path)
+        journal = self._journal.at(f"{path}.journal")
+        notes = [f"{self._csv_path} leads here now, and no longer to {self.path}"]
+        try:
+            file, state = _recover(path, journal, self._journal.ids(), notes)
+        except BaseException:
+            journal.close()
+            lock.release()
+            raise
+        self._give_up_files()
+        self._file, self._state, self._journal, self._lock = file, state, journal, lock
+        self._set_age()
+        notes.append(f"continues after {state.committed_bytes} bytes")
+        self._log.warning("%s: %s", path, "; ".join(notes))
 
     def _start_file(self, level: int, note: str) -> None:
         """Change to the file that is at our path now, or to a new one. The journal knows it before it gets a row."""
         notes = [note]
         old = self._file
-        file = old if old.in_place() else CsvFile(self.path)
+        file = old if old.is_at(self.path) else CsvFile(self.path)
         try:
             state = adopt(file, notes)
             self._journal.commit(state)
-        except OSError:
+        except BaseException:
             if file is not old:
                 file.close()
             raise
         if file is not old:
             old.close()
         self._file, self._state = file, state
+        self._set_age()
         self._log.log(level, "%s: %s; continues after %d bytes", self.path, "; ".join(notes), state.committed_bytes)
 
-    def _start_compressing(self) -> None:
-        """Compress rotated files in a thread of its own, first those that an earlier run left plain."""
-        queue = self._to_compress = SimpleQueue[str | None]()
-        folder, name = os.path.split(self.path)
-        stem, suffix = os.path.splitext(name)
-        rotated = re.compile(re.escape(stem) + r"-\d{8}T\d{6}Z(-\d+)?" + re.escape(suffix))
-        for entry in sorted(os.listdir(folder)):
-            if rotated.fullmatch(entry):
-                queue.put(os.path.join(folder, entry))
 
-        def run() -> None:
-            while path := queue.get():
-                try:
-                    compress(path)
-                except OSError as error:
-                    self._log.warning("%s; it stays as it is until the next start", explain_os_error(error, path))
-
-        threading.Thread(target=run, name="gzip", daemon=True).start()
+def _recover(path: str, journal: Journal, ids: Iterable[bytes], notes: list[str]) -> tuple[CsvFile, FileState]:
+    """Open the CSV, recover, and begin a run in its journal, which also takes over `ids`. Raise OSError."""
+    existed = os.path.lexists(path)
+    file = CsvFile(path)
+    try:
+        last_run = load(journal)
+        state = apply(decide(last_run, look(file, existed, last_run)), file, journal, notes)
+        journal.remember(ids)
+        journal.commit(state)
+    except BaseException:
+        file.close()
+        raise
+    return file, state

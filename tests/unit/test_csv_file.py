@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.storage.csv_file import CsvFile, rows_end
-from common.storage.files import compress, free_name, make_directory
+from common.storage.files import free_name, make_directory
+from common.storage.packer import compress
 
 cells = st.text(st.sampled_from('a;,"\r\n é'), max_size=5)
 
@@ -100,11 +101,11 @@ def test_a_file_is_in_place_until_its_path_names_another(tmp_path: Path) -> None
     """Or none."""
     path = tmp_path / "data.csv"
     file = CsvFile(str(path))
-    assert file.in_place()
+    assert file.is_at(str(path))
     path.rename(tmp_path / "old")
-    assert not file.in_place()
+    assert not file.is_at(str(path))
     path.touch()
-    assert not file.in_place()
+    assert not file.is_at(str(path))
     file.close()
 
 

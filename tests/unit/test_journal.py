@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import shutil
 import tempfile
 import time
 import zlib
@@ -45,6 +46,12 @@ def noted_fsyncs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def open_journal(path: object, dedup_window: int = 100, prefetch_count: int = 10) -> Journal:
     return Journal(str(path), dedup_window, prefetch_count, log)
+
+
+def peek(path: Path) -> LastRun | None:
+    """What a start would find now; the journal itself does not notice."""
+    with tempfile.TemporaryDirectory() as folder:
+        return open_journal(shutil.copy(path, folder)).load()
 
 
 @pytest.fixture
@@ -253,7 +260,7 @@ def test_after_a_failed_step_the_same_commit_again_settles_it(
             with pytest.raises(OSError, match="Input/output error"):
                 journal.commit(new, ids(2))
         assert not journal.seen(*ids(2))
-        assert open_journal(path).load() in [LastRun(STATE, False), LastRun(new, False)]
+        assert peek(path) in [LastRun(STATE, False), LastRun(new, False)]
     journal.commit(new, ids(2))
     journal.close()
     again = open_journal(path)
