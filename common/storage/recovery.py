@@ -118,7 +118,7 @@ def decide(journal: LastRun | Corrupt | None, file: FileFacts) -> list[Step]:
     elif file.size < state.committed_bytes:
         note = f"was truncated or replaced: it has {file.size} bytes, and {state.committed_bytes} were committed"
     else:
-        note = "was replaced or changed by another program"
+        note = "was replaced or changed, or its journal is an older copy"
     return _adopt(file, [*steps, Note(note)])
 
 

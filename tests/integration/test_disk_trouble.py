@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import logging
 import os
 import resource
 import subprocess
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,8 +18,10 @@ import pytest
 
 from common.errors import DiskTrouble, StartupError
 from common.event.rows import CSV_HEADER
+from common.storage import packer
 from common.storage.lock import Lock
 from common.storage.store import Store
+from tests.support.polling import wait_until
 
 PAGE_BYTES = 4096
 ROW = b"device;client;2024;license;" + b"frame" * 200 + b";0.5;cat\r\n"
@@ -111,6 +115,62 @@ def test_rotation_on_a_full_disk_continues_with_space(disk: Path) -> None:
     (rotated,) = disk.glob("data-*.csv")
     assert rotated.read_bytes() == CSV_HEADER + ROW
     store.close()
+
+
+def test_compression_never_keeps_rows_from_the_disk(disk: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its part fills the disk in the middle of an append: it gives way, and the rows are stored by the next try."""
+    store = Store.open(str(disk / "data.csv"), 1000, 10, log, rotate_gzip=True)
+    noise = b"".join(b"%s;c;2024;license;frame;0.5;cat\r\n" % os.urandom(3000).hex().encode() for _ in range(17))
+    store.append(noise, [message_id(0)])  # a hundred kilobytes that compress to fifty
+    packing, go_on = threading.Event(), threading.Event()
+    write = gzip.GzipFile.write
+
+    def slow(file: gzip.GzipFile, data: bytes) -> int:
+        count = write(file, data)
+        file.flush()
+        packing.set()
+        go_on.wait(10)
+        return count
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packer, "BLOCK_BYTES", 4096)
+        patch.setattr(gzip.GzipFile, "write", slow)
+        rotated = store.rotate()
+        assert rotated
+        assert packing.wait(10)
+        fill(disk, 0)
+        with pytest.raises(OSError, match="No space left on device"):
+            store.append(ROW * 10, [message_id(1)])
+        go_on.set()
+        wait_until("the part is gone", lambda: not os.path.exists(f"{rotated}.gz.part"))
+    assert Path(rotated).read_bytes() == CSV_HEADER + noise
+    (disk / "ballast").unlink()
+    store.append(ROW * 10, [message_id(1)])
+    store.close()
+    assert (
+        "not compressed, as rows need the space; free some space; it stays as it is until the next start" in caplog.text
+    )
+
+
+def test_compression_on_a_full_disk_leaves_no_part(disk: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """And what a crash left of it is removed by the next start, whatever is switched on then."""
+    store = open_store(disk)
+    noise = b"".join(b"%s;c;2024;license;frame;0.5;cat\r\n" % os.urandom(3000).hex().encode() for _ in range(17))
+    store.append(noise, [message_id(0)])
+    rotated = store.rotate()
+    store.append(ROW, [message_id(1)])
+    store.close()
+    ballast = fill(disk, 3)
+    store = Store.open(str(disk / "data.csv"), 1000, 10, log, rotate_gzip=True)
+    wait_until("it is told", lambda: "it stays as it is until the next start" in caplog.text)
+    store.append(ROW, [message_id(2)])
+    store.close()
+    ballast.unlink()
+    assert sorted(path.name for path in disk.glob("data-*")) == [os.path.basename(str(rotated))]
+    Path(f"{rotated}.gz.part").write_bytes(b"left by kill -9")
+    fill(disk, 0)
+    open_store(disk).close()
+    assert not Path(f"{rotated}.gz.part").exists()
 
 
 def test_a_read_only_disk_is_one_clear_line_at_the_start(disk: Path) -> None:

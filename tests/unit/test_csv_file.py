@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from common.storage.csv_file import CsvFile, rows_end
 from common.storage.files import free_name, make_directory
-from common.storage.packer import compress
+from common.storage.packer import clean_up, compress
 
 cells = st.text(st.sampled_from('a;,"\r\n é'), max_size=5)
 
@@ -152,3 +152,42 @@ def test_folders_are_made_up_to_the_root(tmp_path: Path) -> None:
     make_directory(str(tmp_path / "a" / "b" / "c"))
     make_directory(str(tmp_path / "a" / "b" / "c"))
     assert (tmp_path / "a" / "b" / "c").is_dir()
+
+
+def test_packing_that_gives_way_leaves_nothing_behind(tmp_path: Path) -> None:
+    """The rows need the space that its part takes."""
+    path = tmp_path / "data-1.csv"
+    path.write_bytes(content := os.urandom(3 << 20))
+    parts = []
+
+    def gives_way() -> bool:
+        parts.append((tmp_path / "data-1.csv.gz.part").stat().st_size)
+        return len(parts) == 3
+
+    with pytest.raises(OSError, match="not compressed, as rows need the space"):
+        compress(str(path), gives_way)
+    assert parts[-1] > 1 << 20
+    assert os.listdir(tmp_path) == ["data-1.csv"]
+    assert path.read_bytes() == content
+
+
+def test_only_temporary_files_of_ours_are_cleaned_up(tmp_path: Path) -> None:
+    ours = [
+        "data-20260101T000000Z.csv.gz.part",
+        "data-20260101T000000Z-1.csv.gz.part",
+        "data.csv.uncommitted-20260101T000000Z.part",
+        "data.csv.journal.new",
+    ]
+    others = [
+        "data-20260101T000000Z.csv",
+        "data-20260101T000000Z.csv.gz",
+        "data-mine.csv.gz.part",
+        "other-20260101T000000Z.csv.gz.part",
+        "data.csv",
+        "data.csv.journal",
+        "data.csv.uncommitted-20260101T000000Z",
+    ]
+    for name in ours + others:
+        (tmp_path / name).touch()
+    clean_up(str(tmp_path / "data.csv"))
+    assert sorted(os.listdir(tmp_path)) == sorted(others)

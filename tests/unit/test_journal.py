@@ -16,6 +16,7 @@ from unittest.mock import Mock
 
 import pytest
 
+from common.errors import TakenOver
 from common.storage.journal import Journal, JournalCorrupt
 from common.storage.state import FileState, LastRun
 
@@ -329,3 +330,105 @@ def test_200_000_ids_load_in_well_under_a_second(path: Path) -> None:
     again.load()
     assert time.process_time() - began < 0.5
     assert len(again) == 200_000
+
+
+# Generations
+
+
+def test_a_run_that_was_overtaken_commits_nothing_more(path: Path) -> None:
+    """Neither with a line, nor with a new file; what it committed before is what the next run finds."""
+    first = open_journal(path)
+    first.commit(STATE, ids(1))
+    second = open_journal(path)
+    assert second.load() == LastRun(STATE, False)
+    new = replace(STATE, committed_bytes=99)
+    with pytest.raises(TakenOver, match="another consumer has begun to write the same CSV"):
+        first.commit(new, ids(2))
+    second.commit(STATE, ids(3))
+    with pytest.raises(TakenOver):
+        first.commit(new, ids(2))
+    with pytest.raises(TakenOver):
+        first.check()
+    first.close()
+    second.commit(replace(STATE, committed_bytes=77), ids(4))
+    second.close()
+    third = open_journal(path)
+    assert third.load() == LastRun(replace(STATE, committed_bytes=77), False)
+    assert [n for n in range(6) if third.seen(*ids(n))] == [1, 3, 4]
+    assert sorted(os.listdir(path.parent)) == [path.name, mark_of(path).name]
+
+
+def test_a_commit_behind_the_fence_does_not_count(path: Path) -> None:
+    """Its run was told so; and the next run may end before its own first commit."""
+    first = open_journal(path)
+    first.commit(STATE, ids(1))
+    open_journal(path).load()
+    with pytest.raises(TakenOver):
+        first.commit(replace(STATE, committed_bytes=99), ids(2))
+    third = open_journal(path)
+    assert third.load() == LastRun(STATE, False)
+    assert not third.seen(*ids(2))
+
+
+def test_a_commit_just_before_the_fence_is_seen(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever fences may have read the file before: it reads again."""
+    first = open_journal(path)
+    first.commit(STATE, ids(1))
+    new = replace(STATE, committed_bytes=99)
+    fence = Journal._fence
+
+    def late(journal: Journal, fd: int) -> bytes:
+        first.commit(new, ids(2))
+        return fence(journal, fd)
+
+    monkeypatch.setattr(Journal, "_fence", late)
+    second = open_journal(path)
+    assert second.load() == LastRun(new, False)
+    assert second.seen(*ids(2))
+
+
+def test_of_two_runs_that_begin_at_once_one_commits(path: Path) -> None:
+    journal = open_journal(path)
+    journal.commit(STATE, ids(1))
+    journal.close()
+    first, second = open_journal(path), open_journal(path)
+    assert first.load() == second.load() == LastRun(STATE, False)
+    with pytest.raises(TakenOver):
+        first.commit(STATE, ids(2))
+    second.commit(STATE, ids(3))
+
+
+def test_a_fence_follows_a_torn_commit(path: Path) -> None:
+    journal = open_journal(path)
+    journal.commit(STATE, ids(1))
+    journal.close()
+    with path.open("ab") as file:
+        file.write(b"0123abcd {torn")
+    for _ in range(3):  # starts that fail before their first commit
+        assert open_journal(path).load() == LastRun(STATE, False)
+
+
+def test_an_older_journal_is_told_by_its_mark_across_files(path: Path) -> None:
+    """Also when the CSV was rotated meanwhile, so that the mark speaks of another file."""
+    journal = open_journal(path)
+    journal.commit(STATE, ids(1))
+    journal.close()
+    old = path.read_bytes()
+    journal = open_journal(path)
+    journal.load()
+    journal.commit(replace(STATE, inode=3), ids(2))
+    journal.close()
+    path.write_bytes(old)
+    assert open_journal(path).load() == LastRun(STATE, False, "its end is gone: it is older than its mark")
+
+
+def test_a_clock_set_back_gives_no_older_generation(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = open_journal(path)
+    first.commit(STATE)
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time_ns", lambda: 1)
+        second = open_journal(path)
+        second.load()
+        second.commit(STATE)
+    with pytest.raises(TakenOver):
+        first.commit(STATE)

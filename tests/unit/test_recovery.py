@@ -36,7 +36,7 @@ OUTDATED = LastRun(STATE, False, GONE), LastRun(STATE, True, GONE)
 
 WEAKER = Note(NO_JOURNAL)
 MISSING = Note("was missing and is started anew")
-REPLACED = Note("was replaced or changed by another program")
+REPLACED = Note("was replaced or changed, or its journal is an older copy")
 
 
 def shorter(size: int) -> Note:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import fcntl
 import gzip
 import io
 import json
@@ -25,7 +26,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from common.errors import DiskTrouble, StartupError
+from common.errors import DiskTrouble, StartupError, TakenOver
 from common.event.rows import CSV_HEADER
 from common.storage import store as store_module
 from common.storage.csv_file import CsvFile
@@ -218,14 +219,14 @@ def test_a_replaced_csv_keeps_all_its_rows(case: Case, clean: bool) -> None:
     case.store.close() if clean else crash(case.store)
     case.path.unlink()
     case.path.write_bytes(CSV_HEADER + rows(*range(20, 40)))
-    assert "was replaced or changed by another program" in case.restart()
+    assert "was replaced or changed, or its journal is an older copy" in case.restart()
     assert case.content == CSV_HEADER + rows(*range(20, 40), 9)
 
 
 def test_a_csv_edited_in_place_keeps_all_its_rows(case: Case) -> None:
     case.store.close()
     case.path.write_bytes(edited := case.content.replace(b"device 1", b"a longer name") + row(3))
-    assert "was replaced or changed by another program" in case.restart()
+    assert "was replaced or changed, or its journal is an older copy" in case.restart()
     assert case.content == edited + row(9)
 
 
@@ -770,35 +771,7 @@ def test_rotated_files_are_packed(case: Case) -> None:
     case.store.close()
 
 
-# The lock
-
-
-def test_only_one_process_has_the_lock_and_its_pid_is_in_it(tmp_path: Path) -> None:
-    path = str(tmp_path / "made" / "for me" / "data.csv")
-    first, second = Lock(path), Lock(path)
-    assert first.acquire()
-    assert not second.acquire()
-    assert Path(first.path).read_text().split()[0] == f"{os.getpid()}"
-    first.release()
-    assert second.acquire()
-    second.release()
-
-
-def test_the_lock_ends_with_its_process_even_by_sigkill(tmp_path: Path) -> None:
-    path = str(tmp_path / "data.csv")
-    ready, report = os.pipe()
-    if (pid := os.fork()) == 0:
-        try:
-            Lock(path).acquire()
-            os.write(report, b"x")
-            signal.pause()
-        finally:
-            os._exit(1)
-    os.read(ready, 1)
-    assert not Lock(path).acquire()
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    assert Lock(path).acquire()
+# Files that move
 
 
 def test_a_link_to_the_csv_leads_to_the_same_lock_and_file(case: Case) -> None:
@@ -809,6 +782,169 @@ def test_a_link_to_the_csv_leads_to_the_same_lock_and_file(case: Case) -> None:
     append(store, 3)
     store.rotate()
     assert (case.folder / "link.csv").read_bytes() == CSV_HEADER
+
+
+def test_a_link_that_is_repointed_leads_the_rows_along(case: Case) -> None:
+    """With or without SIGHUP; journal, mark and lock are beside the new file, and the ids come along."""
+    link, new = case.folder / "link.csv", case.folder / "new" / "data.csv"
+    link.symlink_to(case.path)
+    case.store.close()
+    lock = Lock(str(link))
+    assert lock.acquire()
+    store = Store.open(str(link), 100, 10, log, lock=lock)
+    link.unlink()
+    link.symlink_to(new)
+    store.append(row(3), ids(3))
+    assert case.content == CSV_HEADER + rows(1, 2)
+    assert new.read_bytes() == CSV_HEADER + row(3)
+    assert f"{link} leads here now, and no longer to {case.path}" in case.lines[-1]
+    assert sorted(os.listdir(new.parent)) == [f"data.csv{end}" for end in ("", ".journal", ".journal.mark", ".lock")]
+    assert all(map(store.seen, ids(1, 2, 3)))
+    assert not Lock(str(new)).acquire()
+    assert Lock(str(case.path)).acquire()
+    crash(store)
+    store._lock.release()  # type: ignore[union-attr]
+    again = Store.open(str(link), 100, 10, log)
+    assert all(map(again.seen, ids(1, 2, 3)))
+    assert new.read_bytes() == CSV_HEADER + row(3)
+    again.close()
+
+
+def test_a_link_repointed_to_the_file_of_another_waits(case: Case) -> None:
+    """Until that consumer ends; nothing is written there before, and nothing is lost."""
+    link, other = case.folder / "link.csv", case.folder / "other.csv"
+    link.symlink_to(case.path)
+    case.store.close()
+    store = Store.open(str(link), 100, 10, log)
+    owner = Lock(str(other))
+    assert owner.acquire()
+    link.unlink()
+    link.symlink_to(other)
+    for _ in range(2):
+        with pytest.raises(OSError, match="is in use by another consumer"):
+            append(store, 3)
+    assert not other.exists()
+    owner.release()
+    append(store, 3)
+    assert other.read_bytes() == CSV_HEADER + row(3)
+    store.close()
+
+
+def test_a_link_is_repointed_back_and_forth(case: Case) -> None:
+    """As a folder for each day would; each file continues with its own journal, and all ids are known."""
+    link = case.folder / "link.csv"
+    link.symlink_to(case.path)
+    case.store.close()
+    store = Store.open(str(link), 100, 10, log)
+    for number in range(3, 9):
+        append(store, number)
+        link.unlink()
+        link.symlink_to(case.folder / f"{number % 2}.csv")
+        store.reopen()
+    assert (case.folder / "1.csv").read_bytes() == CSV_HEADER + rows(4, 6, 8)
+    assert (case.folder / "0.csv").read_bytes() == CSV_HEADER + rows(5, 7)
+    assert all(map(store.seen, ids(*range(1, 9))))
+    assert asides(case.folder) == []
+    store.close()
+
+
+def test_a_data_folder_that_is_made_again_is_complete(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Journal, mark and lock as well: a second consumer stands by."""
+    path = tmp_path / "data" / "data.csv"
+    lock = Lock(str(path))
+    assert lock.acquire()
+    store = Store.open(str(path), 100, 10, log, lock=lock)
+    append(store, 1)
+    shutil.rmtree(path.parent)
+    append(store, 2)
+    append(store, 3)
+    assert path.read_bytes() == CSV_HEADER + rows(2, 3)
+    assert sorted(os.listdir(path.parent)) == [f"data.csv{end}" for end in ("", ".journal", ".journal.mark", ".lock")]
+    assert not Lock(str(path)).acquire()
+    crash(store)
+    lock.release()
+    store = Store.open(str(path), 100, 10, log)
+    assert all(map(store.seen, ids(1, 2, 3)))
+    store.close()
+
+
+@pytest.mark.parametrize("how", ["compressed", "moved to another folder"])
+def test_a_file_out_of_sight_after_a_crash_is_told(case: Case, how: str) -> None:
+    """What was not committed there cannot be cut: it comes again. So much is said, and where it begins."""
+    crash(case.store)
+    case.path.write_bytes(case.content + row(3))
+    length = len(CSV_HEADER + rows(1, 2))
+    if how == "compressed":
+        Path(f"{case.path}.1.gz").write_bytes(gzip.compress(case.content))
+        case.path.unlink()
+    else:
+        (case.folder / "old").mkdir()
+        case.path.rename(case.folder / "old" / "data.csv")
+    line = case.restart()
+    assert "the file of the last run is not in this folder under any name" in line
+    assert f"its rows after the first {length} bytes were not committed, and come again" in line
+
+
+@pytest.mark.parametrize("with_mark", [True, False])
+@pytest.mark.parametrize("rotated", [True, False])
+def test_a_journal_put_back_without_its_csv_moves_no_row(case: Case, with_mark: bool, rotated: bool) -> None:
+    """Its rows were committed by a later run. No other program is blamed."""
+    case.store.close()
+    kept = {path: path.read_bytes() for path in case.folder.glob("*.journal*")}
+    case.store = case.open()
+    append(case.store, 3, 4)
+    if rotated:
+        case.store.rotate()
+        append(case.store, 5)
+    case.store.close()
+    content = case.content
+    for path, data in kept.items():
+        if with_mark or path == case.journal:
+            path.write_bytes(data)
+    line = case.restart()
+    assert case.content == content + row(9)
+    assert asides(case.folder) == []
+    assert "changed by another program" not in line
+
+
+# Two writers, and locks without effect
+
+
+def overtake(case: Case, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """A second store on the same CSV, as if locks did nothing."""
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", lambda *_: None)
+        return case.open()
+
+
+def test_a_store_that_was_overtaken_stops_and_touches_nothing(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    later = overtake(case, monkeypatch)
+    append(later, 3)
+    with pytest.raises(TakenOver):
+        append(case.store, 4)
+    with pytest.raises(TakenOver):
+        append(case.store, 4)
+    with pytest.raises(TakenOver):
+        case.store.rotate()
+    case.store.close()
+    append(later, 4)
+    assert case.content == CSV_HEADER + rows(1, 2, 3, 4)
+    later.close()
+    assert len(case.open()._journal) == 4
+
+
+def test_rows_of_an_overtaken_store_are_set_aside(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It wrote them before it saw the other; it acks nothing, and the other stores them again."""
+    later = overtake(case, monkeypatch)
+    with pytest.raises(TakenOver):
+        append(case.store, 3)
+    case.store.close()
+    assert case.content == CSV_HEADER + rows(1, 2, 3)
+    append(later, 4)
+    append(later, 3)
+    assert case.content == CSV_HEADER + rows(1, 2, 4, 3)
+    assert asides(case.folder) == [row(3)]
+    later.close()
 
 
 # Anything in any order
