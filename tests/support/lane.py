@@ -1,0 +1,74 @@
+"""A link without a broker, for unit tests of its listeners: it keeps what is sent and asked."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable
+from types import SimpleNamespace
+from typing import Any, cast
+
+from common.amqp.link import Link
+
+_ACK = struct.Struct(">BHIHHQBB")  # type, channel, size, class, method, delivery tag, multiple, end of frame
+
+
+class FakeLane:
+    """What a FastLane does for those who send."""
+
+    def __init__(self) -> None:
+        self.sent: list[bytes] = []
+        self.lost: str | None = None
+        self.congested = False
+        self.held_back = False
+        self.kept_alive = 0
+
+    def send(self, parts: Iterable[bytes]) -> None:
+        self.sent += parts
+
+    def hold_back(self, held: bool) -> None:
+        self.held_back = held
+
+    def keep_alive(self) -> None:
+        self.kept_alive += 1
+
+    def fail(self, reason: str) -> None:
+        self.lost = self.lost or reason
+
+    @property
+    def acks(self) -> list[tuple[int, bool]]:
+        """Delivery tag and `multiple` of each ack, in the order they were sent."""
+        frames = list(_ACK.iter_unpack(b"".join(self.sent)))
+        assert all(frame[3:5] == (60, 80) and frame[7] == 0xCE for frame in frames), "something else was sent"
+        return [(frame[5], bool(frame[6])) for frame in frames]
+
+
+class FakeChannel:
+    """Answers at once, and notes what it was asked. `waiting` and `consumers` are what a passive declare tells."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.waiting = 0
+        self.consumers = 1
+
+    async def queue_declare(self, queue: str, **arguments: Any) -> Any:
+        self.calls.append(f"declare {queue}")
+        return SimpleNamespace(message_count=self.waiting, consumer_count=self.consumers)
+
+    async def basic_qos(self, prefetch_count: int) -> None:
+        self.calls.append(f"qos {prefetch_count}")
+
+    async def basic_consume(self, queue: str, callback: object) -> Any:
+        self.calls.append(f"consume {queue}")
+        return SimpleNamespace(consumer_tag="tag")
+
+    async def basic_cancel(self, consumer_tag: str, nowait: bool) -> None:
+        self.calls.append(f"cancel {consumer_tag}")
+
+
+class FakeLink:
+    """`link` is what a listener gets."""
+
+    def __init__(self) -> None:
+        self.lane = FakeLane()
+        self.channel = FakeChannel()
+        self.link = cast(Link, self)
