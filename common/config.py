@@ -74,6 +74,7 @@ class ProducerSettings(Settings):
     body_timeout_ms: int = _setting(20_000, "for a body to arrive, on top of 1 ms for each 16 bytes, ms (408)", low=1)
     idle_timeout_ms: int = _setting(75_000, "before an idle connection is closed, ms", low=1)
     write_timeout_ms: int = _setting(20_000, "for a client to take its answers before it is cut off, ms", low=1)
+    drain_delay_ms: int = _setting(0, "how long a stop still listens while /readyz says 503, ms", low=0)
     api_token: str = _setting("", "bearer token(s) for POST, separated by commas (empty: no authentication)")
     protect_pages: bool = _setting(False, "1: /metrics, /docs and /openapi.json want the token too")
     tls_cert: str = _setting("", "PEM file of the certificate chain: serve HTTPS (SIGHUP reloads it)")

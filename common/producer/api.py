@@ -164,6 +164,7 @@ class Api:
         self._page = PAGE.read_bytes()
         self._page_headers = openapi.page_headers(self._page)
         self._uuids = random_uuids()
+        self._stops = False
         self.publish = publisher.publish
 
     # Requests
@@ -198,6 +199,10 @@ class Api:
         challenge = 'Bearer realm="predlog"' + ("" if given is None else ', error="invalid_token"')
         raise HttpError(401, detail, (("WWW-Authenticate", challenge),))
 
+    def announce_stop(self) -> None:
+        """From now on /readyz says that the server is shutting down; events are accepted until it has."""
+        self._stops = True
+
     def handle(self, request: Request, exchange: Exchange) -> None:
         """Answer a request, now or when its events have their outcome."""
         try:
@@ -216,6 +221,8 @@ class Api:
         elif path == b"/healthz":
             exchange.answer(200, b'{"status":"alive"}')
         elif path == b"/readyz":
+            if self._stops:
+                raise HttpError(503, "the server is shutting down", (("Retry-After", "1"),))
             trouble = self._publisher.trouble()
             if trouble is not None:
                 raise HttpError(503, trouble.why, (("Retry-After", "1"),))

@@ -138,8 +138,12 @@ async def serve(
         log.info("POST to %s://%s:%d/process, pages at /docs", "https" if tls else "http", host, bound)
         await first_of(stop, ticker, link)
         log.info("stopping: %d event(s) under way", publisher.unconfirmed)
-        publisher.draining = True
-        server.stop_listening()
+        api.announce_stop()
+        if settings.drain_delay_ms:  # a load balancer looks at /readyz, and sends no more
+            with suppress(TimeoutError):
+                async with asyncio.timeout(settings.drain_delay_ms / 1000):
+                    await first_of(asyncio.Event(), ticker, link)
+        await server.stop_listening()
         try:
             await asyncio.wait_for(server.drained(), settings.shutdown_timeout_ms / 1000)
         except TimeoutError:

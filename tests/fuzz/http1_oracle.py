@@ -42,7 +42,9 @@ def read(
     for piece in pieces:
         parser.receive_data(piece)
         try:
-            while (request := parser.next_request()) is not None:
+            while (request := parser.next_request()) is not None or parser.has_more:
+                if request is None:
+                    continue
                 requests.append((*request.head, request.body))
                 if on_request is not None:
                     on_request(request)

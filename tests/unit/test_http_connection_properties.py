@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import HttpError
+from common.http.connection import Connection, ServerLimits, ServerState
+from common.http.exchange import Exchange
 from common.http.parser import Head, Limits, Request
-from common.http.server import Connection, Exchange, HttpServer, ServerLimits
 from tests.support.transport import FakeTransport
 
 LIMITS = ServerLimits(
@@ -27,10 +28,16 @@ LIMITS = ServerLimits(
 ROOMY = replace(LIMITS, buffered_bytes=10_000)
 
 
-class Recorder:
-    """Keeps its exchanges to answer them when it is told; answers /now at once, refuses /refused, breaks at /bug."""
-
+class Clock:
     def __init__(self) -> None:
+        self.now = 100.0
+
+
+class Recorder:
+    """Keeps its exchanges to answer them when it is told; answers /now and /slow, refuses /refused, breaks at /bug."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
         self.checked: list[bytes] = []
         self.handled: list[bytes] = []
         self.statuses: list[int] = []
@@ -43,7 +50,9 @@ class Recorder:
 
     def handle(self, request: Request, exchange: Exchange) -> None:
         self.handled.append(request.head.query)
-        if request.head.path == b"/now":
+        if request.head.path == b"/slow":
+            self.clock.now += 0.01
+        if request.head.path in (b"/now", b"/slow"):
             exchange.answer(200, request.head.query)
         elif request.head.path == b"/bug":
             raise HttpError(500, "broken")
@@ -55,7 +64,7 @@ class Recorder:
 
 
 def request(number: int, kind: str) -> bytes:
-    path = {"now": "now", "refused": "refused", "bug": "bug"}.get(kind, "later")
+    path = kind if kind in ("now", "slow", "refused", "bug") else "later"
     if kind == "bad":
         return b"GET /later?%d HTTP/1.1\r\nHost : h\r\n\r\n" % number
     head = f"POST /{path}?{number} HTTP/1.1\r\nHost: h\r\n".encode()
@@ -72,8 +81,8 @@ def request(number: int, kind: str) -> bytes:
     return head + b"\r\n"
 
 
-KINDS = ["later", "now", "sized", "chunked", "expect", "refused", "bug", "last", "bad", "large"]
-PEACEFUL = ["later", "now", "sized", "chunked", "expect"]
+PEACEFUL = ["later", "now", "slow", "sized", "chunked", "expect"]
+KINDS = [*PEACEFUL, "refused", "bug", "last", "bad", "large"]
 STEPS = st.one_of(
     st.tuples(st.just("data"), st.integers(1, 400)),
     st.tuples(st.just("answer"), st.integers(0, 10)),
@@ -89,12 +98,12 @@ class Client:
     """One connection, driven by hand."""
 
     def __init__(self, kinds: list[str], limits: ServerLimits) -> None:
-        self.application = Recorder()
-        self.server = HttpServer(limits, self.application)
-        self.now = 100.0
-        self.server.now = lambda: self.now
+        self.clock = Clock()
+        self.application = Recorder(self.clock)
+        self.soon: list[Callable[[], None]] = []
+        self.state = ServerState(limits, self.application, lambda: self.clock.now, self.soon.append)
         self.transport = FakeTransport()
-        self.connection = Connection(self.server)
+        self.connection = Connection(self.state)
         self.connection.connection_made(self.transport)
         self.rest = b"".join(request(number, kind) for number, kind in enumerate(kinds))
         self.ended = False
@@ -121,18 +130,19 @@ class Client:
                 transport.unsent = 0
                 connection.resume_writing()
         elif what == "turn":
-            pass
+            soon, self.soon[:] = list(self.soon), []
+            for call in soon:
+                call()
         elif what == "time":
-            self.now += size
-            connection.sweep(self.now)
+            self.clock.now += size
+            connection.sweep(self.clock.now)
         elif what == "eof":
             if transport.reading and not self.ended:
                 self.ended = True
                 if not connection.eof_received():
                     transport.close()
         else:
-            self.server.draining = True
-            connection.drain()
+            self.state.drain()
 
     def finish(self) -> None:
         """All that is left to come comes."""
@@ -159,8 +169,9 @@ class Client:
         self.connection.connection_lost(None)
         for exchange in self.application.waiting:
             exchange.answer(200, b"too late")  # goes nowhere
-        assert not self.server.connections
-        assert self.server.buffered_bytes == 0
+        self.step("turn", 0)
+        assert not self.state.connections
+        assert self.state.held_bytes == 0
 
 
 def in_order(client: Client) -> list[tuple[int, bytes, bytes]]:
@@ -185,6 +196,7 @@ def play(
     for what, size in steps:
         client.step(what, size)
         in_order(client)
+        assert client.connection.held_bytes == client.state.held_bytes
     client.finish()
     check(client)
     client.lose()

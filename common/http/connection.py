@@ -1,0 +1,535 @@
+"""One client's connection: reading, answers in order, time-outs; and what the connections of a server share.
+
+The grammar is parser's, the phases and their times are phases', what a request means is the application's.
+No task, future or timer is made for a request: answers are callbacks, and one sweep looks after all deadlines.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
+
+from common.errors import HttpError
+from common.http.exchange import Application, Exchange
+from common.http.parser import Head, Limits, RequestParser
+from common.http.phases import (
+    ANSWERING,
+    BODY,
+    CLOSED,
+    CLOSING,
+    HEAD,
+    IDLE,
+    LAST,
+    LINGERING,
+    NEXT,
+    Phase,
+    granted,
+    seconds_by_phase,
+)
+from common.http.response import CONTINUE
+
+log = logging.getLogger("predlog.http")
+
+# One connection's work without a look at the others: beyond it, what is left of its requests waits for its turn.
+SLICE_SECONDS = 0.002
+# Work of all connections that wait for their turn, in one round of the event loop. With the rest of a round it stays
+# well below the 50 ms that the contract grants one client to delay another.
+TURN_SECONDS = 0.005
+# Without progress for so long, a connection may be evicted in favour of another: longer than a lost packet delays.
+STALL_SECONDS = 1.0
+# Looking for the longest idle of 16,000 connections takes some 5 ms: not for each one that comes.
+IDLE_SCAN_SECONDS = 0.1
+
+_TRY_AGAIN = (("Retry-After", "1"),)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerLimits:
+    """Bounds on connections and time; parser.Limits has those on one request."""
+
+    request: Limits
+    connections: int
+    pipelined: int  # requests of one connection whose answers are due; beyond it we stop reading that connection
+    buffered_bytes: int  # of requests that are not complete and answers that are not read, all connections together
+    head_seconds: float
+    body_seconds: float  # without progress
+    idle_seconds: float
+    write_seconds: float  # without progress
+
+
+class ServerState:
+    """What the connections of a server share: limits, clock, and the bounds that they keep together."""
+
+    def __init__(
+        self,
+        limits: ServerLimits,
+        application: Application,
+        now: Callable[[], float],
+        call_soon: Callable[[Callable[[], None]], object],
+    ) -> None:
+        self.limits = limits
+        self.application = application
+        self.now = now
+        self.date = b""
+        self.connections: set[Connection] = set()
+        self.held_bytes = 0
+        self.draining = False
+        self.seconds = self._seconds()
+        self._call_soon = call_soon
+        self._waiting: deque[Connection] = deque()  # for their turn
+        self._turn_ends = math.inf  # inf: no connection has taken long in this round of the loop
+        self._idlest: list[Connection] = []  # the longest idle last
+        self._next_scan = 0.0
+
+    def _seconds(self) -> tuple[float, ...]:
+        limits = self.limits
+        return seconds_by_phase(
+            limits.head_seconds, limits.body_seconds, limits.idle_seconds, limits.write_seconds, self.draining
+        )
+
+    def drain(self) -> None:
+        """From now on each connection ends with the next answer that leaves it idle."""
+        self.draining = True
+        self.seconds = self._seconds()
+        for connection in list(self.connections):
+            connection.drain()
+
+    # Turns: a round of the event loop is shared, so that one client's work delays the others by little
+
+    def took_long(self, began: float) -> None:
+        """A connection has worked for longer than its slice, since `began`."""
+        if self._turn_ends == math.inf:
+            self._turn_ends = began + TURN_SECONDS
+            self._call_soon(self._next_turn)
+
+    def turn_is_over(self) -> bool:
+        return self._turn_ends != math.inf and self.now() > self._turn_ends
+
+    def wait_for_turn(self, connection: Connection) -> None:
+        self._waiting.append(connection)
+        self.took_long(self.now())
+
+    def _next_turn(self) -> None:
+        self._turn_ends = self.now() + TURN_SECONDS
+        waiting = self._waiting
+        while waiting:
+            waiting.popleft().turn()
+            if self.now() > self._turn_ends:
+                break
+        if waiting:
+            self._call_soon(self._next_turn)
+        else:
+            self._turn_ends = math.inf
+
+    # Bounds over all connections
+
+    def make_memory(self, newcomer: Connection) -> None:
+        """Too much is held: who holds most of those that make no progress pays for it; else who asks for more."""
+        now = self.now()
+        while self.held_bytes > self.limits.buffered_bytes:
+            stalled = [each for each in self.connections if each.held_bytes and each.is_stalled(now)]
+            payer = max(stalled, key=lambda each: each.held_bytes, default=newcomer)
+            held_bytes = self.held_bytes
+            payer.give_up_memory()
+            if payer is newcomer or self.held_bytes == held_bytes:
+                return
+
+    def evict_idle(self) -> bool:
+        """Close the connection that has been idle longest, if one has been for a while. Tell whether one was."""
+        now = self.now()
+        if not self._idlest and now >= self._next_scan:
+            self._next_scan = now + IDLE_SCAN_SECONDS
+            found = [each for each in self.connections if each.phase <= HEAD and each.is_stalled(now)]
+            found.sort(key=lambda each: (each.phase, each.deadline), reverse=True)
+            self._idlest = found[-1000:]
+        while self._idlest:
+            connection = self._idlest.pop()
+            if connection.phase <= HEAD and connection.is_stalled(now):
+                connection.evict()
+                return True
+        return False
+
+
+class Connection(asyncio.Protocol):
+    """One client."""
+
+    __slots__ = (
+        "_eof",
+        "_parser",
+        "_pumping",
+        "_reading",
+        "_slow",
+        "_unsent",
+        "_waiting",
+        "deadline",
+        "exchanges",
+        "held_bytes",
+        "phase",
+        "state",
+        "stuck",
+        "transport",
+    )
+
+    def __init__(self, state: ServerState) -> None:
+        self.state = state
+        self.transport: asyncio.Transport | None = None
+        self.phase = IDLE
+        self.deadline = math.inf  # of the phase; of the client's reading while it is stuck
+        self.exchanges: deque[Exchange] = deque()  # whose answers are due, in order
+        self.stuck = False  # the client does not read its answers
+        self.held_bytes = 0  # counted in state.held_bytes: of an incomplete request, and unsent ones
+        self._unsent = (
+            0  # bytes of answers that the client had not taken at the last look, while it is stuck or closing
+        )
+        self._parser = RequestParser(state.limits.request)
+        self._reading = True
+        self._eof = False
+        self._pumping = False
+        self._waiting = False  # for its turn
+        self._slow = False  # its last requests took longer than a slice
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's is one by its methods, not by its class
+        state = self.state
+        self.deadline = state.now() + state.seconds[IDLE]
+        if len(state.connections) >= state.limits.connections and not state.evict_idle():
+            state.connections.add(self)
+            self._refuse(HttpError(503, "too many connections", _TRY_AGAIN))
+        else:
+            state.connections.add(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.transport = None
+        self.exchanges.clear()
+        self.phase = CLOSED
+        self.state.held_bytes -= self.held_bytes
+        self.held_bytes = 0
+        self.state.connections.discard(self)
+
+    def _enter(self, phase: Phase) -> None:
+        if phase not in NEXT[self.phase]:
+            raise RuntimeError(f"a bug: {self.phase.name} to {phase.name}")
+        self.phase = phase
+        if not self.stuck or phase >= LINGERING:
+            self.deadline = self.state.now() + self.state.seconds[phase]
+
+    # What comes in
+
+    def data_received(self, data: bytes) -> None:
+        phase = self.phase
+        if phase is BODY or phase is LINGERING:
+            state = self.state
+            self.deadline = granted(self.deadline, len(data), state.now(), state.seconds[phase])
+        if phase < LAST:
+            self._parser.receive_data(data)
+            if self._slow and self.state.turn_is_over():
+                self._wait_for_turn()
+            else:
+                self._pump()
+        elif phase is LAST:
+            self._parser.receive_data(data)  # only to know that there was more
+
+    def eof_received(self) -> bool:
+        # A half-close is a client's way to say that this was its last request: it still gets its answers.
+        self._eof = True
+        if self.transport is None or self.transport.get_extra_info("sslcontext") is not None:
+            return False  # asyncio has no half-closed TLS
+        return bool(self.exchanges) or self._waiting
+
+    def turn(self) -> None:
+        """Go on with requests that had to wait."""
+        self._waiting = self._slow = False
+        if self.transport is not None and self.phase < LAST:
+            if not self.stuck:
+                self.deadline = self.state.now() + self.state.seconds[self.phase]
+            self._set_reading(len(self.exchanges) < self.state.limits.pipelined)
+            self._pump()
+
+    def _wait_for_turn(self) -> None:
+        if not self._waiting:
+            self._waiting = True
+            self._set_reading(False)
+            self.state.wait_for_turn(self)
+
+    def _pump(self) -> None:
+        """Handle all that has arrived, up to the pipeline's depth, and write the answers that are due."""
+        if self._pumping or self._waiting:
+            return
+        self._pumping = True
+        try:
+            more = True
+            while more:
+                try:
+                    self._handle_requests()
+                except HttpError as error:
+                    error.__traceback__ = None
+                    self._refuse(error)
+                if self.held_bytes or not self._parser.idle:
+                    self._account()
+                exchanges = self.exchanges
+                more = bool(exchanges) and exchanges[0].response is not None and self._write_answers()
+        finally:
+            self._pumping = False
+
+    def _handle_requests(self) -> None:
+        parser, state, exchanges = self._parser, self.state, self.exchanges
+        application, now = state.application, state.now
+        began = 0.0
+        while len(exchanges) < state.limits.pipelined and self.phase < LAST:
+            request = parser.next_request()
+            if request is None:
+                if parser.has_more:
+                    self._wait_for_turn()
+                else:
+                    self._wait_for_more()
+                return
+            head = request.head
+            exchange = Exchange(self, head, now())
+            exchanges.append(exchange)
+            checked = self.phase is BODY
+            if exchange.close:
+                self._enter(LAST)
+            else:
+                self.phase = ANSWERING  # from any phase before LAST
+                if not self.stuck:
+                    self.deadline = math.inf
+            try:
+                if not checked:
+                    application.check(head)
+                application.handle(request, exchange)
+            except HttpError as error:
+                # Its frames hold the request; with a frame that holds the error it is a cycle: memory until a gc.
+                error.__traceback__ = None
+                exchange.fail(error)
+            except Exception:
+                log.exception("a bug: %s %s", head.method.decode(), head.target.decode())
+                if exchange.response is None:
+                    exchange.fail(HttpError(500, "internal error; the log has the details"))
+            began = began or exchange.began
+            if now() - began > SLICE_SECONDS:
+                self._slow = True
+                state.took_long(began)
+                if not parser.idle:
+                    self._wait_for_turn()
+                return
+            if parser.idle:
+                return
+        self._set_reading(False)
+
+    def _wait_for_more(self) -> None:
+        """Nothing complete is left: enter the phase of what is there in part, once it is this request's turn."""
+        parser = self._parser
+        if parser.idle or self.exchanges:
+            return
+        head = parser.head
+        if head is None:
+            if self.phase is not HEAD:
+                self._enter(HEAD)
+        elif self.phase is not BODY:
+            # What may not come in is refused before its body is read; so is 100 Continue.
+            self._check(head)
+            self._enter(BODY)
+            if head.expect_continue and not parser.buffered_bytes and self.transport is not None:
+                self.transport.write(CONTINUE)
+        if self._eof:
+            self._close()
+
+    def _check(self, head: Head) -> None:
+        try:
+            self.state.application.check(head)
+        except HttpError:
+            raise
+        except Exception:
+            log.exception("a bug: %s %s", head.method.decode(), head.target.decode())
+            raise HttpError(500, "internal error; the log has the details") from None
+
+    def _refuse(self, error: HttpError) -> None:
+        """Answer what cannot be read, behind the answers still due, and close then."""
+        self.exchanges.append(exchange := Exchange(self, self._parser.head, self.state.now(), refused=True))
+        self._enter(LAST)
+        exchange.fail(error)
+
+    # What goes out
+
+    def ends_with(self, exchange: Exchange) -> bool:
+        """Whether this is the last answer of a connection that is to end, so that it can say so."""
+        if self.phase is ANSWERING and self.exchanges[-1] is exchange and self._parser.idle:
+            self._enter(LAST)
+            return True
+        return False
+
+    def flush(self) -> None:
+        """Write the answers that are due; called whenever one has come."""
+        if not self._pumping and self._write_answers():
+            self._pump()
+
+    def _write_answers(self) -> bool:
+        """Write the answers that are due, in the order of their requests. Tell whether there may be more to handle."""
+        transport, exchanges = self.transport, self.exchanges
+        if transport is None or not exchanges or exchanges[0].response is None or transport.is_closing():
+            return False
+        answers = []
+        while exchanges and (response := exchanges[0].response) is not None:
+            exchange = exchanges.popleft()
+            answers.append(response)
+            if exchange.close:
+                exchanges.clear()
+                break
+        if self.stuck:
+            self._note_taken(transport.get_write_buffer_size())
+        transport.write(answers[0] if len(answers) == 1 else b"".join(answers))
+        if self.stuck:
+            self._unsent = transport.get_write_buffer_size()
+            self._account()
+        if exchange.close:
+            if not transport.is_closing():
+                self._finish(polite=not exchange.refused and self._parser.idle)
+            return False
+        if not exchanges and self._parser.idle:
+            if self._eof:
+                self._close()
+                return False
+            self.phase = IDLE  # from ANSWERING; as _enter does
+            if not self.stuck:
+                self.deadline = self.state.now() + self.state.seconds[0]
+        if not self._reading and not self.stuck and not self._waiting:
+            self._set_reading(True)
+            return True
+        return not exchanges and not self._parser.idle and not self._waiting
+
+    def _finish(self, polite: bool) -> None:
+        """Close. When the client may still be sending, close only our side first, read on and drop what comes: a reset
+        would destroy the answer on its way (RFC 9112 section 9.6)."""
+        transport = self.transport
+        assert transport is not None
+        if polite or self._eof:
+            self._close()
+            return
+        self._enter(LINGERING)
+        self._parser = RequestParser(self.state.limits.request)
+        self._account()
+        if transport.can_write_eof():
+            transport.write_eof()  # TLS has none in asyncio: there the client closes, or falls silent
+        self._set_reading(True)
+
+    def _close(self) -> None:
+        assert self.transport is not None
+        self._enter(CLOSING)
+        self._unsent = self.transport.get_write_buffer_size()
+        self.transport.close()
+
+    def abort(self) -> None:
+        if self.transport is not None:
+            self.transport.abort()
+
+    def _set_reading(self, on: bool) -> None:
+        if on == self._reading or self.transport is None or self.transport.is_closing():
+            return
+        self._reading = on
+        if on:
+            self.transport.resume_reading()
+        else:
+            self.transport.pause_reading()
+
+    def pause_writing(self) -> None:
+        self.stuck = True
+        self._unsent = self.transport.get_write_buffer_size() if self.transport is not None else 0
+        self.deadline = self.state.now() + self.state.limits.write_seconds
+        if self.phase is not LINGERING:
+            self._set_reading(False)
+
+    def resume_writing(self) -> None:
+        self.stuck = False
+        self._unsent = 0
+        self.deadline = self.state.now() + self.state.seconds[self.phase]
+        self._account()
+        if len(self.exchanges) < self.state.limits.pipelined and self.phase < LAST and not self._waiting:
+            self._set_reading(True)
+            self._pump()
+
+    # Memory
+
+    def _account(self) -> None:
+        """Keep the sum over all connections of what they hold in memory, and within its bound."""
+        held_bytes = self._parser.buffered_bytes + (self._unsent if self.stuck else 0)
+        more = held_bytes - self.held_bytes
+        if not more:
+            return
+        state = self.state
+        state.held_bytes += more
+        self.held_bytes = held_bytes
+        if more > 0 and state.held_bytes > state.limits.buffered_bytes:
+            state.make_memory(self)
+
+    def is_stalled(self, now: float) -> bool:
+        """Whether it is the client's turn, and nothing has come, or been taken, for a while."""
+        if self._waiting:
+            return False
+        if self.stuck:
+            return self.deadline - self.state.limits.write_seconds <= now - STALL_SECONDS
+        return self.phase <= BODY and self.deadline - self.state.seconds[self.phase] <= now - STALL_SECONDS
+
+    def give_up_memory(self) -> None:
+        """Free what is held; who reads gets an answer."""
+        if self.stuck or self.phase >= LAST:
+            self.abort()
+        else:
+            self._refuse(HttpError(503, "too many large requests at once; try again", _TRY_AGAIN))
+
+    # Time
+
+    def _note_taken(self, unsent: int) -> None:
+        """What the client has taken since the last look buys it time."""
+        taken = self._unsent - unsent
+        self._unsent = unsent
+        if taken > 0:
+            self.deadline = granted(self.deadline, taken, self.state.now(), self.state.limits.write_seconds)
+
+    def sweep(self, now: float) -> None:
+        """Act when the deadline is over."""
+        transport = self.transport
+        if transport is None:
+            return
+        if self.stuck or self.phase is CLOSING:
+            self._note_taken(transport.get_write_buffer_size())
+            self._account()
+        if now <= self.deadline or self._waiting:
+            return
+        if self.stuck or self.phase >= LINGERING:
+            self.abort()
+        elif self.phase is IDLE:
+            self.evict()
+        elif self.state.draining:
+            self._refuse(HttpError(503, "the server is shutting down; try again", _TRY_AGAIN))
+        elif self.phase is HEAD:
+            self._refuse(HttpError(408, "the header section did not arrive in time"))
+        else:
+            self._refuse(HttpError(408, "the body did not arrive in time"))
+
+    def evict(self) -> None:
+        """Close a connection that is idle; a client that never took its last answer loses it."""
+        transport = self.transport
+        if transport is None or transport.is_closing():
+            return
+        if self.phase is HEAD:
+            self._refuse(HttpError(408, "the header section did not arrive in time"))
+        elif transport.get_write_buffer_size():
+            self.abort()
+        else:
+            self._close()
+
+    def drain(self) -> None:
+        """End soon: with the next answer, or when none is asked for within LAST_REQUEST_SECONDS of the last."""
+        state, phase = self.state, self.phase
+        if self.stuck or phase is CLOSING:
+            return
+        if phase is IDLE:
+            self.deadline += state.seconds[IDLE] - state.limits.idle_seconds
+        else:
+            self.deadline = min(self.deadline, state.now() + state.seconds[phase])
+        self.sweep(state.now())

@@ -1,0 +1,310 @@
+"""Connections, seen through a transport that keeps what it is told; time is a number that the test sets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from common.errors import HttpError
+from common.http.connection import STALL_SECONDS, Connection, ServerLimits, ServerState
+from common.http.exchange import Exchange
+from common.http.parser import Head, Limits, Request
+from common.http.phases import CLOSED, CLOSING, IDLE, LAST_REQUEST_SECONDS, LINGERING, NEXT, Phase, granted
+from tests.support.transport import FakeTransport
+
+LIMITS = ServerLimits(
+    request=Limits(),
+    connections=3,
+    pipelined=8,
+    buffered_bytes=1_000_000,
+    head_seconds=10.0,
+    body_seconds=10.0,
+    idle_seconds=5.0,
+    write_seconds=20.0,
+)
+GET = b"GET / HTTP/1.1\r\nHost: h\r\n\r\n"
+LAST_GET = b"GET / HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n"
+LATER = b"GET /later HTTP/1.1\r\nHost: h\r\n\r\n"
+
+
+def upload(size: int, sent: int = 0) -> bytes:
+    return b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: %d\r\n\r\n%b" % (size, b"x" * sent)
+
+
+class Server:
+    """A server without sockets: its state, an application, and a clock."""
+
+    def __init__(self, limits: ServerLimits = LIMITS) -> None:
+        self.now = 1000.0
+        self.soon: list[Callable[[], None]] = []
+        self.waiting: list[Exchange] = []
+        self.slow_seconds = 0.0
+        self.state = ServerState(limits, self, lambda: self.now, self.soon.append)
+
+    def check(self, head: Head) -> None:
+        if head.path == b"/none":
+            raise HttpError(404, "no such page")
+
+    def handle(self, request: Request, exchange: Exchange) -> None:
+        self.now += self.slow_seconds
+        if request.head.path == b"/later":
+            self.waiting.append(exchange)
+        else:
+            exchange.answer(200, b"hello")
+
+    def answered(self, exchange: Exchange, status: int) -> None:
+        pass
+
+    def connect(self, half_close: bool = True) -> tuple[Connection, FakeTransport]:
+        connection, transport = Connection(self.state), FakeTransport(half_close)
+        connection.connection_made(transport)
+        return connection, transport
+
+    def turn(self) -> None:
+        soon, self.soon[:] = list(self.soon), []
+        for call in soon:
+            call()
+
+    def sweep(self, seconds: float) -> None:
+        self.now += seconds
+        for connection in list(self.state.connections):
+            connection.sweep(self.now)
+
+
+@pytest.fixture
+def server() -> Server:
+    return Server()
+
+
+def status(transport: FakeTransport) -> int:
+    """Of the last answer."""
+    return int(bytes(transport.sent).rpartition(b"HTTP/1.1 ")[2][:3])
+
+
+def test_phases_end_closed_and_only_answering_goes_back() -> None:
+    for phase, following in NEXT.items():
+        assert phase is CLOSED or CLOSED in following
+        assert phase is Phase.ANSWERING or all(after > phase for after in following)
+
+
+def test_an_idle_client_is_closed(server: Server) -> None:
+    connection, transport = server.connect()
+    connection.data_received(GET)
+    server.sweep(4)
+    assert not transport.closing
+    server.sweep(2)
+    assert transport.closing
+    assert not transport.aborted
+
+
+def test_an_idle_client_with_an_unread_answer_is_cut_off(server: Server) -> None:
+    connection, transport = server.connect()
+    connection.data_received(GET)
+    transport.unsent = 100  # below the mark at which the transport would complain
+    server.sweep(6)
+    assert transport.aborted
+
+
+def test_a_close_waits_for_the_client_to_read_not_for_ever(server: Server) -> None:
+    connection, transport = server.connect()
+    transport.unsent = 100
+    connection.data_received(LAST_GET)
+    assert transport.closing
+    server.sweep(19)
+    assert not transport.aborted
+    server.sweep(2)
+    assert transport.aborted
+
+
+def test_a_client_that_reads_slowly_is_not_cut_off() -> None:
+    server = Server(replace(LIMITS, buffered_bytes=10_000_000))
+    connection, transport = server.connect()
+    connection.data_received(LATER)
+    transport.unsent = 6_000_000
+    connection.pause_writing()
+    server.waiting.pop().answer(200, b"")
+    while transport.unsent > 0:  # 60 KB/s
+        transport.unsent -= 600_000
+        server.sweep(10)
+        assert not transport.aborted
+    transport.unsent = 0
+    connection.resume_writing()
+    connection.data_received(GET)
+    assert status(transport) == 200
+
+
+@pytest.mark.parametrize("taken", [0, 100])
+def test_a_client_that_takes_nothing_or_a_trickle_is_cut_off(server: Server, taken: int) -> None:
+    connection, transport = server.connect()
+    transport.unsent = 500_000
+    connection.pause_writing()
+    for _ in range(21):
+        assert not transport.aborted
+        transport.unsent -= taken
+        server.sweep(1)
+    assert transport.aborted
+
+
+def test_answers_that_nobody_reads_are_bounded_over_all(server: Server) -> None:
+    connection, transport = server.connect()
+    connection.pause_writing()
+    transport.unsent = 999_999
+    connection.data_received(GET)
+    assert not transport.aborted
+    transport.unsent = 1_000_001
+    connection.data_received(LAST_GET)
+    assert transport.aborted
+    connection.connection_lost(None)
+    assert server.state.held_bytes == 0
+
+
+def test_a_steady_upload_is_not_timed_out(server: Server) -> None:
+    connection, transport = server.connect()
+    connection.data_received(upload(500_000))
+    for _ in range(24):  # 20 KB/s for 24 s
+        server.sweep(1)
+        connection.data_received(b"x" * 20_000)
+        assert not transport.sent
+    connection.data_received(b"x" * 20_000)
+    assert status(transport) == 200
+
+
+def test_bytes_sent_at_once_buy_no_silence(server: Server) -> None:
+    connection, transport = server.connect()
+    connection.data_received(upload(800_001, 800_000))
+    server.sweep(11)
+    assert status(transport) == 408
+
+
+def test_silence_and_a_trickle_are_bounded() -> None:
+    assert granted(110.0, 1_000_000, 105.0, 10.0) == 115.0
+    assert granted(110.0, 16_000, 105.0, 10.0) == 111.0
+
+
+def test_the_newcomer_does_not_pay_for_who_stalls(server: Server) -> None:
+    (small, _), (large, transport), (newcomer, new_transport) = server.connect(), server.connect(), server.connect()
+    small.data_received(upload(500_000, 100_000))
+    large.data_received(upload(900_000, 899_000))
+    server.now += STALL_SECONDS + 0.1
+    newcomer.data_received(upload(600_000, 300_000))
+    assert status(transport) == 503
+    assert not new_transport.sent
+    newcomer.data_received(b"x" * 300_000)
+    assert status(new_transport) == 200
+
+
+def test_without_a_stall_the_newcomer_is_refused(server: Server) -> None:
+    (first, transport), (newcomer, new_transport) = server.connect(), server.connect()
+    first.data_received(upload(900_000, 800_000))
+    newcomer.data_received(upload(900_000, 300_000))
+    assert status(new_transport) == 503
+    assert not transport.sent
+
+
+def test_at_the_limit_the_longest_idle_connection_leaves(server: Server) -> None:
+    others = []
+    for _ in range(3):
+        others.append(server.connect())
+        server.now += 1
+    _, transport = server.connect()
+    assert [each.closing for _, each in others] == [True, False, False]
+    assert not transport.sent
+
+
+def test_at_the_limit_nobody_who_is_busy_leaves(server: Server) -> None:
+    others = [server.connect() for _ in range(3)]
+    for connection, _ in others:
+        connection.data_received(LATER)
+    server.now += 3
+    _, transport = server.connect()
+    assert status(transport) == 503
+    assert not any(each.closing for _, each in others)
+
+
+@pytest.mark.parametrize("half_close", [True, False])
+def test_a_refused_upload_is_read_to_its_end(half_close: bool) -> None:
+    """However large it is: a reset would destroy the refusal. TLS has no half-close, and is not closed either."""
+    server = Server()
+    connection, transport = server.connect(half_close)
+    connection.data_received(b"POST /none HTTP/1.1\r\nHost: h\r\nContent-Length: 7000000\r\n\r\n")
+    assert status(transport) == 404
+    for _ in range(70):
+        server.sweep(1)
+        connection.data_received(b"x" * 100_000)
+        assert not transport.closing
+        assert transport.reading
+    assert connection.held_bytes == 0
+    server.sweep(6)
+    assert transport.aborted
+
+
+def test_a_stop_waits_for_the_next_request_of_who_was_active(server: Server) -> None:
+    connection, transport = server.connect()
+    _, idle = server.connect()
+    server.now += LAST_REQUEST_SECONDS + 1
+    connection.data_received(GET)
+    server.state.drain()
+    assert idle.closing
+    assert not transport.closing
+    connection.data_received(GET)
+    assert bytes(transport.sent).count(b"Connection: close") == 1
+    assert transport.closing
+
+
+def test_a_stop_lets_a_body_come_in_and_bounds_silence(server: Server) -> None:
+    (whole, transport), (half, half_transport) = server.connect(), server.connect()
+    whole.data_received(upload(200_000, 100))
+    half.data_received(upload(200_000, 100))
+    server.state.drain()
+    server.sweep(0.9)
+    whole.data_received(b"x" * 199_000)
+    server.sweep(0.9)
+    whole.data_received(b"x" * 900)
+    assert status(transport) == 200
+    assert status(half_transport) == 503
+
+
+def test_who_connects_during_a_stop_is_answered(server: Server) -> None:
+    server.state.drain()
+    connection, transport = server.connect()
+    connection.data_received(GET)
+    assert status(transport) == 200
+    assert b"Connection: close" in transport.sent
+
+
+def test_slow_pipelined_requests_give_the_loop_back(server: Server) -> None:
+    server.slow_seconds = 0.003
+    connection, transport = server.connect()
+    connection.data_received(GET * 8)
+    assert bytes(transport.sent).count(b"hello") == 1
+    rounds = 0
+    while server.soon:
+        began = server.now
+        server.turn()
+        rounds += 1
+        assert server.now - began < 0.01
+    assert rounds >= 4
+    assert bytes(transport.sent).count(b"hello") == 8
+    assert transport.reading
+
+
+def test_an_exchange_is_answered_once(server: Server) -> None:
+    connection, transport = server.connect()
+    connection.data_received(LATER)
+    exchange = server.waiting.pop()
+    exchange.answer(200, b"")
+    with pytest.raises(RuntimeError):
+        exchange.answer(200, b"")
+    assert bytes(transport.sent).count(b"HTTP/1.1") == 1
+
+
+def test_a_phase_that_cannot_follow_is_a_bug(server: Server) -> None:
+    connection, transport = server.connect()
+    connection.data_received(LAST_GET)
+    assert connection.phase is CLOSING
+    with pytest.raises(RuntimeError, match="CLOSING to IDLE"):
+        connection._enter(IDLE)
+    assert LINGERING in Phase
+    assert transport.closing
