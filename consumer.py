@@ -57,7 +57,7 @@ def main(argv: Sequence[str], environ: dict[str, str]) -> int:
     ((number, own),) = served.items()
     name = "consumer" if settings.partitions == 1 else f"consumer-{number}"
     set_up_logging(name, settings.log_level, settings.log_format)
-    return run(name, lambda: processes.serve(own, Counters(), name))
+    return run(name, lambda: processes.serve(own, Counters(), name, base_queue_name=settings.queue_name))
 
 
 async def _each(command: Callable[[ConsumerSettings], Awaitable[int]], served: Iterable[ConsumerSettings]) -> int:

@@ -90,10 +90,11 @@ async def serve(
     name: str = "consumer",
     report: Callable[[str], None] = lambda reason: None,
     alive_fd: int | None = None,
+    base_queue_name: str = "",
 ) -> None:
     """Run one consumer until a signal, then drain."""
     stop = on_stop(alive_fd)
-    service = ConsumerService(settings, counters, name, report)
+    service = ConsumerService(settings, counters, name, report, base_queue_name)
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, service.reopen)
     try:
         await service.start()
@@ -123,7 +124,8 @@ def serve_all(settings: ConsumerSettings, partitions: Mapping[int, ConsumerSetti
         counters.metrics.bind(board.rows[index])
         set_up_logging(prog, settings.log_level, settings.log_format)
         own = replace(partitions[number], health_port=0)
-        return run(prog, lambda: serve(own, counters, prog, lambda reason: board.report(index, reason), alive_fd))
+        report, base = (lambda reason: board.report(index, reason)), "" if index else settings.queue_name
+        return run(prog, lambda: serve(own, counters, prog, report, alive_fd, base))
 
     return supervise(len(numbers) + bool(settings.health_port), work, settings.shutdown_timeout_ms / 1000)
 

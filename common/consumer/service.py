@@ -8,12 +8,13 @@ import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from common.amqp.link import keep_up
+from common.amqp.link import Link, keep_up
 from common.config import ConsumerSettings
 from common.consumer.dead_letters.mover import DeadLetters
 from common.consumer.dead_letters.spill import Spill
 from common.consumer.health import HEALTH_LIMITS, Health
 from common.consumer.metrics import Counters
+from common.consumer.unserved import Unserved
 from common.consumer.worker import RETRY_FIRST_SECONDS, RETRY_MOST_SECONDS, T, Worker
 from common.errors import DiskTrouble
 from common.http.server import HttpServer
@@ -30,7 +31,8 @@ TICK_SECONDS = 1.0
 class ConsumerService:
     """Call `start`, `drain` and `close`, each once. `running` is the work in between; it ends early only by an error.
 
-    `name` is what the broker shows. `report(why it is not ready)` is called once a second.
+    `name` is what the broker shows. `report(why it is not ready)` is called once a second. With `base_queue_name`,
+    the name before any partition's number, it also looks for messages that are left over from another PARTITIONS.
     """
 
     def __init__(
@@ -39,11 +41,13 @@ class ConsumerService:
         counters: Counters,
         name: str = "consumer",
         report: Callable[[str], None] = lambda reason: None,
+        base_queue_name: str = "",
     ) -> None:
         self._settings = settings
         self._counters = counters
         self._name = name
         self._report = report
+        self._unserved = Unserved(base_queue_name, settings.partitions, self._link) if base_queue_name else None
         self._server = HttpServer(HEALTH_LIMITS, Health(self.not_ready, self.metrics))
         self._lock = Lock(settings.csv_file)
         self._thread = ThreadPoolExecutor(1, "store")
@@ -97,7 +101,9 @@ class ConsumerService:
 
     def not_ready(self) -> str:
         """Why no event would reach the CSV now; "" when it would."""
-        return self._no_worker if self._worker is None else self._worker.not_ready()
+        if self._worker is None:
+            return self._no_worker
+        return self._worker.not_ready() or (self._unserved.reason() if self._unserved is not None else "")
 
     def metrics(self) -> bytes:
         """The metrics as text, with the gauges of this moment."""
@@ -128,7 +134,13 @@ class ConsumerService:
         log.info("rows go to %s", settings.csv_file)
         self._batches = self._task(worker.run())
         link = keep_up(settings.amqp_url, self._name, worker.up, lambda reason: None, worker.down)
-        await first_of(self._stop, self._batches, self._task(link), self._task(worker.watch()))
+        watching = [self._task(worker.watch())]
+        if self._unserved is not None:
+            watching.append(self._task(self._unserved.watch()))
+        await first_of(self._stop, self._batches, self._task(link), *watching)
+
+    def _link(self) -> Link | None:
+        return None if self._worker is None else self._worker.link
 
     async def _own(self) -> bool:
         """Wait as a standby until the CSV is ours; False if stopped before."""
@@ -171,6 +183,8 @@ class ConsumerService:
         while True:
             if self._worker is not None:
                 self._worker.tick()
+            if self._unserved is not None:
+                self._counters.metrics.values[self._counters.unserved] = self._unserved.messages
             self._report(self.not_ready())
             await asyncio.sleep(TICK_SECONDS)
 

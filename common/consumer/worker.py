@@ -70,6 +70,11 @@ class Worker:
         self._reopen_due = False
         self._rotation_failed = False
 
+    @property
+    def link(self) -> Link | None:
+        """The one that delivers now."""
+        return self._link
+
     # The link
 
     async def up(self, link: Link) -> None:

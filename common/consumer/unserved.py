@@ -1,0 +1,90 @@
+"""Messages in queues of another number of partitions, which this consumer does not serve, and nobody else does.
+
+They are left over when PARTITIONS is changed before the old queues are empty.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+import aiormq
+from aiormq.abc import AbstractConnection
+
+from common.amqp.link import CONNECT_TIMEOUT_SECONDS, CONNECTION_ERRORS, Link, cancelled
+
+log = logging.getLogger("predlog.consumer")
+
+POLL_SECONDS = 1.0
+LOOK_AGAIN_SECONDS = 30.0
+
+
+class Unserved:
+    """Looks once for each connection, and again and again while there is something. `link` is the present one."""
+
+    def __init__(self, queue_name: str, partitions: int, link: Callable[[], Link | None]) -> None:
+        self.messages = 0
+        self._queue_name = queue_name
+        self._partitions = partitions
+        self._link = link
+        self._reason = ""
+
+    def reason(self) -> str:
+        """Where messages wait, in words; "" when none do."""
+        return self._reason
+
+    async def watch(self) -> None:
+        """Look, until cancelled."""
+        loop, looked_at, looked_on = asyncio.get_running_loop(), 0.0, None
+        while True:
+            link, now = self._link(), loop.time()
+            due = link is not looked_on or (self.messages and now - looked_at > LOOK_AGAIN_SECONDS)
+            if link is not None and due:
+                looked_at, looked_on = now, link
+                try:
+                    async with asyncio.timeout(CONNECT_TIMEOUT_SECONDS):
+                        self._note(await self._look(link.connection))
+                except (*CONNECTION_ERRORS, asyncio.CancelledError) as error:
+                    if cancelled():
+                        raise
+                    log.debug("while looking for queues that nobody serves: %r", error)
+            await asyncio.sleep(POLL_SECONDS)
+
+    async def _look(self, connection: AbstractConnection) -> dict[str, int]:
+        """The messages in each such queue. Numbers follow one another: the first that is missing is the end."""
+        name, number = self._queue_name, self._partitions
+        found: dict[str, int] = {}
+        if number == 1:
+            number = 0
+        else:
+            found[name] = await _abandoned(connection, name) or 0
+        while (count := await _abandoned(connection, f"{name}.{number}")) is not None:
+            found[f"{name}.{number}"] = count
+            number += 1
+        return {queue: count for queue, count in found.items() if count}
+
+    def _note(self, found: dict[str, int]) -> None:
+        reason = ""
+        if found:
+            queues = ", ".join(f"{count} in '{queue}'" for queue, count in found.items())
+            reason = f"messages wait that no consumer takes with PARTITIONS={self._partitions}: {queues}"
+        if reason and not self._reason:
+            log.warning("%s; see docs/scaling.md on changing PARTITIONS", reason)
+        elif self._reason and not reason:
+            log.info("no messages wait in queues of another PARTITIONS any more")
+        self.messages, self._reason = sum(found.values()), reason
+
+
+async def _abandoned(connection: AbstractConnection, queue_name: str) -> int | None:
+    """The messages in a queue without consumers; None if there is no such queue that we may look at.
+
+    On a channel of its own: a queue that is not there closes it.
+    """
+    channel = await connection.channel()
+    try:
+        queue = await channel.queue_declare(queue_name, passive=True)
+    except aiormq.exceptions.ChannelClosed:
+        return None
+    await channel.close()
+    return 0 if queue.consumer_count else queue.message_count or 0

@@ -1,0 +1,110 @@
+"""What must not stop the consumer in silence: dead-letter trouble, partitions in trouble, queues that nobody serves."""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import json
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import aiormq
+import pytest
+
+from common.amqp.topology import QUEUE_ARGUMENTS
+from tests.conftest import Service, Start
+from tests.rabbitmq import RabbitMQ
+from tests.support.polling import wait_until
+
+
+def event_of(device: str) -> bytes:
+    preds = [{"image_frame": "frame", "prob": 0.5, "tags": ["cat"]}]
+    return json.dumps(
+        {"device_id": device, "client_id": "c", "created_at": "t", "data": {"license_id": "l", "preds": preds}}
+    ).encode()
+
+
+def publish(url: str, queue_name: str, bodies: list[bytes]) -> None:
+    """Declare the queue, and publish until all is confirmed."""
+
+    async def run() -> None:
+        async with aiormq.connect(url) as connection:
+            channel = await connection.channel()
+            await channel.queue_declare(queue_name, durable=True, arguments=dict(QUEUE_ARGUMENTS))
+            await asyncio.gather(*(channel.basic_publish(body, routing_key=queue_name) for body in bodies))
+
+    asyncio.run(run())
+
+
+def messages_in(url: str, queue_name: str) -> int:
+    async def run() -> int:
+        async with aiormq.connect(url) as connection:
+            channel = await connection.channel()
+            return (await channel.queue_declare(queue_name, passive=True)).message_count or 0
+
+    return asyncio.run(run())
+
+
+def devices(csv_file: Path) -> list[str]:
+    if not csv_file.exists():
+        return []
+    with csv_file.open(newline="") as file:
+        return [row[0] for row in csv.reader(file, delimiter=";")][1:]
+
+
+def readiness(service: Service) -> str:
+    """What /readyz says is wrong; "" when it is ready."""
+    try:
+        urllib.request.urlopen(f"{service.url}/readyz", timeout=5).close()
+    except urllib.error.HTTPError as error:
+        return str(json.load(error)["detail"])
+    except urllib.error.URLError:
+        return "not listening yet"
+    return ""
+
+
+def metric(service: Service, name: str) -> float:
+    with urllib.request.urlopen(f"{service.url}/metrics", timeout=5) as answer:
+        lines = answer.read().decode().splitlines()
+    return float(next(line for line in lines if line.startswith(name + " ")).split()[1])
+
+
+@pytest.fixture
+def partitioned(consumer: Start) -> Service:
+    """One consumer of four partitions."""
+    return consumer(wait=False, PARTITIONS=4)
+
+
+def test_each_partition_has_its_own_csv_and_one_port_tells_of_all(
+    broker: RabbitMQ, queue_name: str, partitioned: Service, tmp_path: Path
+) -> None:
+    partitioned.wait_until_ready()
+    for number in range(4):
+        publish(broker.url, f"{queue_name}.{number}", [event_of(f"device-{number}")] * (number + 1))
+    wait_until("all are stored", lambda: metric(partitioned, "predlog_rows_total") == 10, explain=partitioned.log)
+    for number in range(4):
+        assert devices(tmp_path / f"data.{number}.csv") == [f"device-{number}"] * (number + 1)
+        assert (tmp_path / f"data.{number}.csv.journal").exists()
+        assert metric(partitioned, f'predlog_partition_rows_total{{partition="{number}"}}') == number + 1
+    assert metric(partitioned, "predlog_active") == 4
+    assert partitioned.stop() == 0
+
+
+def test_who_changes_partitions_is_told_what_is_left_over(broker: RabbitMQ, queue_name: str, consumer: Start) -> None:
+    """One line, /readyz and a metric, until the old queues are empty; both ways."""
+    publish(broker.url, f"{queue_name}.0", [event_of("device-0")] * 3)
+    publish(broker.url, f"{queue_name}.1", [])
+    publish(broker.url, f"{queue_name}.2", [event_of("device-2")] * 2)
+    shrunk = consumer(wait=False)
+    said = "messages wait that no consumer takes with PARTITIONS={}: {}"
+    told = said.format(1, f"3 in '{queue_name}.0', 2 in '{queue_name}.2'")
+    wait_until("it is told", lambda: readiness(shrunk) == told, explain=shrunk.log)
+    wait_until("it is counted", lambda: metric(shrunk, "predlog_unserved_messages") == 5)
+    assert shrunk.log().count(told) == 1
+    assert shrunk.stop() == 0
+    publish(broker.url, queue_name, [event_of("device")])
+    grown = consumer(wait=False, PARTITIONS=2)
+    told = said.format(2, f"1 in '{queue_name}', 2 in '{queue_name}.2'")
+    wait_until("it is told", lambda: told in readiness(grown), explain=grown.log)
+    wait_until("what it serves is stored", lambda: metric(grown, "predlog_rows_total") == 3, explain=grown.log)
