@@ -4,21 +4,26 @@ Only for tests; only this wrapper reads these variables:
 CHAOS_FAULT=POINT:N   SIGKILL to itself at the N-th passage of a point below, counted from its start
 CHAOS_FAULT=POINT:N:power   the same, and what was not synced is gone from CSV and journal, as after a power cut
 CHAOS_MUTATION=NAME   a step of the promise is missing
+CHAOS_CLOCK=SECONDS,…   the wall clock is wrong by so much: for a second by the first, for a second by the next, again
+CHAOS_FLOCK=off   flock has no effect, as on some network file systems
+CHAOS_HERE=NAME   it runs on another machine, as far as its lock tells
 """
 
 import asyncio
+import fcntl
 import gzip
 import os
 import signal
 import stat
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
 import consumer
 from common.consumer.prepare import prepare_batch
 from common.consumer.worker import Worker
-from common.storage import journal, packer, state, store
+from common.storage import journal, lock, packer, state, store
 from common.storage.csv_file import CsvFile
 from common.storage.journal import Journal
 from common.storage.repair import adopt
@@ -193,7 +198,24 @@ def _lose_what_is_not_synced() -> None:
             pass
 
 
+def _shift_clock(offsets: list[float]) -> None:
+    """Only what our code asks: names of files and log lines have the true time."""
+    real, began = time.time, time.monotonic()
+
+    def shifted() -> float:
+        return real() + offsets[int(time.monotonic() - began) % len(offsets)]
+
+    time.time = shifted
+    time.time_ns = lambda: int(shifted() * 1e9)
+
+
 if __name__ == "__main__":
+    if clock := os.environ.get("CHAOS_CLOCK"):
+        _shift_clock([float(seconds) for seconds in clock.split(",")])
+    if os.environ.get("CHAOS_FLOCK") == "off":
+        fcntl.flock = lambda fd, operation: None
+    if here := os.environ.get("CHAOS_HERE"):
+        lock._here = lambda: f"{here} {here}"
     if mutation := os.environ.get("CHAOS_MUTATION"):
         MUTATIONS[mutation]()
     if fault := os.environ.get("CHAOS_FAULT"):

@@ -162,6 +162,47 @@ def memory_alarm(trouble: SingleTrouble) -> None:
     trouble.stage.ctl("set_vm_memory_high_watermark", "0.4")
 
 
+def reject_publishes(trouble: SingleTrouble) -> None:
+    """A policy makes the broker refuse what it has no room for, and is cleared again."""
+    stage = trouble.stage
+    trouble.done["policy reject-publish"] += 1
+    limit = f'{{"max-length": {trouble.choose.choice((1, 30))}, "overflow": "reject-publish"}}'
+    (queue_name,) = stage.queues
+    stage.ctl("set_policy", "chaos", f"^{queue_name}$", limit, "--apply-to", "queues")
+    stage.consumer.send(signal.SIGSTOP)  # so that the queue is full
+    stage.sleep(trouble.choose.uniform(1, 3))
+    stage.consumer.send(signal.SIGCONT)
+    if trouble.choose.random() < 0.5:
+        stage.sleep(trouble.choose.uniform(0, 1))
+    stage.ctl("clear_policy", "chaos")
+
+
+def revoke_rights(trouble: SingleTrouble) -> None:
+    """Of everything, or to write only; a connection that is open may keep them until it is closed."""
+    stage = trouble.stage
+    if not (stage.producer.alive and stage.consumer.alive):
+        return
+    stage.wait_until_ready()  # one without rights from the beginning ends with a message
+    trouble.done["rights revoked"] += 1
+    stage.ctl("set_permissions", "guest", *trouble.choose.choice((("^$", "^$", "^$"), (".*", "^$", ".*"))))
+    if trouble.choose.random() < 0.7:
+        stage.ctl("close_all_connections", "chaos")
+    stage.sleep(trouble.choose.uniform(0.5, 3))
+    stage.ctl("set_permissions", "guest", ".*", ".*", ".*")
+
+
+def jump_the_clock(trouble: SingleTrouble) -> None:
+    """Of the consumer: by up to a day, back and forth while it runs, and over its restart."""
+    day = 86_400
+    offsets = [str(trouble.choose.choice((-day, -3600, -1, 0, 1, 3600, day))) for _ in range(3)]
+    trouble.kill("consumer")
+    trouble.done["clock jumps"] += 1
+    trouble.start_consumer(CHAOS_CLOCK=",".join(offsets), ROTATE_INTERVAL="2")
+    trouble.stage.sleep(trouble.choose.uniform(2, 5))
+    if trouble.choose.random() < 0.7:
+        trouble.kill("consumer")
+
+
 def full_disk(trouble: SingleTrouble) -> None:
     """The CSV cannot grow beyond some byte, which a write reaches in its middle."""
     stage = trouble.stage
@@ -227,8 +268,8 @@ def kills_while_rotating(trouble: SingleTrouble) -> None:
 Kind = Callable[[SingleTrouble], None]
 KINDS: tuple[Kind, ...] = (
     kill_producer, kill_consumer, kill_broker, kill_everything, restart_broker, freeze_broker, freeze_consumer,
-    stand_by, cut_connections, memory_alarm, full_disk, stop_in_order, rename_csv, aimed_kills, power_cuts,
-    kills_while_rotating,
+    stand_by, cut_connections, memory_alarm, reject_publishes, revoke_rights, jump_the_clock, full_disk, stop_in_order,
+    rename_csv, aimed_kills, power_cuts, kills_while_rotating,
 )  # fmt: skip
 
 
