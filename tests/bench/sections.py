@@ -46,7 +46,7 @@ def producer(stage: Stage, _: Results) -> Iterator[Record]:
         ("256 connections", small, 256, (*SUBJECTS, *BRIDGES)),
         (IMAGES_CASE, images, 32, (*SUBJECTS, *BRIDGES, PLAIN)),
     )
-    limits = {"256 connections": 20_000, IMAGES_CASE: 200}  # messages for each second of measuring
+    limits = {"256 connections": 20_000, IMAGES_CASE: 500}  # messages for each second of measuring
     with _producers(stage, *SUBJECTS, *BRIDGES, PLAIN) as running, stage.queue("bench-limit") as limit:
         for case, messages, connections, subjects in cases:
             file = load.write_bodies(messages, stage.folder / "bodies.jsonl")
