@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
@@ -75,6 +76,8 @@ class ProducerSettings(Settings):
     idle_timeout_ms: int = _setting(75_000, "before an idle connection is closed, ms", low=1)
     write_timeout_ms: int = _setting(20_000, "for a client to take its answers before it is cut off, ms", low=1)
     drain_delay_ms: int = _setting(0, "how long a stop still listens while /readyz says 503, ms", low=0)
+    allowed_hosts: str = _setting("", "Host values that are served, separated by commas; others are 403 (empty: all)")
+    cors_origins: str = _setting("", "origins whose pages may POST, separated by commas (empty: none but our own)")
     api_token: str = _setting("", "bearer token(s) for POST, separated by commas (empty: no authentication)")
     protect_pages: bool = _setting(False, "1: /metrics, /docs and /openapi.json want the token too")
     tls_cert: str = _setting("", "PEM file of the certificate chain: serve HTTPS (SIGHUP reloads it)")
@@ -103,6 +106,13 @@ class ConsumerSettings(Settings):
 
 
 S = TypeVar("S", bound=Settings)
+
+# pamqp, under aiormq, takes fewer characters than RabbitMQ. AMQP allows 255 bytes; ".1023.dead" takes 10.
+_QUEUE_NAME = re.compile(r"[a-zA-Z0-9\-_.:@#,/+ ]+")
+_MOST_QUEUE_NAME_CHARS = 245
+_HOST_ITEM = re.compile(r"[a-zA-Z0-9.\-]+|\[[0-9a-fA-F:.]+\]")
+_ORIGIN_ITEM = re.compile(r"https?://(?:[a-zA-Z0-9.\-]+|\[[0-9a-fA-F:.]+\])(?::[0-9]{1,5})?")
+_FORMS = {"ALLOWED_HOSTS": "host names without a port", "CORS_ORIGINS": "origins such as https://dash.example:8443"}
 
 _TRUE, _FALSE = frozenset({"1", "true", "yes", "on"}), frozenset({"", "0", "false", "no", "off"})
 
@@ -172,12 +182,16 @@ def load(cls: type[S], flags: argparse.Namespace, environ: Mapping[str, str]) ->
         host = values.get("rabbitmq_host") or "localhost"
         values["amqp_url"] = f"amqp://guest:guest@{f'[{host}]' if ':' in host else host}:5672/"
     _check_amqp_url(values["amqp_url"])
-    try:
-        name_bytes = len(values.get("queue_name", "predictions").encode())
-    except UnicodeEncodeError:  # bytes of the environment that are not UTF-8
-        name_bytes = 0
-    if not 0 < name_bytes <= 250:
-        raise SettingError("QUEUE_NAME must be 1 to 250 bytes of UTF-8 (AMQP allows 255, '.dead' takes 5)")
+    queue_name = values.get("queue_name", "predictions")
+    if len(queue_name) > _MOST_QUEUE_NAME_CHARS or not _QUEUE_NAME.fullmatch(queue_name):
+        raise SettingError(
+            f"QUEUE_NAME must be 1 to {_MOST_QUEUE_NAME_CHARS} characters: "
+            "letters A-Z and a-z, digits, - _ . : @ # , / + and space"
+        )
+    for name, form in (("ALLOWED_HOSTS", _HOST_ITEM), ("CORS_ORIGINS", _ORIGIN_ITEM)):
+        for text in filter(None, values.get(name.lower(), "").split(",")):
+            if not form.fullmatch(text):
+                raise SettingError(f"{name} holds {text!r}, but must be {_FORMS[name]}, separated by commas")
     if bool(values.get("tls_cert")) != bool(values.get("tls_key")):
         raise SettingError("TLS_CERT and TLS_KEY go together: set both, or none")
     if not all(33 <= ord(c) <= 126 for c in values.get("api_token", "").replace(",", "")):

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 
 class HttpError(Exception):
-    """An answer other than success: status code, one sentence for a person, extra response header fields."""
+    """An answer other than success: status code, one sentence for a person, and header lines, each with its CRLF."""
 
     def __init__(self, status: int, detail: str, headers: tuple[tuple[str, str], ...] = ()) -> None:
         super().__init__(detail)
         self.status = status
         self.detail = detail
-        self.headers = headers
+        self.fields = b"".join(f"{name}: {value}\r\n".encode("latin-1") for name, value in headers)
 
 
 class InvalidEvent(Exception):
     """A document that is not an event. `faults` has FastAPI's shape: [{"loc": [...], "msg": str, "type": str}, ...]."""
-
-    status = 422
 
     def __init__(self, faults: list[dict[str, object]]) -> None:
         super().__init__(f"{len(faults)} fault(s)")
@@ -28,14 +26,15 @@ class NotConfirmed(Exception):
 
 
 class Unavailable(NotConfirmed):
-    """It was not accepted, and a retry may be. `reason` is one word for metrics; `why` is for the log and /readyz."""
+    """It was not accepted, and a retry may be.
 
-    status = 503
+    `reason` is one word for metrics. `public` is for clients, and names no address; `why` is for the log and /readyz.
+    """
 
-    def __init__(self, reason: str, why: str) -> None:
-        super().__init__(f"{why}; nothing was accepted, try again")
+    def __init__(self, reason: str, public: str, why: str = "") -> None:
+        super().__init__(f"{public}; nothing was accepted, try again")
         self.reason = reason
-        self.why = why
+        self.why = why or public
 
 
 class TooLarge(NotConfirmed):
@@ -50,7 +49,10 @@ class OutcomeUnknown(NotConfirmed):
     """It was sent, and may or may not be stored."""
 
     def __init__(self) -> None:
-        super().__init__("no confirm from the broker in time: the event may or may not be stored")
+        super().__init__(
+            "no confirm from the broker in time: the event may or may not be stored; "
+            "a retry with the same Idempotency-Key is safe"
+        )
 
 
 class Fatal(Exception):

@@ -1,6 +1,6 @@
-"""aiormq: connect with a time limit, declare the topology, keep one connection up for ever. Hot frames are fast_lane's.
+"""One connection to RabbitMQ, opened in bounded time and kept up for ever, by way of aiormq.
 
-Nothing here knows HTTP, CSV or what is in a message.
+Nothing here knows HTTP, CSV or what is in a message. Hot frames are transport.py's, queues are topology.py's.
 """
 
 from __future__ import annotations
@@ -8,23 +8,28 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Awaitable, Callable
+import socket
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import aiormq
 from aiormq.abc import AbstractChannel, AbstractConnection
 from pamqp.exceptions import PAMQPException
 
-from common.amqp.address import masked_url
+from common.amqp.address import Address, masked_url, parse_address
 from common.amqp.codec import HOT_CHANNEL
-from common.amqp.transport import FastLane, FastLaneFactory
+from common.amqp.transport import FastLane, FastLaneFactory, LaneListener
 from common.errors import StartupError
 
 log = logging.getLogger("predlog.amqp")
 
-CONNECT_TIMEOUT_SECONDS = 10.0
+RESOLVE_TIMEOUT_SECONDS = 5.0
+HANDSHAKE_TIMEOUT_SECONDS = 5.0  # of TLS and AMQP; the TCP connect before it has a bound of its own
+STAGGER_SECONDS = 1.0  # after which the next address is tried beside one that does not answer (as RFC 8305 has it)
+CONNECT_TIMEOUT_SECONDS = 10.0  # of one call on an open connection
 CLOSE_TIMEOUT_SECONDS = 1.5
 HEARTBEAT_SECONDS = 10  # aiormq takes the broker for dead after three missed ones
+LAST_WORDS_SECONDS = 0.5
 BACKOFF_FIRST_SECONDS, BACKOFF_MOST_SECONDS = 0.1, 3.0
 SETTLED_SECONDS = 5.0  # a connection that lived so long begins its back-off anew
 
@@ -37,11 +42,29 @@ CONNECTION_ERRORS = (
     RuntimeError,
     asyncio.IncompleteReadError,
 )
+# A restart does not fix these: the first connection ends the process with one line. Later ones wait: somebody may be
+# in the middle of changing a password or a right.
+_HOPELESS = (
+    aiormq.exceptions.ProbableAuthenticationError,
+    aiormq.exceptions.AuthenticationError,
+    aiormq.exceptions.ConnectionNotAllowed,
+    aiormq.exceptions.ChannelAccessRefused,
+)
+
+
+class LinkListener(LaneListener, Protocol):
+    """Who uses a connection that is kept up."""
+
+    async def up(self, link: Link) -> None:
+        """Set a new connection up: declare, consume. What it raises makes this a failed attempt."""
+
+    def down(self, reason: str) -> None:
+        """Hear that there is no connection, and why: after a loss, and after each failed attempt."""
 
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """One live connection with its channel and its fast lane."""
+    """One live connection with its hot channel and its fast lane."""
 
     connection: AbstractConnection
     channel: AbstractChannel
@@ -53,7 +76,7 @@ class Link:
         return int(self.connection.connection_tune.frame_max or 0)
 
     async def close(self) -> None:
-        """Say good-bye if the broker listens; never wait for one that does not."""
+        """Close in order if the broker listens; never wait for one that does not."""
         try:
             if self.lane.lost is None:
                 await asyncio.wait_for(asyncio.shield(self.connection.close()), CLOSE_TIMEOUT_SECONDS)
@@ -87,20 +110,85 @@ async def closed() -> None:
 
 
 def cancelled() -> bool:
-    """Whether the running task really was cancelled: aiormq may report a loss as CancelledError as well."""
+    """Tell whether the running task really was cancelled: aiormq may report a loss as CancelledError as well."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
 
 
-async def open_link(url: str, name: str, high_water_bytes: int = 2**20) -> Link:
-    """Connect and open the hot channel with confirms. Raises one of CONNECTION_ERRORS, and in bounded time."""
-    factory = FastLaneFactory()
+# Opening
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    """One address to try: the URL with the host's name, which TLS verifies, and where that name leads."""
+
+    address: Address
+    family: int
+    socket_address: tuple[Any, ...]
+
+
+async def _candidates(address: Address) -> list[_Candidate]:
+    """Every address of every host, in random order, so that the connections of many processes spread over a cluster.
+
+    Raises OSError when no host can be resolved.
+    """
+    loop = asyncio.get_running_loop()
+
+    async def resolve(host: str, port: int) -> list[_Candidate]:
+        async with asyncio.timeout(RESOLVE_TIMEOUT_SECONDS):
+            found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        return [_Candidate(address.only(host, port), family, sockaddr) for family, _, _, _, sockaddr in found]
+
+    results = await asyncio.gather(*(resolve(host, port) for host, port in address.hosts), return_exceptions=True)
+    candidates = [each for result in results if isinstance(result, list) for each in result]
+    if not candidates:
+        raise next(result for result in results if isinstance(result, BaseException))
+    random.shuffle(candidates)
+    return candidates
+
+
+async def open_link(url: str, name: str, listener: LaneListener, high_water_bytes: int = 2**20) -> Link:
+    """Connect to the first host of `url` that answers, and open the hot channel with confirms.
+
+    Raises one of CONNECTION_ERRORS, or StartupError, in bounded time: an address that does not answer within
+    STAGGER_SECONDS gets company from the next one, and the first to be ready wins.
+    """
+    untried = await _candidates(parse_address(url))
+    trying: set[asyncio.Task[Link]] = set()
+    errors: list[BaseException] = []
+    try:
+        while untried or trying:
+            if untried:
+                opening = _open_one(untried.pop(0), name, listener, high_water_bytes)
+                trying.add(asyncio.ensure_future(opening))
+            done, trying = await asyncio.wait(
+                trying, timeout=STAGGER_SECONDS if untried else None, return_when=asyncio.FIRST_COMPLETED
+            )
+            for task in done:
+                if (error := _error_of(task)) is None:
+                    return task.result()
+                errors.append(error)
+    finally:
+        for task in trying:
+            task.cancel()
+        if trying:
+            await asyncio.wait(trying)  # each aborts its own connection
+    raise next((error for error in errors if isinstance(error, (*_HOPELESS, StartupError))), errors[-1])
+
+
+def _error_of(task: asyncio.Task[Link]) -> BaseException | None:
+    return asyncio.CancelledError() if task.cancelled() else task.exception()
+
+
+async def _open_one(candidate: _Candidate, name: str, listener: LaneListener, high_water_bytes: int) -> Link:
+    factory = FastLaneFactory(listener, candidate.family, candidate.socket_address)
+    url = candidate.address.url
     join = "&" if "?" in url else "?"
     if "heartbeat=" not in url:
         url += f"{join}heartbeat={HEARTBEAT_SECONDS}"
         join = "&"
     try:
-        async with asyncio.timeout(CONNECT_TIMEOUT_SECONDS):
+        async with asyncio.timeout(HANDSHAKE_TIMEOUT_SECONDS):
             connection = await aiormq.connect(f"{url}{join}name=predlog-{name}", transport_factory=factory)
             channel = await connection.channel(channel_number=HOT_CHANNEL)
     except BaseException as error:
@@ -117,22 +205,13 @@ async def open_link(url: str, name: str, high_water_bytes: int = 2**20) -> Link:
     assert factory.lane is not None
     link = Link(connection, channel, factory.lane)
     link.lane.negotiated(link.frame_max, high_water_bytes)
+    connection.closing.add_done_callback(lambda _: link.lane.fail("connection closed"))
+    channel.closing.add_done_callback(lambda _: link.lane.fail("channel closed"))
     return link
 
 
-def _lost(link: Link) -> asyncio.Future[str]:
-    """The reason, once the link is of no more use, whoever notices it first."""
-    lane, lost = link.lane, asyncio.get_running_loop().create_future()
-    if lane.lost is not None:
-        raise ConnectionError(lane.lost)
-    lane.on_lost = lambda reason: None if lost.done() else lost.set_result(reason)
-    link.connection.closing.add_done_callback(lambda _: lane.fail("connection closed"))
-    link.channel.closing.add_done_callback(lambda _: lane.fail("channel closed"))
-    return lost
-
-
 def explain(error: BaseException, url: str) -> str:
-    """What is wrong, in words, for the errors a person can mend."""
+    """Say what is wrong in words, for the errors that a person can fix."""
     if isinstance(error, StartupError):
         return str(error)
     shown = masked_url(url)
@@ -148,29 +227,13 @@ def explain(error: BaseException, url: str) -> str:
     return f"no broker at {shown} ({said})"
 
 
-# A restart does not mend these: the first connection ends the process with one line. Later ones wait: somebody may be
-# in the middle of changing a password or a queue.
-_HOPELESS = (
-    aiormq.exceptions.ProbableAuthenticationError,
-    aiormq.exceptions.AuthenticationError,
-    aiormq.exceptions.ConnectionNotAllowed,
-    aiormq.exceptions.ChannelAccessRefused,
-)
+# Keeping up
 
 
-async def keep_up(
-    url: str,
-    name: str,
-    prepare: Callable[[Link], Awaitable[None]],
-    on_down: Callable[[str], None],
-    on_trouble: Callable[[str], None] = lambda trouble: None,
-    high_water_bytes: int = 2**20,
-) -> None:
-    """Connect, `prepare` the link, wait until it is lost, call `on_down`, and again, until cancelled.
+async def keep_up(url: str, name: str, listener: LinkListener, high_water_bytes: int = 2**20) -> None:
+    """Connect, let the listener set the link up, wait until it is lost, and again, until cancelled.
 
-    Raises StartupError if the first connection fails for a reason that waiting does not mend. `on_down` hears of every
-    link that was opened, with the reason, also when `prepare` failed; the link is closed by then. `on_trouble` hears
-    why there is no link, of each attempt.
+    Raises StartupError if the first attempt fails for a reason that waiting does not fix.
     """
     attempt, said, first = 0, "", True
     loop = asyncio.get_running_loop()
@@ -179,35 +242,32 @@ async def keep_up(
         began = loop.time()
         trouble = ""
         try:
-            link = await open_link(url, name, high_water_bytes)
-            lost = _lost(link)
-            await prepare(link)
+            link = await open_link(url, name, listener, high_water_bytes)
+            await _up(listener, link)
             log.info("%s: connected%s to %s", name, "" if first else " again", masked_url(url))
             first, said, began = False, "", loop.time()
-            trouble = f"connection lost: {await lost}; nothing under way is forgotten, connecting again"
+            trouble = f"connection lost: {await link.lane.gone}; nothing in flight is lost; reconnecting"
         except (*_HOPELESS, StartupError) as error:
             trouble = explain(error, url)
             if first:
+                listener.down(trouble)
                 raise StartupError(trouble) from None
         except CONNECTION_ERRORS as error:
             trouble = f"{explain(error, url)}; waiting for it"
         except asyncio.CancelledError:
             if cancelled():
                 raise
-            trouble = "the connection was cut; connecting again"
+            trouble = "the connection was cut; reconnecting"
         except Exception as error:  # a bare one is aiormq's way to report a cut during a call
             if type(error) is not Exception:
                 log.exception("%s: unexpected", name)
-            trouble = "the connection was cut; connecting again"
+            trouble = "the connection was cut; reconnecting"
         finally:
             if link is not None:
-                link.lane.on_lost = lambda _: None
                 await link.close()
         if cancelled():  # aiormq may turn our cancellation into the error of a loss at the same moment
             raise asyncio.CancelledError
-        if link is not None:
-            on_down(trouble)
-        on_trouble(trouble)
+        listener.down(trouble)
         if trouble != said:
             log.warning("%s: %s", name, trouble)
         said = trouble
@@ -216,3 +276,27 @@ async def keep_up(
         await asyncio.sleep(
             random.uniform(0.5, 1) * min(BACKOFF_MOST_SECONDS, BACKOFF_FIRST_SECONDS * 2 ** min(attempt, 10))
         )
+
+
+async def _up(listener: LinkListener, link: Link) -> None:
+    """Let the listener set the link up; a loss meanwhile ends it, though aiormq may not tell the caller."""
+    setting_up = asyncio.create_task(listener.up(link))
+    try:
+        waited: list[asyncio.Future[Any]] = [setting_up, link.lane.gone]
+        await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+        if not setting_up.done():  # the call that met the loss may say more about it
+            await asyncio.wait({setting_up}, timeout=LAST_WORDS_SECONDS)
+    finally:
+        if not setting_up.done():
+            setting_up.cancel()
+            await asyncio.wait({setting_up})
+    if link.lane.lost is not None and not _is_hopeless(setting_up):
+        raise ConnectionError(link.lane.lost)
+    if setting_up.cancelled():
+        raise ConnectionError("the connection was cut")
+    setting_up.result()
+
+
+def _is_hopeless(task: asyncio.Task[None]) -> bool:
+    """Tell whether it failed for a reason that says more than the loss which came with it."""
+    return not task.cancelled() and isinstance(task.exception(), (*_HOPELESS, StartupError))

@@ -1,4 +1,4 @@
-"""The queues: their names and arguments, and how they are declared. Nothing here publishes or consumes."""
+"""The queues: their names and arguments, how they are declared, and whether they may be published to."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Mapping
 
 import aiormq
-from aiormq.abc import AbstractChannel
+from aiormq.abc import AbstractChannel, AbstractConnection
 
 from common.amqp.link import CONNECT_TIMEOUT_SECONDS
 from common.errors import StartupError
@@ -22,9 +22,13 @@ QUEUE_ARGUMENTS: Mapping[str, str | int | bool] = {
 DEAD_LETTER_ARGUMENTS: Mapping[str, str | int | bool] = {"x-queue-type": "quorum", "x-delivery-limit": 2**31 - 1}
 
 
+# A name that no queue has: a message to it is returned, or refused if its user may publish nothing.
+_NO_QUEUE = "predlog.no-such-queue"
+
+
 def queue_names(queue_name: str, partitions: int) -> list[str]:
-    """The queue of each partition; with one partition, the name itself."""
-    return [queue_name] if partitions == 1 else [f"{queue_name}.{k}" for k in range(partitions)]
+    """Return the queue of each partition. A single partition has the plain name."""
+    return [queue_name] if partitions == 1 else [f"{queue_name}.{partition}" for partition in range(partitions)]
 
 
 def dead_letter_queue(queue_name: str) -> str:
@@ -41,3 +45,17 @@ async def declare(channel: AbstractChannel, queue_name: str, arguments: Mapping[
         raise StartupError(
             f"queue '{queue_name}' exists with other arguments: {said}. Delete it, or set QUEUE_NAME to another name"
         ) from None
+
+
+async def check_may_publish(connection: AbstractConnection) -> None:
+    """Publish what cannot be routed, on a channel of its own, and wait until it is returned.
+
+    It meets what the first event of a client would meet. Raises ChannelAccessRefused when the user may not write to the
+    default exchange. During an alarm the broker says connection.blocked because of it, as it does only to connections
+    that publish; the message may then never be returned.
+    """
+    channel = await connection.channel()
+    try:
+        await channel.basic_publish(b"", routing_key=_NO_QUEUE, mandatory=True)
+    except aiormq.exceptions.PublishError:
+        await channel.close()

@@ -1,16 +1,18 @@
 """The fast lane: a protocol under aiormq's reader that takes the hot frames itself and hands aiormq all the others.
 
-aiormq keeps the handshake, TLS, topology, calls and errors. Rules that both sides rest on: only this lane publishes and
-acks on the hot channel (a publish of aiormq's there would shift the delivery tags); whole frames only are written, so
-ours and aiormq's can share the socket.
+aiormq keeps the handshake, TLS, topology, calls and errors. Two rules hold it together. Only this lane publishes and
+acks on the hot channel: a publish of aiormq's there would shift the delivery tags. Only whole frames are written, so
+that the lane and aiormq can share the socket.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
 import struct
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from aiormq import AMQPConnectionError, TransportFactory
 
@@ -21,26 +23,34 @@ if TYPE_CHECKING:
     from yarl import URL
 
 
+CONNECT_TIMEOUT_SECONDS = 2.0  # of TCP
 HEARTBEAT_FEED_SECONDS = 1.0
 
 
-def _ignore(_: Any) -> None: ...
+class LaneListener(Protocol):
+    """Who hears of the hot frames of one connection. Called from the event loop; none may raise."""
+
+    def deliveries(self, deliveries: list[Delivery]) -> None:
+        """Messages for the consumer of the hot channel, in order."""
+
+    def confirms(self, confirms: list[Confirm]) -> None:
+        """The broker's word on what was published on the hot channel."""
+
+    def blocked(self, reason: str) -> None:
+        """The broker reads nothing more that is published (connection.blocked), and why; "" when it reads again."""
 
 
 class FastLane(asyncio.StreamReaderProtocol):
-    """One connection's hot frames. Set the callbacks before the first hot frame can come.
+    """One connection's hot frames.
 
-    `on_lost` is called once, with the reason, as soon as the connection or its hot channel is of no more use.
+    `gone` is done, with the reason, as soon as the connection or its hot channel is of no more use.
     """
 
-    def __init__(self, reader: asyncio.StreamReader, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, listener: LaneListener, reader: asyncio.StreamReader, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(reader, loop=loop)
-        self.on_deliveries: Callable[[list[Delivery]], None] = _ignore
-        self.on_confirms: Callable[[list[Confirm]], None] = _ignore
-        self.on_blocked: Callable[[str], None] = _ignore  # the broker's reason; "" when unblocked
-        self.on_lost: Callable[[str], None] = _ignore
         self.congested = False  # more than `high_water_bytes` wait for the broker to read them
-        self.lost: str | None = None
+        self.gone: asyncio.Future[str] = loop.create_future()
+        self._deliveries, self._confirms, self._blocked = listener.deliveries, listener.confirms, listener.blocked
         self._decoder = FrameDecoder()
         self._cold_reader = reader
         self._lane_loop = loop
@@ -49,6 +59,11 @@ class FastLane(asyncio.StreamReaderProtocol):
         self._held_back = False
         self._heartbeat_due = 0.0
         self._lane_transport: asyncio.Transport | None = None
+
+    @property
+    def lost(self) -> str | None:
+        """Why the lane is of no more use; None while it is."""
+        return self.gone.result() if self.gone.done() else None
 
     def negotiated(self, frame_max: int, high_water_bytes: int) -> None:
         """Tell the lane what the handshake settled, and how much may wait to be written before `congested`."""
@@ -68,7 +83,7 @@ class FastLane(asyncio.StreamReaderProtocol):
     def _flush(self) -> None:
         self._flush_due = False
         out, self._out = self._out, []
-        if self._lane_transport is not None and self.lost is None:
+        if self._lane_transport is not None and not self.gone.done():
             self._lane_transport.write(b"".join(out))
 
     # In
@@ -86,7 +101,7 @@ class FastLane(asyncio.StreamReaderProtocol):
 
     def keep_alive(self) -> None:
         """Call now and then while held back: aiormq's liveness clock must not take our own pause for a dead broker."""
-        if self._held_back and self.lost is None:
+        if self._held_back and not self.gone.done():
             self._cold_reader.feed_data(HEARTBEAT)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -106,13 +121,13 @@ class FastLane(asyncio.StreamReaderProtocol):
             self._handle_notices()
         if decoder.confirms:
             confirms, decoder.confirms = decoder.confirms, []
-            if self.lost is None:  # after a return, its message's ack is no good news: all is published again
-                self.on_confirms(confirms)
+            if not self.gone.done():  # the ack of a returned message is no good news: all is published again
+                self._confirms(confirms)
             self._feed_heartbeat()
         if decoder.deliveries:
             deliveries, decoder.deliveries = decoder.deliveries, []
-            if self.lost is None:
-                self.on_deliveries(deliveries)
+            if not self.gone.done():
+                self._deliveries(deliveries)
             self._feed_heartbeat()
 
     def _feed_heartbeat(self) -> None:
@@ -126,9 +141,9 @@ class FastLane(asyncio.StreamReaderProtocol):
         notices, self._decoder.notices = self._decoder.notices, []
         for kind, text in notices:
             if kind == "blocked":
-                self.on_blocked(text or "no reason given")
+                self._blocked(text or "no reason given")
             elif kind == "unblocked":
-                self.on_blocked("")
+                self._blocked("")
             else:
                 self._lose(text if kind == "cancelled" else f"{kind}: {text}")
 
@@ -149,9 +164,8 @@ class FastLane(asyncio.StreamReaderProtocol):
         return super().eof_received()
 
     def _lose(self, reason: str) -> None:
-        if self.lost is None:
-            self.lost = reason
-            self.on_lost(reason)
+        if not self.gone.done():
+            self.gone.set_result(reason)
 
     def pause_writing(self) -> None:
         self.congested = True
@@ -163,10 +177,16 @@ class FastLane(asyncio.StreamReaderProtocol):
 
 
 class FastLaneFactory(TransportFactory):
-    """Opens the socket for aiormq with a FastLane under its reader. One factory makes one connection: `lane`."""
+    """Opens the socket for aiormq, to one address, with a FastLane under its reader.
 
-    def __init__(self) -> None:
+    One factory makes one connection: `lane`.
+    """
+
+    def __init__(self, listener: LaneListener, family: int, socket_address: tuple[Any, ...]) -> None:
         self.lane: FastLane | None = None
+        self._listener = listener
+        self._family = family
+        self._socket_address = socket_address
 
     async def create(self, url: URL, **kwargs: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         loop = asyncio.get_running_loop()
@@ -177,10 +197,29 @@ class FastLaneFactory(TransportFactory):
             files = ", ".join(url.query[key] for key in ("cafile", "certfile", "keyfile") if key in url.query)
             why = error.strerror or error
             raise StartupError(f"AMQP_URL names a file that cannot be used: {files} ({why})") from None
-        lane = FastLane(reader, loop)
+        lane = FastLane(self._listener, reader, loop)
         try:
-            transport, _ = await loop.create_connection(lambda: lane, url.host or "", url.port or 0, ssl=tls)
-        except OSError as error:
-            raise AMQPConnectionError(*error.args) from error
+            connected = await self._connect()
+            server_hostname = url.host if tls is not None else None
+            transport, _ = await loop.create_connection(
+                lambda: lane, sock=connected, ssl=tls, server_hostname=server_hostname
+            )
+        except OSError as error:  # asyncio puts the address in place of the system's words
+            if isinstance(error, TimeoutError) or not error.errno:
+                raise
+            raise AMQPConnectionError(error.errno, os.strerror(error.errno)) from error
         self.lane = lane
         return reader, asyncio.StreamWriter(transport, lane, reader, loop)
+
+    async def _connect(self) -> socket.socket:
+        """A TCP connection. The kernel itself would wait for minutes for a host that is gone."""
+        connecting = socket.socket(self._family, socket.SOCK_STREAM)
+        try:
+            connecting.setblocking(False)
+            connecting.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            async with asyncio.timeout(CONNECT_TIMEOUT_SECONDS):
+                await asyncio.get_running_loop().sock_connect(connecting, self._socket_address)
+        except BaseException:
+            connecting.close()
+            raise
+        return connecting

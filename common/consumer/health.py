@@ -28,11 +28,13 @@ class Health:
         else:
             exchange.answer(200, b'{"status":"ready"}')
 
-    def check(self, head: Head) -> None:
+    def check(self, head: Head) -> bytes:
+        """Refuse what is not one of the pages."""
         if head.path not in (b"/healthz", b"/readyz", b"/metrics"):
             raise HttpError(404, "here are /healthz, /readyz and /metrics")
         if head.method not in (b"GET", b"HEAD"):
             raise HttpError(405, "this page takes GET, HEAD", (("Allow", "GET, HEAD"),))
+        return b""
 
     def answered(self, exchange: Exchange, status: int) -> None:
         """Nothing is counted here."""

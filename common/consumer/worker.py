@@ -84,8 +84,6 @@ class Worker:
         await declare(link.channel, dead_letter_queue(settings.queue_name), DEAD_LETTER_ARGUMENTS)
         # RabbitMQ cuts a link that is not read for half a minute: in trouble, the next one takes nothing until it ends.
         while self._trouble and not self._draining:
-            if link.lane.lost is not None:
-                raise ConnectionError(link.lane.lost)
             self._down = ""  # there is a link
             await asyncio.sleep(TROUBLE_POLL_SECONDS)
         if self._draining:
@@ -94,7 +92,6 @@ class Worker:
             await link.channel.basic_qos(prefetch_count=settings.prefetch_count)
             self._link, self._down = link, ""
             self._delivered_at = self._loop.time()
-            link.lane.on_deliveries = self.deliveries
             consuming = await link.channel.basic_consume(settings.queue_name, _not_called)
         self._consumer_tag = consuming.consumer_tag or ""
         if self._draining:  # since a moment ago

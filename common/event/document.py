@@ -18,8 +18,8 @@ SPARE_VALUES = 10_000
 # The second, exact reading of a refused document is many times slower than the first where numbers are long: strings
 # aside, it reads no more than this.
 EXACT_READING_BYTES = 1 << 18
-EXACT_ARRAY_BYTES = 1 << 20  # an array is then also written, and read, item by item
 
+_WINDOW_BYTES = 1 << 16
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -67,55 +67,60 @@ def read_exactly(body: bytes, otherwise: object) -> object:
 
 
 def bound_values(bodies: Sequence[bytes], limit: int) -> None:
-    """Refuses documents with more than `limit` values in all, at a fraction of what parsing them would cost."""
-    if sum(map(len, bodies)) <= limit or sum(map(_count_values, bodies)) <= limit:
+    """Refuse documents with more than `limit` values in all, at a fraction of what parsing them would cost."""
+    if sum(map(len, bodies)) <= limit:
+        return
+    count = 0
+    for body in bodies:
+        count += _count_values(body, limit - count)
+        if count > limit:
+            break
+    else:
         return
     count = 0
     for body in bodies:
         outside = _outside_strings(body, limit)  # a frame may be the text of an array of pixels
-        count += limit + 1 if outside is None else _count_values(outside)
+        count += limit + 1 if outside is None else _count_values(outside, limit - count)
         if count > limit:
-            raise InvalidEvent(
-                [make_fault(["body"], "json_too_large", f"Body should hold at most {limit} JSON values")]
-            )
+            message = f"Body should hold at most {limit} JSON values"
+            raise InvalidEvent([make_fault(["body"], "json_too_large", message)])
 
 
-def _count_values(text: bytes) -> int:
-    return len(text) - len(text.translate(None, b",[{"))
+def _count_values(text: bytes, limit: int) -> int:
+    """Count the values of a document; beyond `limit`, stop soon.
+
+    Where hits are rare, as in images, the processor's own search passes over them: 40 times faster than looking at
+    every byte. Where they are not, the first windows tell.
+    """
+    count = 0
+    for start in range(0, len(text), _WINDOW_BYTES):
+        end = start + _WINDOW_BYTES
+        count += text.count(b",", start, end) + text.count(b"[", start, end) + text.count(b"{", start, end)
+        if count > limit:
+            break
+    return count
 
 
 def _outside_strings(body: bytes, most_strings: int) -> bytes | None:
-    """A JSON document without what is in its strings; None when they are too many. Right up to the first fault."""
+    """Return a JSON document without what is in its strings; None when they are too many."""
     body = body.replace(rb"\\", b"").replace(rb"\"", b"")
     return b"".join(body.split(b'"')[::2]) if body.count(b'"') <= 2 * most_strings else None
 
 
 def array_items(body: bytes) -> list[Any]:
-    """The items of a JSON array; as texts, for `decode` to judge one by one, when orjson's reading is not exact.
+    """Return the items of a JSON array. Raises InvalidEvent for what is none.
 
-    Raises InvalidEvent for what is no array.
+    Unlike an event alone, an array is read once: where orjson refuses one item, it refuses the array. NDJSON is read
+    item by item.
     """
-    try:
-        items = read_json(body)
-    except InvalidEvent:
-        texts = _exact_texts(body) if body else None
-        if texts is None:
-            raise
-        return texts
+    items = read_json(body)
     if type(items) is not list:
         raise InvalidEvent([make_fault(["body"], "list_type")])
-    if NINETEEN_DIGITS in body.translate(DIGITS_TO_ZERO):
-        return _exact_texts(body) or items
     return items
 
 
-def _exact_texts(body: bytes) -> list[Any] | None:
-    if len(body) > EXACT_ARRAY_BYTES:
-        return None
-    exact = read_exactly(body, otherwise=None)
-    if type(exact) is not list:
-        return None
-    try:
-        return [json.dumps(item).encode() for item in exact]
-    except RecursionError:
-        return None
+def line_items(body: bytes, limit: int) -> list[bytes]:
+    """Return the lines of NDJSON that are not blank. Raises InvalidEvent above `limit` lines of any kind."""
+    if body.count(b"\n") > limit:
+        raise InvalidEvent([make_fault(["body"], "json_too_large", f"Body should hold at most {limit} lines")])
+    return [line for line in body.split(b"\n") if line.strip()]

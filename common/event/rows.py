@@ -49,7 +49,7 @@ def _rows_quickly(document: Any, low_prob_threshold: float) -> tuple[str, int] |
         rows, texts, all_tags = [], [device_id, client_id, created_at, license_id], []
         for pred in preds:
             frame, prob, tags = pred["image_frame"], pred["prob"], pred["tags"]
-            if type(frame) is not str or type(prob) is not float or prob - prob != 0.0 or type(tags) is not list:
+            if type(frame) is not str or type(prob) is not float or type(tags) is not list:
                 return None
             if prob < low_prob_threshold:
                 tags = [*tags, LOW_PROB_TAG]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import orjson
 
@@ -16,6 +16,7 @@ from common.event.document import (
     VALUES_PER_PRED,
     array_items,
     bound_values,
+    line_items,
     read_exactly,
     read_json,
 )
@@ -25,6 +26,7 @@ Event = dict[str, Any]
 MAX_NUMBER_CHARS = 1000
 # The answer to a document with more faults names this many, and says so.
 MAX_FAULTS = 2_000
+_TOO_MANY_FAULTS = f"Only the first {MAX_FAULTS} faults are listed"
 
 
 def _string(value: object) -> str:
@@ -52,7 +54,7 @@ def _number(value: object) -> float:
             raise ValueError("float_type") from None
     else:
         raise ValueError("float_type")
-    if number - number != 0.0:
+    if number - number != 0.0:  # an infinity or NaN: quicker than math.isfinite
         raise ValueError("finite_number")
     return number
 
@@ -86,8 +88,9 @@ _EVENT: Shape = {
 class _Walk:
     """Reads a document by its shape, and collects every fault on the way."""
 
-    def __init__(self, max_preds: int | None) -> None:
+    def __init__(self, max_preds: int | None, most_faults: int) -> None:
         self.max_preds = max_preds
+        self.most_faults = most_faults
         self.loc: list[str | int] = ["body"]
         self.faults: list[Fault] = []
 
@@ -120,12 +123,10 @@ class _Walk:
         return result
 
     def fault(self, kind: str, message: str | None = None) -> Any:
-        """Notes a fault at `loc`, and gives the value that stands for the faulty one."""
+        """Note a fault at `loc`, and return the value that stands for the faulty one."""
         self.faults.append(make_fault(self.loc, kind, message))
-        if len(self.faults) == MAX_FAULTS:
-            self.faults.append(
-                make_fault(["body"], "too_many_faults", f"Only the first {MAX_FAULTS} faults are listed")
-            )
+        if len(self.faults) == self.most_faults:
+            self.faults.append(make_fault(["body"], "too_many_faults", _TOO_MANY_FAULTS))
             raise InvalidEvent(self.faults)
         return None
 
@@ -134,8 +135,8 @@ def _too_long(limit: int, length: int) -> str:
     return f"List should have at most {limit} item{'' if limit == 1 else 's'} after validation, not {length}"
 
 
-def _validate_carefully(document: object, max_preds: int | None) -> Event:
-    walk = _Walk(max_preds)
+def _validate_carefully(document: object, max_preds: int | None, most_faults: int) -> Event:
+    walk = _Walk(max_preds, most_faults)
     event: Event = walk.read(document, _EVENT)
     if walk.faults:
         raise InvalidEvent(walk.faults)
@@ -143,7 +144,10 @@ def _validate_carefully(document: object, max_preds: int | None) -> Event:
 
 
 def _validate_quickly(document: Any, max_preds: int | None) -> Event | None:
-    """The event in normal form; None when somebody has to look closer."""
+    """Return the event in normal form; None when somebody has to look closer.
+
+    `document` is orjson's: none of its floats is an infinity or NaN.
+    """
     try:
         data = document["data"]
         ids = document["device_id"], document["client_id"], document["created_at"], data["license_id"]
@@ -160,7 +164,7 @@ def _validate_quickly(document: Any, max_preds: int | None) -> Event | None:
             tags = pred["tags"]
             if type(image_frame) is not str or type(tags) is not list:
                 return None
-            if type(prob) is not float or prob - prob != 0.0:
+            if type(prob) is not float:
                 prob = _number(prob)
             for tag in tags:
                 if type(tag) is not str:
@@ -176,21 +180,37 @@ def _validate_quickly(document: Any, max_preds: int | None) -> Event | None:
     }
 
 
-def validate_event(document: object, max_preds: int | None = None) -> Event:
-    """The event in normal form. `document` is as `loads` gives it; its lists of tags are shared, not copied.
+def validate_event(document: object, max_preds: int | None = None, most_faults: int = MAX_FAULTS) -> Event:
+    """Return the event in normal form. `document` is as `read_json` gives it; its lists of tags are shared, not copied.
 
-    Raises InvalidEvent with every fault (the first MAX_FAULTS of them).
+    Raises InvalidEvent with every fault, up to `most_faults`.
     """
     event = _validate_quickly(document, max_preds)
-    return event if event is not None else _validate_carefully(document, max_preds)
+    return event if event is not None else _validate_carefully(document, max_preds, most_faults)
 
 
-def read_event(body: bytes, max_preds: int | None = None) -> Event:
-    """`loads` and `validate`, with a bound on the work when `max_preds` is given. Raises InvalidEvent with every fault.
+class NormalEvent(NamedTuple):
+    """An event in normal form, as bytes, with what routing and counting want to know of it."""
+
+    body: bytes
+    device_id: str
+    rows: int
+
+
+_tuple: Any = tuple.__new__  # a NamedTuple's own constructor takes three times as long
+
+
+def _normal_event(event: Event) -> NormalEvent:
+    normal: NormalEvent = _tuple(NormalEvent, (orjson.dumps(event), event["device_id"], len(event["data"]["preds"])))
+    return normal
+
+
+def read_event(body: bytes, max_preds: int | None = None, most_faults: int = MAX_FAULTS) -> Event:
+    """Read and validate the event in `body`; the work is bounded when `max_preds` is given.
 
     What orjson cannot tell is read a second time, as FastAPI would (up to EXACT_READING_BYTES outside of strings): so
     an integer id of more than 64 bits keeps its digits, and NaN, 1e999 or a lone surrogate is named by where it is.
-    What `loads` cannot read is never accepted, though.
+    What `read_json` refuses is never accepted, though. Raises InvalidEvent with every fault, up to `most_faults`.
     """
     if max_preds is not None:
         bound_values([body], VALUES_PER_PRED * max_preds + SPARE_VALUES)
@@ -199,55 +219,64 @@ def read_event(body: bytes, max_preds: int | None = None) -> Event:
     except InvalidEvent as refusal:
         exact = read_exactly(body, otherwise=None) if body else None
         if exact is not None:
-            _validate_carefully(exact, max_preds)
+            _validate_carefully(exact, max_preds, most_faults)
         raise refusal from None
     event = _validate_quickly(document, max_preds)
     if event is not None:
         return event
     if NINETEEN_DIGITS in body.translate(DIGITS_TO_ZERO):
         document = read_exactly(body, otherwise=document)
-    return _validate_carefully(document, max_preds)
+    return _validate_carefully(document, max_preds, most_faults)
 
 
-def normalise_event(body: bytes, max_preds: int) -> bytes:
-    """The event in `body` in normal form, as bytes. Bounded work, whatever `body` is. Raises InvalidEvent."""
+def normalise_event(body: bytes, max_preds: int) -> NormalEvent:
+    """Return the event in `body` in normal form. Bounded work, whatever `body` is. Raises InvalidEvent."""
     event = None
     if len(body) <= SPARE_VALUES:  # it cannot hold more
         try:
             event = _validate_quickly(orjson.loads(body), max_preds)
         except orjson.JSONDecodeError:
-            event = None  # decode knows more
-    return orjson.dumps(read_event(body, max_preds) if event is None else event)
+            event = None  # read_event knows more
+    return _normal_event(read_event(body, max_preds) if event is None else event)
 
 
-def normalise_batch(body: bytes, lines: bool, max_preds: int) -> list[bytes | InvalidEvent]:
-    """The events of a JSON array, or of NDJSON when `lines`: each in normal form, or its faults.
+def normalise_batch(body: bytes, lines: bool, max_preds: int) -> Iterator[NormalEvent | InvalidEvent]:
+    """Yield each event of a JSON array, or of NDJSON when `lines`, in normal form, or its faults.
 
-    A fault's `loc` is body, position, …. `max_preds` bounds the events, and the predictions of each; beyond MAX_FAULTS
-    an event has one fault that stands for its own. Raises InvalidEvent when the whole cannot be read, or is too much.
+    A fault's `loc` is body, position, …. `max_preds` bounds the events, and the predictions of each. Beyond MAX_FAULTS
+    in all, an event that is refused has one fault that stands for its own, which are not looked for any more. Raises
+    InvalidEvent before the first event when the whole cannot be read, or is too much.
     """
     limit = VALUES_PER_PRED * max_preds + SPARE_VALUES
-    if lines:
-        items: list[Any] = [line for line in body.split(b"\n") if line.strip()]
-        bound_values(items, limit)
-    else:
-        bound_values([body], limit)
+    items: list[Any] = line_items(body, limit) if lines else []
+    bound_values(items if lines else [body], limit)
+    if not lines:
         items = array_items(body)
     if len(items) > max_preds:
         raise InvalidEvent([make_fault(["body"], "too_long", _too_long(max_preds, len(items)))])
-    normal: list[bytes | InvalidEvent] = []
-    faults = 0
+    left = MAX_FAULTS
     for position, item in enumerate(items):
         try:
-            event = read_event(item, max_preds) if type(item) is bytes else validate_event(item, max_preds)
-            normal.append(orjson.dumps(event))
+            yield _normal_event(_read_item(item, max_preds, left))
         except InvalidEvent as error:
-            own = error.faults
-            for fault in own:
+            faults = error.faults
+            for fault in faults:
                 fault["loc"] = ["body", position, *cast(list[Any], fault["loc"])[1:]]
-            faults += len(own)
-            if faults > MAX_FAULTS:
-                message = f"Only the first {MAX_FAULTS} faults are listed"
-                own = [make_fault(["body", position], "too_many_faults", message)]
-            normal.append(InvalidEvent(own))  # without the traceback, whose frames would all stay alive
-    return normal
+            left -= len(faults)
+            if left < 0:
+                left = 0
+                faults = [make_fault(["body", position], "too_many_faults", _TOO_MANY_FAULTS)]
+            yield InvalidEvent(faults)  # without the traceback, whose frames would all stay alive
+
+
+def _read_item(item: Any, max_preds: int, most_faults: int) -> Event:
+    if most_faults:
+        read = read_event if type(item) is bytes else validate_event
+        return read(item, max_preds, most_faults + 1)
+    try:
+        event = _validate_quickly(orjson.loads(item) if type(item) is bytes else item, max_preds)
+    except orjson.JSONDecodeError:
+        event = None
+    if event is None:
+        raise InvalidEvent([make_fault(["body"], "too_many_faults", _TOO_MANY_FAULTS)])
+    return event

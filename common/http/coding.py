@@ -1,57 +1,58 @@
-"""Content codings: gzip content without its coding, within bounds. Pure: bytes in, bytes out."""
+"""Content codings: gzip and deflate content without its coding, within bounds. Pure: bytes in, bytes out."""
 
 from __future__ import annotations
 
 import zlib
+from collections.abc import Generator
 
 from common.errors import HttpError
 
-_CODINGS = frozenset((b"gzip", b"x-gzip", b"identity"))
-_GZIP_MEMBERS = 1000  # log shippers and bgzip write several; each costs an inflater
-_GZIP_INPUT_BYTES = 65536
+# Content codings by name (RFC 9110 section 8.4.1), with zlib's wbits. "deflate" is the zlib format (RFC 1950).
+_WBITS = {b"gzip": 16 + zlib.MAX_WBITS, b"x-gzip": 16 + zlib.MAX_WBITS, b"deflate": zlib.MAX_WBITS}
+_ACCEPTED = "gzip, deflate"
+_MEMBERS = 1000  # log shippers and bgzip write several; each costs an inflater
+_INPUT_BYTES, _OUTPUT_BYTES = 1 << 16, 1 << 20  # of one step
+
+Steps = Generator[None, None, bytes]
 
 
-def require_known_coding(content_encoding: bytes | None) -> None:
-    """Raises HttpError 415 for another content coding than gzip (RFC 9110 sections 8.4 and 12.5.3)."""
-    if content_encoding is not None and content_encoding.lower() not in _CODINGS:
-        raise HttpError(415, "the only content coding supported is gzip", (("Accept-Encoding", "gzip"),))
+def require_known_coding(content_encoding: bytes) -> None:
+    """Raise HttpError 415 for a content coding that is not known; it names those that are (RFC 9110 section 12.5.3)."""
+    name = content_encoding.lower()
+    if name not in _WBITS and name != b"identity":
+        raise HttpError(415, "the content codings supported are gzip and deflate", (("Accept-Encoding", _ACCEPTED),))
 
 
-def decoded(content_encoding: bytes | None, body: bytes, max_bytes: int) -> bytes:
-    """Content without its coding. Raises HttpError 400, 413 or 415."""
-    require_known_coding(content_encoding)
+def decoded(content_encoding: bytes | None, body: bytes, max_bytes: int) -> Steps:
+    """Return content without its coding, in steps of a few milliseconds. Raises HttpError 400, 413 or 415.
+
+    A coding has one member or several, and nothing after them (RFC 1952 section 2.2). It is never inflated to more than
+    `max_bytes` + 1.
+    """
     if content_encoding is None or content_encoding.lower() == b"identity":
         return body
-    return inflate(body, max_bytes)
-
-
-def inflate(body: bytes, max_bytes: int) -> bytes:
-    """Gzip content without its coding (RFC 1952): one member or several, nothing after them.
-
-    Never inflates more than `max_bytes` + 1. Raises HttpError 413 above `max_bytes`, 400 when the content is not gzip.
-    """
+    require_known_coding(content_encoding)
+    name = content_encoding.lower()
     data = bytearray()
     view = memoryview(body)
     start = 0
-    for _ in range(_GZIP_MEMBERS):
-        start = _inflate_member(view, start, data, max_bytes)
+    for _ in range(_MEMBERS):
+        inflater = zlib.decompressobj(wbits=_WBITS[name])
+        while not inflater.eof:
+            piece = inflater.unconsumed_tail or view[start : start + _INPUT_BYTES]
+            if not piece:
+                raise HttpError(400, f"{name.decode()} content is cut off")
+            fresh = not inflater.unconsumed_tail
+            try:
+                data += inflater.decompress(piece, min(_OUTPUT_BYTES, max_bytes + 1 - len(data)))
+            except zlib.error as error:
+                raise HttpError(400, f"invalid {name.decode()} content") from error
+            if len(data) > max_bytes:
+                raise HttpError(413, f"content longer than {max_bytes} bytes when inflated")
+            if fresh:
+                start += len(piece)
+            yield
+        start -= len(inflater.unused_data)
         if start == len(body):
             return bytes(data)
-    raise HttpError(400, f"more than {_GZIP_MEMBERS} gzip members")
-
-
-def _inflate_member(body: memoryview, start: int, data: bytearray, max_bytes: int) -> int:
-    """Append one member to `data`; returns where it ended. In slices, for zlib copies what it does not consume."""
-    inflater = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
-    while not inflater.eof:
-        piece = body[start : start + _GZIP_INPUT_BYTES]
-        if not piece:
-            raise HttpError(400, "gzip content is cut off")
-        try:
-            data += inflater.decompress(piece, max_bytes + 1 - len(data))
-        except zlib.error as error:
-            raise HttpError(400, "content is not valid gzip") from error
-        if len(data) > max_bytes:
-            raise HttpError(413, f"content longer than {max_bytes} bytes when inflated")
-        start += len(piece) - len(inflater.unused_data)
-    return start
+    raise HttpError(400, f"more than {_MEMBERS} {name.decode()} members")

@@ -48,6 +48,10 @@ IDLE_SCAN_SECONDS = 0.1
 _TRY_AGAIN = (("Retry-After", "1"),)
 
 
+def _too_much() -> HttpError:
+    return HttpError(503, "too many large requests at once; try again", _TRY_AGAIN)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerLimits:
     """Bounds on connections and time; parser.Limits has those on one request."""
@@ -139,6 +143,11 @@ class ServerState:
             if payer is newcomer or self.held_bytes == held_bytes:
                 return
 
+    def require_memory(self) -> None:
+        """Raise HttpError 503 when all connections together hold too much."""
+        if self.held_bytes > self.limits.buffered_bytes:
+            raise _too_much()
+
     def evict_idle(self) -> bool:
         """Close the connection that has been idle longest, if one has been for a while. Tell whether one was."""
         now = self.now()
@@ -160,6 +169,7 @@ class Connection(asyncio.Protocol):
 
     __slots__ = (
         "_eof",
+        "_fields",
         "_parser",
         "_pumping",
         "_reading",
@@ -187,6 +197,7 @@ class Connection(asyncio.Protocol):
             0  # bytes of answers that the client had not taken at the last look, while it is stuck or closing
         )
         self._parser = RequestParser(state.limits.request)
+        self._fields = b""  # what `check` returned for the head whose body is still arriving
         self._reading = True
         self._eof = False
         self._pumping = False
@@ -299,8 +310,7 @@ class Connection(asyncio.Protocol):
                 if not self.stuck:
                     self.deadline = math.inf
             try:
-                if not checked:
-                    application.check(head)
+                exchange.fields = self._fields if checked else application.check(head)
                 application.handle(request, exchange)
             except HttpError as error:
                 # Its frames hold the request; with a frame that holds the error it is a cycle: memory until a gc.
@@ -332,16 +342,16 @@ class Connection(asyncio.Protocol):
                 self._enter(HEAD)
         elif self.phase is not BODY:
             # What may not come in is refused before its body is read; so is 100 Continue.
-            self._check(head)
+            self._fields = self._check(head)
             self._enter(BODY)
             if head.expect_continue and not parser.buffered_bytes and self.transport is not None:
                 self.transport.write(CONTINUE)
         if self._eof:
             self._close()
 
-    def _check(self, head: Head) -> None:
+    def _check(self, head: Head) -> bytes:
         try:
-            self.state.application.check(head)
+            return self.state.application.check(head)
         except HttpError:
             raise
         except Exception:
@@ -479,7 +489,7 @@ class Connection(asyncio.Protocol):
         if self.stuck or self.phase >= LAST:
             self.abort()
         else:
-            self._refuse(HttpError(503, "too many large requests at once; try again", _TRY_AGAIN))
+            self._refuse(_too_much())
 
     # Time
 

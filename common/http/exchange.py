@@ -16,8 +16,8 @@ JSON = b"application/json"
 class Application(Protocol):
     """What requests mean. The server calls it from the event loop; it must not block."""
 
-    def check(self, head: Head) -> None:
-        """Raise HttpError for what the head alone condemns.
+    def check(self, head: Head) -> bytes:
+        """Raise HttpError for what the head alone condemns; return header lines for whatever the answer will be.
 
         Called once a request, before `handle`, and before the body is read if it is still to come.
         """
@@ -36,6 +36,10 @@ class State(Protocol):
     now: Callable[[], float]  # a monotonic clock, in seconds
     date: bytes  # now, as a Date field has it
     draining: bool
+    held_bytes: int
+
+    def require_memory(self) -> None:
+        """Raise HttpError 503 when all connections together hold too much."""
 
 
 class Client(Protocol):
@@ -43,6 +47,8 @@ class Client(Protocol):
 
     @property
     def state(self) -> State: ...
+
+    def __hash__(self) -> int: ...
 
     def ends_with(self, exchange: Exchange) -> bool:
         """Whether the connection shall close with this answer, though the client would keep it."""
@@ -54,15 +60,23 @@ class Client(Protocol):
 class Exchange:
     """One request and its answer, which may come at any time, once."""
 
-    __slots__ = ("_client", "began", "close", "head", "refused", "response")
+    __slots__ = ("_held_bytes", "began", "client", "close", "fields", "head", "refused", "response")
 
     def __init__(self, client: Client, head: Head | None, began: float, refused: bool = False) -> None:
-        self._client = client
+        self.client = client  # the same for all requests of one connection
+        self.fields = b""  # header lines for whatever the answer is
         self.head = head  # None: it could not be read
         self.began = began
         self.refused = refused  # before the request was complete
         self.close = head is None or refused or not head.keep_alive
         self.response: bytes | None = None
+        self._held_bytes = 0
+
+    def hold(self, size_bytes: int) -> None:
+        """Account for the body until there is an answer. Raise HttpError 503 when all connections hold too much."""
+        self._held_bytes = size_bytes
+        self.client.state.held_bytes += size_bytes
+        self.client.state.require_memory()
 
     def answer(self, status: int, body: bytes, content_type: bytes = JSON, extra: bytes = b"") -> None:
         """Answer; `extra` is whole header lines, each with its CRLF. An answer to a client that left goes nowhere.
@@ -71,7 +85,7 @@ class Exchange:
         """
         if self.response is not None:
             raise RuntimeError("an exchange is answered once")
-        client = self._client
+        client = self.client
         state = client.state
         if state.draining and not self.close and client.ends_with(self):
             self.close = True
@@ -81,20 +95,22 @@ class Exchange:
             body,
             content_type,
             state.date,
-            extra,
+            extra + self.fields if self.fields else extra,
             keep_alive=not self.close,
             head_only=head is not None and head.method == b"HEAD",
             http10=head is not None and head.http10,
         )
+        if self._held_bytes:
+            state.held_bytes -= self._held_bytes
+            self._held_bytes = 0
         state.application.answered(self, status)
         client.flush()
 
     def fail(self, error: HttpError) -> None:
         """Answer with an error, in the contract's shape."""
         body = json.dumps({"detail": error.detail}, ensure_ascii=False, separators=(",", ":")).encode()
-        extra = b"".join(f"{name}: {value}\r\n".encode("latin-1") for name, value in error.headers)
-        self.answer(error.status, body, extra=extra)
+        self.answer(error.status, body, extra=error.fields)
 
     def seconds(self) -> float:
         """The time since the request was complete."""
-        return self._client.state.now() - self.began
+        return self.client.state.now() - self.began

@@ -40,6 +40,9 @@ class Head(NamedTuple):
     expect_continue: bool  # there is content, and the client may wait for a 100 before it sends it
     content_type: bytes | None
     content_encoding: bytes | None
+    host: bytes | None  # None in HTTP/1.0 only
+    origin: bytes | None  # which a browser adds to a request that a page makes (Fetch standard, 3.2)
+    sec_fetch_site: bytes | None  # how the page is related to us, as the browser says (Fetch Metadata, 2.3)
     idempotency_key: bytes | None
     authorization: bytes | None
     headers: tuple[tuple[bytes, bytes], ...]  # in order; names in lower case, values trimmed
@@ -83,7 +86,8 @@ _CHUNK_LINE = re.compile(
 
 # Fields that change what a request means here: two of one name are ambiguous. (Connection is a list, and may repeat.)
 _ONCE = frozenset(
-    b"host content-length transfer-encoding expect content-type content-encoding idempotency-key authorization".split()
+    b"host content-length transfer-encoding expect content-type content-encoding idempotency-key authorization origin "
+    b"sec-fetch-site".split()
 )
 _NOT_IN_TRAILERS = frozenset(b"host content-length transfer-encoding".split())  # RFC 9110 section 6.5.1
 
@@ -195,6 +199,9 @@ def parse_head(raw: bytes, limits: Limits) -> Head:
         expect is not None and (chunked or content_length > 0),
         once.get(b"content-type"),
         once.get(b"content-encoding"),
+        host,
+        once.get(b"origin"),
+        once.get(b"sec-fetch-site"),
         once.get(b"idempotency-key"),
         once.get(b"authorization"),
         tuple(headers),

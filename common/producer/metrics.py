@@ -15,14 +15,14 @@ METHODS = {
     b"/docs": (b"GET", b"HEAD"),
 }
 OTHER = b"other"  # what stands for every other path
-STATUSES = (200, 207, 400, 401, 404, 405, 408, 413, 414, 415, 417, 422, 431, 500, 501, 503, 504, 505)
-_REFUSALS = ("draining", "broker_away", "broker_blocked", "window_full", "nacked")
+STATUSES = (200, 204, 207, 400, 401, 403, 404, 405, 408, 413, 414, 415, 417, 422, 431, 500, 501, 503, 504, 505)
+_REFUSALS = ("broker_away", "broker_blocked", "window_full", "nacked", "stalled", "partition_down")
 
 
 class Counters:
     """The producer's metrics. The layout is fixed, so that workers can share memory."""
 
-    def __init__(self) -> None:
+    def __init__(self, partitions: int = 1) -> None:
         self.metrics = m = Metrics()
         self.requests = {
             path: {
@@ -50,6 +50,12 @@ class Counters:
             "predlog_amqp_connected", "1 while connected to the broker (of several workers: the least).", min
         )
         self.blocked = m.gauge("predlog_amqp_blocked", "1 while the broker takes no messages.", max)
+        self.stalled = m.gauge("predlog_stalled", "1 while events that were sent get no further.", max)
+        self.partitions_up = [
+            m.gauge("predlog_partition_up", "1 while the partition takes events.", min, partition=str(partition))
+            for partition in range(partitions)
+            if partitions > 1
+        ]
         self.reconnects = m.counter("predlog_amqp_reconnects_total", "Connections to the broker lost.")
         self.connections = m.gauge("predlog_http_connections", "Open client connections.")
         self.start_time = m.gauge("process_start_time_seconds", "Start of the process, Unix time.", max)

@@ -231,6 +231,10 @@ def _responses(max_body_bytes: int) -> Json:
     return {
         "400": _error("Not a request as RFC 9112 has it, or a bad `Idempotency-Key`."),
         "401": _error("No token, or not one of ours.", "WWW-Authenticate"),
+        "403": _error(
+            "A browser sent it for a page of another origin (CORS_ORIGINS), or to a Host that is not served "
+            "(ALLOWED_HOSTS)"
+        ),
         "405": _error("The path has no such method.", "Allow"),
         "408": _error("The request did not arrive in time."),
         "413": _error(f"The body has more than {_size(max_body_bytes)}, as sent or inflated."),
@@ -253,7 +257,7 @@ def _responses(max_body_bytes: int) -> Json:
     }
 
 
-_ANY_REQUEST = ("400", "405", "408", "413", "414", "417", "431", "501", "503", "505")
+_ANY_REQUEST = ("400", "403", "405", "408", "413", "414", "417", "431", "501", "503", "505")
 _ANY_EVENT = (*_ANY_REQUEST, "415", "422", "504")
 
 _HEADERS: Json = {

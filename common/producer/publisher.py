@@ -1,24 +1,41 @@
-"""The unconfirmed window: every event under way to the broker, until its confirm, nack, or time-out.
+"""Publishes the events of one queue: every event in flight to the broker, until its confirm, nack, or time-out.
 
-Nothing here knows HTTP or sockets: a lane sends bytes, a publication hears its outcome. Events that were sent when the
-link went down are held and published again, with the same message_id, on the next; the consumer drops the duplicate.
+Nothing here knows HTTP or sockets: a lane sends bytes, a publication hears its outcome. Events that were in flight when
+the link went down are held and published again, with the same message_id, on the next; the consumer drops the
+duplicate.
 """
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import re
 import sys
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from itertools import takewhile
-from typing import Protocol, cast
+from typing import Protocol
 
-from common.amqp.codec import Confirm, PublishEncoder, packed_seconds
-from common.errors import HttpError, Unavailable
+from common.amqp.codec import Confirm, Delivery, PublishEncoder, packed_seconds
+from common.amqp.link import CONNECT_TIMEOUT_SECONDS, Link
+from common.amqp.topology import QUEUE_ARGUMENTS, check_may_publish, declare
+from common.amqp.window import ConfirmWindow
+from common.errors import NotConfirmed, OutcomeUnknown, TooLarge, Unavailable
+
+log = logging.getLogger("predlog.producer")
+
+STALL_SECONDS = 5.0  # without a confirm while events wait for one: not ready, and new events are refused
+# Nacks without one ack between them end the link. RabbitMQ 3.10 never takes a message again on a channel that met a
+# full queue (overflow reject-publish) when the policy is removed meanwhile; a new channel works. If that one only nacks
+# as well, the queue is full, and the next attempt waits twice as long.
+NACKS_FIRST_SECONDS, NACKS_MOST_SECONDS = 2.0, 30.0
+# A sweep so late finds the answers of that time unread in the socket: it is our own lateness, not the broker's.
+LATE_SWEEP_SECONDS = 0.5
 
 # What RabbitMQ (3.8 and later: max_message_size) closes the channel with.
 _TOO_LARGE = re.compile(r"larger than configured max size (\d+)")
+_DENIED = "ACCESS_REFUSED"
+_NACKED = "the broker refuses every event (nack): the queue is full, or limited by a policy"
 
 
 class Lane(Protocol):
@@ -31,7 +48,7 @@ class Lane(Protocol):
 
 
 class Publication(ABC):
-    """An event under way, and who hears of its outcome: exactly one of the two methods is called, once."""
+    """An event in flight, and who hears of its outcome: exactly one of the two methods is called, once."""
 
     __slots__ = ("body", "message_id", "sent_before", "since")
 
@@ -42,14 +59,19 @@ class Publication(ABC):
     sent_before: bool  # on a link that was lost
 
     @abstractmethod
-    def confirmed(self, seconds: float) -> None: ...
+    def confirmed(self, seconds: float) -> None:
+        """The broker has it on disk, `seconds` after it was first sent."""
 
     @abstractmethod
-    def failed(self, error: HttpError | Unavailable) -> None: ...
+    def failed(self, error: NotConfirmed) -> None:
+        """It was not accepted, or nobody knows."""
 
 
 class Publisher:
-    """Publishes to one queue. `now` is a monotonic clock, `wall` the time of day, both in seconds."""
+    """Publishes to one queue, over one link whose listener it is. `now` is a monotonic clock, `wall` the time of day.
+
+    `partition` is None for the only queue; else the trouble of this queue is that of one partition.
+    """
 
     def __init__(
         self,
@@ -59,158 +81,265 @@ class Publisher:
         confirm_timeout_seconds: float,
         now: Callable[[], float],
         wall: Callable[[], float],
+        partition: int | None = None,
     ) -> None:
         self.unconfirmed_bytes = 0
-        self.blocked = ""  # the broker's reason while it takes no messages
-        self.down: str | None = "not connected yet"  # why there is no link
-        self.draining = False
+        self.links_lost = 0
+        self.max_unconfirmed_bytes = max_unconfirmed_bytes
+        self.name = "producer" if partition is None else f"producer-{partition}"
+        self.was_up = asyncio.Event()  # set once the first link is up
         self._queue_name = queue_name
+        self._partition = partition
         self._max_unconfirmed = max_unconfirmed
-        self._max_unconfirmed_bytes = max_unconfirmed_bytes
+        self._most_of_batches = -(-max_unconfirmed // 2)
+        self._most_bytes_of_batches = -(-max_unconfirmed_bytes // 2)
         self._confirm_timeout = confirm_timeout_seconds
         self._now = now
         self._wall = wall
+        self._window: ConfirmWindow[Publication] = ConfirmWindow()
+        self._held: deque[Publication] = deque()  # of a lost link, oldest first
+        self._waiting: deque[Callable[[], None]] = deque()  # batches that wait for room
         self._lane: Lane | None = None
         self._encoder: PublishEncoder
-        # By delivery tag, which a channel counts up from 1: the order of the dict is the order of sending and of age.
-        self._sent: dict[int, Publication] = {}
-        self._held: deque[Publication] = deque()  # of a lost link, oldest first
-        self._next_tag = 1
-        self._confirmed_at = 0.0
+        self._down = "not connected yet"  # why there is no link, while there is none
+        self._blocked = ""  # the broker's reason while it reads nothing that is published
+        self._is_blocked = asyncio.Event()
+        self._stalled = ""  # why events that are published get no further
+        self._progress_at = 0.0  # the last ack, or the beginning of the link
+        self._nacked_since: float | None = None  # the first nack after the last ack
+        self._nacks_seconds = NACKS_FIRST_SECONDS
         self._most_body_bytes = sys.maxsize  # that the broker takes, as far as it has said so
+        self._swept_at = now()
         self._stamp = packed_seconds(int(wall()))  # as new as the last sweep
+        self._trouble: Unavailable | None
+        self._judge()
 
     @property
     def unconfirmed(self) -> int:
-        """Events under way."""
-        return len(self._sent) + len(self._held)
+        """Events in flight."""
+        return len(self._window) + len(self._held)
+
+    @property
+    def connected(self) -> bool:
+        return self._lane is not None
+
+    @property
+    def is_blocked(self) -> bool:
+        return bool(self._blocked)
+
+    @property
+    def is_stalled(self) -> bool:
+        return bool(self._stalled)
 
     def trouble(self) -> Unavailable | None:
-        """Why no event could be accepted now; None if one could."""
-        if self.draining:
-            return Unavailable("draining", "the server is shutting down")
-        if self._lane is None:
-            return Unavailable("broker_away", f"no broker: {self.down}")
-        if self.blocked:
-            return Unavailable("broker_blocked", f"the broker takes no messages now ({self.blocked})")
-        if (
-            self._lane.congested
-            or self.unconfirmed_bytes >= self._max_unconfirmed_bytes
-            or self.unconfirmed >= self._max_unconfirmed
-        ):
-            return Unavailable("window_full", "too many events wait for the broker's confirm")
-        return None
+        """Return why no event can be accepted now; None if one can, once there is room for it in the window."""
+        return self._trouble
+
+    def has_room_for_batch(self) -> bool:
+        """Tell whether an event of a batch may be published: half of the window is for single events alone."""
+        return (
+            self._trouble is None
+            and self._lane is not None
+            and not self._lane.congested
+            and len(self._window) + len(self._held) < self._most_of_batches
+            and self.unconfirmed_bytes < self._most_bytes_of_batches
+        )
+
+    def call_when_there_is_room(self, resume: Callable[[], None]) -> None:
+        """Call `resume` once, soon after there may be room for a batch, or trouble, or a tenth of a second has gone."""
+        self._waiting.append(resume)
 
     def publish(self, event: Publication) -> None:
-        """Send one event; it hears the outcome. Raises Unavailable or HttpError, and then has sent nothing."""
+        """Send one event; it hears the outcome. Raises Unavailable or TooLarge, and then has sent nothing."""
         lane, body_bytes = self._lane, len(event.body)
-        if body_bytes > self._most_body_bytes:
-            raise self._too_large()
         if (
-            lane is None
-            or self.blocked
-            or self.draining
+            self._trouble is not None
+            or lane is None
             or lane.congested
-            or self.unconfirmed_bytes >= self._max_unconfirmed_bytes
-            or len(self._sent) + len(self._held) >= self._max_unconfirmed
+            or body_bytes > self._most_body_bytes
+            or self.unconfirmed_bytes >= self.max_unconfirmed_bytes
+            or len(self._window) + len(self._held) >= self._max_unconfirmed
         ):
-            raise cast(Unavailable, self.trouble())  # no variable of this frame: it would hold the event in a cycle
+            raise self._refusal(body_bytes)  # no variable of this frame: it would hold the event in a cycle
         self.unconfirmed_bytes += body_bytes
         event.since, event.sent_before = self._now(), False
-        self._send(lane, event)
-
-    def _send(self, lane: Lane, event: Publication) -> None:
         lane.send(self._encoder.encode(event.body, event.message_id, self._stamp))
-        self._sent[self._next_tag] = event
-        self._next_tag += 1
+        self._window.add(event)
 
-    # What the broker says
+    def _refusal(self, body_bytes: int) -> NotConfirmed:
+        if body_bytes > self._most_body_bytes:
+            return TooLarge(self._most_body_bytes)
+        return self._trouble or Unavailable("window_full", "too many events wait for the broker's confirm")
+
+    def _judge(self) -> None:
+        """Settle what `trouble` says. Call it after any change of what it depends on."""
+        self._trouble = self._find_trouble()
+
+    def _find_trouble(self) -> Unavailable | None:
+        if self._lane is not None and self._blocked:
+            return Unavailable("broker_blocked", f"the broker takes no messages now ({self._blocked})")
+        if self._lane is None:
+            reason, public, why = "broker_away", "the broker is away", f"no broker: {self._down}"
+        elif self._stalled:
+            reason, public, why = "stalled", "the broker confirms no events", self._stalled
+        else:
+            return None
+        if self._partition is None:
+            return Unavailable(reason, public, why)
+        return Unavailable(
+            "partition_down", "the partition of this device is down", f"partition {self._partition}: {why}"
+        )
+
+    # The link
+
+    async def up(self, link: Link) -> None:
+        """Declare the queue, and see whether an event could be published now."""
+        self._blocked = ""
+        self._is_blocked.clear()
+        await declare(link.channel, self._queue_name, QUEUE_ARGUMENTS)
+        checking = asyncio.create_task(check_may_publish(link.connection))
+        blocking = asyncio.create_task(self._is_blocked.wait())
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT_SECONDS):
+                await asyncio.wait({checking, blocking}, return_when=asyncio.FIRST_COMPLETED)
+            if checking.done():
+                checking.result()
+        finally:
+            blocking.cancel()
+            checking.cancel()
+        self.link_up(link.lane, link.frame_max)
 
     def link_up(self, lane: Lane, frame_max: int) -> None:
-        """A new channel: its tags begin at 1, and what is held goes out again first."""
-        self._lane, self.down, self.blocked = lane, None, ""
+        """Begin with a new channel: its tags count from 1, and what is held goes out again first."""
+        self._lane = lane
         self._encoder = PublishEncoder(self._queue_name, frame_max)
-        self._next_tag = 1
-        self._confirmed_at = self._now()
+        self._progress_at = self._now()
         held, self._held = self._held, deque()
         for event in held:
             event.sent_before = True
-            self._send(lane, event)
+            lane.send(self._encoder.encode(event.body, event.message_id, self._stamp))
+            self._window.add(event)
+        self.was_up.set()
+        self._judge()
 
-    def link_down(self, reason: str) -> None:
-        """The channel is gone, and with it what it would have confirmed: hold it for the next one.
+    def down(self, reason: str) -> None:
+        """Hold what the lost channel would have confirmed for the next one.
 
-        But not an event that the broker closed the channel for: it would close the next one, too.
+        But not what the broker closed the channel for, which would close the next one too: an event that is too large,
+        and all of them when their user may not publish.
         """
-        self._lane, self.down, self.blocked = None, reason, ""
-        self._held.extend(self._sent.values())
-        self._sent = {}
+        self.links_lost += self._lane is not None
+        self._lane, self._down, self._stalled, self._nacked_since = None, reason, "", None
+        self._held.extend(self._window.take())
         refusal = _TOO_LARGE.search(reason)
         self._most_body_bytes = int(refusal[1]) if refusal else sys.maxsize
-        if refusal:
+        self._judge()
+        if refusal or _DENIED in reason:
             held, self._held = self._held, deque()
             for event in held:
-                if len(event.body) <= self._most_body_bytes:
+                if refusal and len(event.body) <= self._most_body_bytes:
                     self._held.append(event)
-                    continue
-                self.unconfirmed_bytes -= len(event.body)
-                event.failed(_unknown() if event.sent_before else self._too_large())
+                elif refusal and not event.sent_before:
+                    self._fail(event, TooLarge(self._most_body_bytes))
+                else:
+                    self._fail(event, OutcomeUnknown())
+        self._resume_batches()
 
-    def _too_large(self) -> HttpError:
-        return HttpError(413, f"the broker takes no event longer than {self._most_body_bytes} bytes")
+    def blocked(self, reason: str) -> None:
+        """Refuse events while the broker reads none (a memory or disk alarm)."""
+        self._blocked = reason
+        if reason:
+            self._is_blocked.set()
+            log.warning("the broker takes no messages: %s", reason)
+        else:
+            self._progress_at = self._now()
+            log.info("the broker takes messages again")
+        self._judge()
+        self._resume_batches()
+
+    def deliveries(self, deliveries: list[Delivery]) -> None:
+        """Nothing is consumed on this link."""
 
     def confirms(self, confirms: Sequence[Confirm]) -> None:
-        """Match confirms, in any order; `multiple` covers every tag not yet confirmed up to its own."""
-        now = self._confirmed_at = self._now()
-        sent = self._sent
-        for tag, multiple, ok in confirms:
-            if multiple:
-                for lower in list(takewhile(tag.__gt__, sent)):
-                    self._settle(sent.pop(lower), ok, now)
-            event = sent.pop(tag, None)
-            if event is not None:
-                self._settle(event, ok, now)
+        """Tell each event its outcome."""
+        now = self._now()
+        acked = nacked = False
+        for event, ok in self._window.settle(confirms):
+            if ok:
+                acked = True
+                self.unconfirmed_bytes -= len(event.body)
+                event.confirmed(now - event.since)
+            else:
+                nacked = True  # what became of the first copy of an event that was sent before is not known
+                unknown = event.sent_before
+                self._fail(
+                    event, OutcomeUnknown() if unknown else Unavailable("nacked", "the broker refused the event")
+                )
+        if acked:
+            self._note_progress(now)
+        elif nacked and self._nacked_since is None:
+            self._nacked_since = now
+            if self._nacks_seconds > NACKS_FIRST_SECONDS:  # the new link is no better than the last
+                self._stall(_NACKED)
+        if self._waiting:
+            self._resume_batches()
 
-    def _settle(self, event: Publication, ok: bool, now: float) -> None:
+    def _note_progress(self, now: float) -> None:
+        self._progress_at = now
+        self._nacked_since = None
+        self._nacks_seconds = NACKS_FIRST_SECONDS
+        if self._stalled:
+            log.info("the broker confirms events again")
+            self._stalled = ""
+            self._judge()
+
+    def _stall(self, reason: str) -> None:
+        if not self._stalled:
+            log.warning("%s; new events are refused", reason)
+        self._stalled = reason
+        self._judge()
+
+    def _fail(self, event: Publication, error: NotConfirmed) -> None:
         self.unconfirmed_bytes -= len(event.body)
-        if ok:
-            event.confirmed(now - event.since)
-        elif event.sent_before:  # what became of the first copy is not known
-            event.failed(_unknown())
-        else:
-            event.failed(Unavailable("nacked", "the broker could not take the event"))
+        event.failed(error)
 
-    # Time
+    def _resume_batches(self) -> None:
+        for _ in range(len(self._waiting)):
+            if self._trouble is None and not self.has_room_for_batch():
+                return
+            self._waiting.popleft()()
+
+    # Time, and the end
 
     def sweep(self) -> None:
-        """Give up on what waits too long; call it a few times a second."""
+        """Give up on what waits too long; call it ten times a second."""
+        now = self._now()
+        late, self._swept_at = now - self._swept_at > LATE_SWEEP_SECONDS, now
         self._stamp = packed_seconds(int(self._wall()))
-        oldest = self._now() - self._confirm_timeout
+        for _ in range(len(self._waiting)):
+            self._waiting.popleft()()
+        if late:
+            return
+        oldest = now - self._confirm_timeout
         while self._held and self._held[0].since <= oldest:
-            self._expire(self._held.popleft())
-        expired = list(takewhile(lambda tag: self._sent[tag].since <= oldest, self._sent))
-        for tag in expired:
-            self._expire(self._sent.pop(tag))
-        if expired and self._confirmed_at <= oldest and self._lane is not None and not self.blocked:
-            # Not one confirm in all that time: this link is of no use. A new one may reach a live broker.
+            self._fail(self._held.popleft(), OutcomeUnknown())
+        expired = self._window.take_oldest_while(lambda event: event.since <= oldest)
+        for event in expired:
+            self._fail(event, OutcomeUnknown())
+        if self._lane is None or self._blocked:
+            return
+        waiting = self._window.oldest()
+        if expired and self._progress_at <= oldest:
+            # Not one ack in all that time: this link is of no use. A new one may reach a live broker.
             self._lane.fail(f"no confirm for {self._confirm_timeout:g} s")
-
-    def _expire(self, event: Publication) -> None:
-        self.unconfirmed_bytes -= len(event.body)
-        event.failed(_unknown())
+        elif self._nacked_since is not None and now - self._nacked_since >= self._nacks_seconds:
+            self._nacks_seconds = min(2 * self._nacks_seconds, NACKS_MOST_SECONDS)
+            self._lane.fail(_NACKED)
+        elif waiting is not None and now - max(self._progress_at, waiting.since) >= STALL_SECONDS:
+            self._stall(f"the broker has confirmed nothing for {STALL_SECONDS:g} s")
 
     def fail_all(self) -> None:
-        """The end of a drain that took too long: everything under way gets its 504."""
-        events = [*self._held, *self._sent.values()]
+        """End a drain that took too long: everything in flight gets its outcome, which is unknown."""
+        for event in [*self._held, *self._window.take()]:
+            self._fail(event, OutcomeUnknown())
         self._held.clear()
-        self._sent.clear()
-        for event in events:
-            self._expire(event)
-
-
-def _unknown() -> HttpError:
-    return HttpError(
-        504,
-        "no confirm from the broker in time: the event may or may not be stored; "
-        "a retry with the same Idempotency-Key is safe",
-    )

@@ -1,27 +1,49 @@
-"""The producer's certificate."""
+"""The producer's certificate, and how it is replaced while it serves."""
 
 from __future__ import annotations
 
+import logging
 import ssl
 
-from common.config import ProducerSettings
 from common.errors import StartupError
 
+log = logging.getLogger("predlog.producer")
 
-def no_passphrase() -> str:
+
+class Certificate:
+    """A certificate chain with its key, in a TLS context for servers. TLS 1.2 and 1.3 with Python's default ciphers."""
+
+    def __init__(self, cert_file: str, key_file: str) -> None:
+        """Load both; raises StartupError."""
+        self._cert_file = cert_file
+        self._key_file = key_file
+        self.context = self._load()
+
+    @classmethod
+    def load(cls, cert_file: str, key_file: str) -> Certificate | None:
+        """Return None when there is none to load. Raises StartupError."""
+        return cls(cert_file, key_file) if cert_file else None
+
+    def reload(self) -> None:
+        """Load both again for new connections. If they do not fit, say so and keep the old ones."""
+        try:
+            self._load()  # first into another context: OpenSSL takes a certificate before it looks at the key
+            self.context.load_cert_chain(self._cert_file, self._key_file, _no_passphrase)
+            log.info("TLS certificate loaded again")
+        except (OSError, StartupError) as error:
+            log.error("%s; the old one stays", error)
+
+    def _load(self) -> ssl.SSLContext:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.set_alpn_protocols(["http/1.1"])
+        try:
+            context.load_cert_chain(self._cert_file, self._key_file, _no_passphrase)
+        except OSError as error:  # ssl.SSLError is one
+            raise StartupError(
+                f"cannot use TLS_CERT {self._cert_file} with TLS_KEY {self._key_file}: {error}"
+            ) from None
+        return context
+
+
+def _no_passphrase() -> str:
     raise OSError("the key has a passphrase, and nobody to ask for it: store it without one")
-
-
-def tls_context(settings: ProducerSettings) -> ssl.SSLContext | None:
-    """The TLS context; raises StartupError. TLS 1.2 and 1.3 with Python's default ciphers."""
-    if not settings.tls_cert:
-        return None
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.set_alpn_protocols(["http/1.1"])
-    try:
-        context.load_cert_chain(settings.tls_cert, settings.tls_key, no_passphrase)
-    except OSError as error:  # ssl.SSLError is one
-        raise StartupError(
-            f"cannot use TLS_CERT {settings.tls_cert} with TLS_KEY {settings.tls_key}: {error}"
-        ) from None
-    return context

@@ -25,13 +25,15 @@ from common.process import on_stop, run
 from common.producer.api import Api
 from common.producer.metrics import Counters
 from common.producer.publisher import Publication, Publisher
+from common.producer.slices import Slices
 
 
 class PlainPublisher:
     """What the API needs of a publisher."""
 
-    down = None
-    blocked = ""
+    connected = True
+    is_blocked = is_stalled = False
+    links_lost = 0
     unconfirmed_bytes = 0
 
     def __init__(self, channel: Channel, queue_name: str) -> None:
@@ -78,7 +80,8 @@ async def serve(settings: ProducerSettings) -> None:
     await declare(channel, settings.queue_name, QUEUE_ARGUMENTS)
     counters = Counters()
     publisher = cast(Publisher, PlainPublisher(cast(Channel, channel), settings.queue_name))
-    api = Api(settings, publisher, counters, (counters.metrics.values,))
+    slices = Slices(asyncio.get_running_loop().call_soon)
+    api = Api(settings, [publisher], counters, slices, (counters.metrics.values,))
     limits = ServerLimits(
         request=Limits(body_bytes=settings.max_body_bytes),
         connections=20_000,

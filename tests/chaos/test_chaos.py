@@ -69,7 +69,8 @@ def test_the_promise_holds_through_an_aimed_kill_at_every_step(stage: SingleStag
 def test_a_missing_step_is_found(stage: SingleStage, mutation: str, fault: str, findings: set[str]) -> None:
     stage.consumer.start(CHAOS_MUTATION=mutation, CHAOS_FAULT=fault)
     stage.wait_until_ready()
-    thread = LoadThread(Load(stage.targets(), EVENTS, count=400, concurrency=16, retries=True, rate=400))
+    # So fast that each batch has many events: a single one may have no row to double.
+    thread = LoadThread(Load(stage.targets(), EVENTS, count=2000, concurrency=64, retries=True))
     assert stage.consumer.wait_for_death(10)
     verdict = finish(stage, thread, now=False, CHAOS_MUTATION=mutation)
     found = {name for name, finding in verdict.findings.items() if finding.count}

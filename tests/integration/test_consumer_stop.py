@@ -14,9 +14,10 @@ from typing import Any
 import aiormq
 import pytest
 
-from common.amqp.codec import Confirm, Delivery, PublishEncoder, packed_seconds
+from common.amqp.codec import Delivery, PublishEncoder, packed_seconds
 from common.amqp.link import open_link
 from common.amqp.topology import QUEUE_ARGUMENTS, declare
+from common.amqp.window import ConfirmWindow
 from common.config import ConsumerSettings
 from common.consumer.dead_letters.mover import DeadLetters
 from common.consumer.dead_letters.spill import Spill
@@ -27,6 +28,7 @@ from common.storage.store import Store
 from tests.conftest import Service, Start
 from tests.proxy import Proxy
 from tests.rabbitmq import RabbitMQ
+from tests.support.lane import Heard
 from tests.support.polling import until
 
 BACKLOG = 4000
@@ -42,19 +44,20 @@ def event_of(device: str) -> bytes:
 
 async def publish(url: str, queue_name: str, bodies: list[bytes]) -> None:
     """All of them at once, and until the broker has confirmed each."""
-    link = await open_link(url, "test")
+    heard = Heard()
+    link = await open_link(url, "test", heard)
     await declare(link.channel, queue_name, QUEUE_ARGUMENTS)
-    encoder, unconfirmed = PublishEncoder(queue_name, link.frame_max), set(range(1, len(bodies) + 1))
-
-    def confirmed(confirms: list[Confirm]) -> None:
-        for tag, multiple, ok in confirms:
-            assert ok
-            unconfirmed.difference_update([low for low in unconfirmed if low <= tag] if multiple else [tag])
-
-    link.lane.on_confirms = confirmed
+    encoder, window = PublishEncoder(queue_name, link.frame_max), ConfirmWindow[bytes]()
     for number, body in enumerate(bodies):
         link.lane.send(encoder.encode(body, b"%032d" % number, packed_seconds(0)))
-    await until("all is confirmed", lambda: not unconfirmed)
+        window.add(body)
+
+    def all_confirmed() -> bool:
+        assert all(ok for _, ok in window.settle(heard.confirmed))
+        heard.confirmed.clear()
+        return not len(window)
+
+    await until("all is confirmed", all_confirmed)
     await link.close()
 
 

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import aiormq
 import pytest
@@ -25,7 +26,7 @@ from common.amqp.topology import DEAD_LETTER_ARGUMENTS, QUEUE_ARGUMENTS, dead_le
 from common.config import ConsumerSettings
 from common.consumer.dead_letters import commands, mover
 from common.consumer.dead_letters.message import dead_copy
-from common.consumer.dead_letters.mover import DeadLetters, Outbox
+from common.consumer.dead_letters.mover import DeadLetters, OutboxListener
 from common.errors import StartupError
 from tests.conftest import ROOT
 from tests.rabbitmq import RabbitMQ
@@ -84,9 +85,10 @@ def ids(messages: list[DeliveredMessage]) -> list[str]:
 
 async def bury_many(url: str, queue_name: str, count: int, body: bytes = b"not JSON") -> None:
     """Like `bury`, thousands at a time."""
-    link = await open_link(url, "test")
+    copies_out = OutboxListener()
+    link = await open_link(url, "test", copies_out)
     await declare(link.channel, dead := dead_letter_queue(queue_name), DEAD_LETTER_ARGUMENTS)
-    outbox, now = Outbox(link), datetime.now(UTC)
+    outbox, now = copies_out.open(link), datetime.now(UTC)
     originals = [message(body, message_id=f"{n:032x}") for n in range(count)]
     copies = [dead_copy(original, queue_name, "not JSON", now, b"") for original in originals]
     futures = [outbox.publish(dead, copy) for copy in copies]
@@ -120,7 +122,7 @@ async def test_a_buried_message_is_whole_and_says_why_and_when(
 ) -> None:
     body = os.urandom(300_000)  # of several frames
     original = message(body, content_type="text/x", message_id="an id", headers={"camera": "7"}, delivery_mode=1)
-    await letters.bury(original, "not JSON")
+    await letters.move(original, "not JSON")
     (found,) = await take_all(broker.url, dead)
     properties = found.header.properties
     assert found.body == body
@@ -138,11 +140,11 @@ async def test_a_buried_message_is_whole_and_says_why_and_when(
 async def test_messages_buried_at_the_same_time_while_connections_break_all_arrive(
     broker: RabbitMQ, letters: DeadLetters, dead: str
 ) -> None:
-    burials = [asyncio.ensure_future(letters.bury(message(b"x", message_id=str(n)), "why")) for n in range(300)]
+    burials = [asyncio.ensure_future(letters.move(message(b"x", message_id=str(n)), "why")) for n in range(300)]
     for _ in range(3):
-        while letters._outbox is None:
+        while letters.outbox is None:
             await asyncio.sleep(0)
-        letters._outbox._link.lane.fail("cut by the test")
+        letters.outbox._link.lane.fail("cut by the test")
         await asyncio.sleep(0.01)
     await asyncio.wait_for(asyncio.gather(*burials), 10)
     assert set(ids(await take_all(broker.url, dead))) == {str(n) for n in range(300)}
@@ -151,10 +153,10 @@ async def test_messages_buried_at_the_same_time_while_connections_break_all_arri
 async def test_a_queue_of_dead_letters_that_was_deleted_is_declared_again(
     broker: RabbitMQ, letters: DeadLetters, dead: str
 ) -> None:
-    await letters.bury(message(b"x", message_id="before"), "why")
+    await letters.move(message(b"x", message_id="before"), "why")
     async with channel(broker.url) as opened:
         await opened.queue_delete(dead)
-    await asyncio.wait_for(letters.bury(message(b"x", message_id="after"), "why"), 10)
+    await asyncio.wait_for(letters.move(message(b"x", message_id="after"), "why"), 10)
     assert ids(await take_all(broker.url, dead)) == ["after"]
 
 
@@ -162,7 +164,7 @@ async def test_burying_waits_for_a_broker_that_is_not_there_yet(
     broker: RabbitMQ, letters: DeadLetters, dead: str, monkeypatch: pytest.MonkeyPatch, nobodys_port: int
 ) -> None:
     monkeypatch.setattr(letters, "_url", f"amqp://guest:guest@127.0.0.1:{nobodys_port}/")
-    burial = asyncio.ensure_future(letters.bury(message(b"x"), "why"))
+    burial = asyncio.ensure_future(letters.move(message(b"x"), "why"))
     await asyncio.sleep(0.3)
     assert not burial.done()
     burial.cancel()
@@ -181,7 +183,7 @@ async def test_burying_waits_while_the_queue_has_other_arguments_and_says_so_onc
     monkeypatch.setattr(mover, "BACKOFF_SECONDS", 0.01)
     async with channel(broker.url) as opened:
         await opened.queue_declare(dead, durable=True)
-        burial = asyncio.ensure_future(letters.bury(message(b"x", message_id="m"), "why"))
+        burial = asyncio.ensure_future(letters.move(message(b"x", message_id="m"), "why"))
         while not any(dead in said for said in caplog.messages):
             await asyncio.sleep(0.01)
         await asyncio.sleep(0.1)
@@ -194,10 +196,10 @@ async def test_burying_waits_while_the_queue_has_other_arguments_and_says_so_onc
 async def test_a_copy_that_the_broker_refuses_for_its_properties_is_buried_without_them(
     broker: RabbitMQ, letters: DeadLetters, dead: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("common.letters._DROPPED_PROPERTIES", frozenset())
+    monkeypatch.setattr("common.consumer.dead_letters.message._DROPPED_PROPERTIES", frozenset())
     monkeypatch.setattr(mover, "BACKOFF_SECONDS", 0.01)
     monkeypatch.setattr(link_module, "BACKOFF_FIRST_SECONDS", 0.01)
-    await asyncio.wait_for(letters.bury(message(b"x", message_id="m", user_id="nobody"), "why"), 10)
+    await asyncio.wait_for(letters.move(message(b"x", message_id="m", user_id="nobody"), "why"), 10)
     (found,) = await take_all(broker.url, dead)
     assert found.header.properties.message_id == "m"
     assert found.header.properties.headers is not None
@@ -210,9 +212,9 @@ async def test_a_nack_is_tried_again_until_there_is_room(
     full = {"x-max-length": 1, "x-overflow": "reject-publish"}
     monkeypatch.setattr(mover, "DEAD_LETTER_ARGUMENTS", full)
     monkeypatch.setattr(mover, "BACKOFF_SECONDS", 0.05)
-    await letters.bury(message(b"first"), "why")
-    second = asyncio.ensure_future(letters.bury(message(b"second"), "why"))
-    third = asyncio.ensure_future(letters.bury(message(b"third"), "why"))
+    await letters.move(message(b"first"), "why")
+    second = asyncio.ensure_future(letters.move(message(b"second"), "why"))
+    third = asyncio.ensure_future(letters.move(message(b"third"), "why"))
     taken: list[bytes] = []
     deadline = time.monotonic() + 10
     while len(taken) < 3:
@@ -228,10 +230,10 @@ async def test_a_blocked_broker_gets_one_copy_once_it_is_unblocked(
 ) -> None:
     monkeypatch.setattr(mover, "CONFIRM_TIMEOUT_SECONDS", 0.5)
     monkeypatch.setattr(mover, "POLL_SECONDS", 0.05)
-    await letters.bury(message(b"before"), "why")
+    await letters.move(message(b"before"), "why")
     await asyncio.to_thread(broker.ctl, "set_vm_memory_high_watermark", "0.00001")
     try:
-        burial = asyncio.ensure_future(letters.bury(message(b"after"), "why"))
+        burial = asyncio.ensure_future(letters.move(message(b"after"), "why"))
         await asyncio.sleep(1)
         assert not burial.done()
     finally:
@@ -277,7 +279,7 @@ async def test_a_replay_moves_everything_back_as_it_was(
     originals = [message(b"%d" % n, message_id=f"{n:032x}", headers={"n": n}, delivery_mode=2) for n in range(20)]
     originals += [message(b"without an id"), message(b"without an id")]
     for original in originals:
-        await letters.bury(original, "why")
+        await letters.move(original, "why")
     assert await commands.replay(settings) == 0
     assert "moved 22 of 22" in capsys.readouterr().out
     await until(lambda: waiting(broker.url, dead), 0)
@@ -385,7 +387,7 @@ async def test_a_replay_ends_although_each_message_is_dead_lettered_again(
 
         async def bury_again(found: DeliveredMessage) -> None:
             nonlocal again
-            await letters.bury(message(found.body, message_id=found.header.properties.message_id), "still bad")
+            await letters.move(message(found.body, message_id=found.header.properties.message_id), "still bad")
             await opened.basic_ack(found.delivery_tag or 0)
             again += 1
 
@@ -476,11 +478,11 @@ async def test_an_export_beside_another_reader_is_not_taken_for_whole(
 
         async def take(_: DeliveredMessage) -> None: ...
 
-        async def late_look(link: Link, queue: str, count: int) -> commands.Pages:
+        async def late_look(link: Link, arrivals: Any, queue: str, count: int) -> commands.Pages:
             await other.basic_qos(prefetch_count=100)
             await other.basic_consume(dead, take)
             await until(lambda: waiting(broker.url, dead), 500)
-            async for page in look(link, queue, count):
+            async for page in look(link, arrivals, queue, count):
                 yield page
 
         monkeypatch.setattr(commands, "_look", late_look)

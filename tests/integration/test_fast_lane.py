@@ -15,11 +15,12 @@ import aiormq
 import pytest
 import trustme
 
-from common.amqp.codec import Confirm, Delivery, PublishEncoder, ack_frame, ack_frames, packed_seconds
+from common.amqp.codec import Confirm, PublishEncoder, ack_frame, ack_frames, packed_seconds
 from common.amqp.link import Link, open_link
 from common.amqp.properties import message_id_of
 from common.amqp.topology import QUEUE_ARGUMENTS, declare
 from tests.rabbitmq import RabbitMQ
+from tests.support.lane import Heard
 
 SIZES = [0, 1, 500, 131_063, 131_064, 131_065, 400_000]  # around frame_max - 8, and several frames
 
@@ -27,19 +28,17 @@ SIZES = [0, 1, 500, 131_063, 131_064, 131_065, 400_000]  # around frame_max - 8,
 class Lane:
     """A link through the fast lane, with all that it hears."""
 
-    def __init__(self, link: Link, queue_name: str) -> None:
+    def __init__(self, link: Link, heard: Heard, queue_name: str) -> None:
         self.link = link
         self.encoder = PublishEncoder(queue_name, link.frame_max)
-        self.confirms: list[Confirm] = []
-        self.deliveries: list[Delivery] = []
-        self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        link.lane.on_confirms = self.confirms.extend
-        link.lane.on_deliveries = self.deliveries.extend
-        link.lane.on_lost = lambda reason: None if self.lost.done() else self.lost.set_result(reason)
+        self.confirms = heard.confirmed
+        self.deliveries = heard.delivered
+        self.lost = link.lane.gone
 
     @classmethod
     async def open(cls, url: str, queue_name: str) -> Lane:
-        return cls(await open_link(url, "test"), queue_name)
+        heard = Heard()
+        return cls(await open_link(url, "test", heard), heard, queue_name)
 
     def publish(self, body: bytes, number: int) -> None:
         self.link.lane.send(self.encoder.encode(body, b"%032d" % number, packed_seconds(number)))
@@ -222,7 +221,7 @@ async def test_the_lane_works_over_tls_with_its_own_ca_and_never_without_verifyi
 ) -> None:
     _, url, ca_file = tls_broker
     with pytest.raises((ssl.SSLError, aiormq.AMQPError)):
-        await open_link(url, "test")
+        await open_link(url, "test", Heard())
     lane = await Lane.open(f"{url}?cafile={ca_file}", queue_name)
     await declare(lane.link.channel, queue_name, QUEUE_ARGUMENTS)
     sent = bodies()

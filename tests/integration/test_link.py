@@ -17,6 +17,7 @@ from common.errors import StartupError
 from scripts.rabbitmq import free_port
 from tests.proxy import Proxy
 from tests.rabbitmq import RabbitMQ
+from tests.support.lane import Heard
 
 AT_ONCE = 8  # connections kept up side by side
 
@@ -32,17 +33,17 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 async def ignore(_: object) -> None: ...
 
 
-class Kept:
+class Kept(Heard):
     """A connection kept up, set up as the consumer's is."""
 
     def __init__(self, url: str, queue_name: str) -> None:
+        super().__init__()
         self.connected = asyncio.Event()
-        self.downs: list[str] = []
         self._queue_name = queue_name
         self._link: Link | None = None
-        self.task = asyncio.create_task(keep_up(url, "test", self._prepare, self._down))
+        self.task = asyncio.create_task(keep_up(url, "test", self))
 
-    async def _prepare(self, link: Link) -> None:
+    async def up(self, link: Link) -> None:
         await declare(link.channel, self._queue_name, QUEUE_ARGUMENTS)
         async with asyncio.timeout(CONNECT_TIMEOUT_SECONDS):
             await link.channel.basic_qos(prefetch_count=10)
@@ -50,7 +51,7 @@ class Kept:
         self._link = link
         self.connected.set()
 
-    def _down(self, reason: str) -> None:
+    def down(self, reason: str) -> None:
         self.connected.clear()
         self.downs.append(reason)
 
@@ -123,12 +124,13 @@ async def test_cancelled_at_any_turn_of_the_loop_after_a_loss_during_a_call_it_e
             proxy.silent = False
             entered = asyncio.get_running_loop().create_future()
 
-            async def prepare(link: Link, entered: asyncio.Future[Link] = entered) -> None:
-                proxy.silent = True
-                entered.set_result(link)
-                await declare(link.channel, queue_name, QUEUE_ARGUMENTS)
+            class Declaring(Heard):
+                async def up(self, link: Link, entered: asyncio.Future[Link] = entered) -> None:
+                    proxy.silent = True
+                    entered.set_result(link)
+                    await declare(link.channel, queue_name, QUEUE_ARGUMENTS)
 
-            task = asyncio.create_task(keep_up(proxy.url, "test", prepare, lambda _: None))
+            task = asyncio.create_task(keep_up(proxy.url, "test", Declaring()))
             link = await entered
             await asyncio.sleep(0.005)  # the call is under way; nothing tells when
             assert link.lane._lane_transport is not None
@@ -173,5 +175,5 @@ async def test_a_refused_port_is_waited_for_and_said_once(
         await proxy.listen(proxy.port)
         await one.until_connected_through(proxy)
         assert [record.levelno for record in caplog.records] == [logging.WARNING, logging.INFO]
-        assert one.downs == [], "only a link that was opened can go down"
+        assert set(one.downs) == {refused.removeprefix("test: ")}, "each failed attempt says why"
     await proxy.close()

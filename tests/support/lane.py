@@ -1,29 +1,60 @@
-"""A link without a broker, for unit tests of its listeners: it keeps what is sent and asked."""
+"""Links without a broker, and listeners that keep what they hear."""
 
 from __future__ import annotations
 
+import asyncio
 import struct
 from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any, cast
 
+from common.amqp.codec import Confirm, Delivery
 from common.amqp.link import Link
 
 _ACK = struct.Struct(">BHIHHQBB")  # type, channel, size, class, method, delivery tag, multiple, end of frame
 
 
+class Heard:
+    """The listener of a link, which keeps everything."""
+
+    def __init__(self) -> None:
+        self.delivered: list[Delivery] = []
+        self.confirmed: list[Confirm] = []
+        self.blocks: list[str] = []
+        self.downs: list[str] = []
+
+    def deliveries(self, deliveries: list[Delivery]) -> None:
+        self.delivered += deliveries
+
+    def confirms(self, confirms: list[Confirm]) -> None:
+        self.confirmed += confirms
+
+    def blocked(self, reason: str) -> None:
+        self.blocks.append(reason)
+
+    async def up(self, link: Link) -> None:
+        """Set nothing up."""
+
+    def down(self, reason: str) -> None:
+        self.downs.append(reason)
+
+
 class FakeLane:
-    """What a FastLane does for those who send."""
+    """What a FastLane does for those who send. Make it while a loop runs."""
 
     def __init__(self) -> None:
         self.sent: list[bytes] = []
-        self.lost: str | None = None
+        self.gone: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.congested = False
         self.held_back = False
         self.kept_alive = 0
 
+    @property
+    def lost(self) -> str | None:
+        return self.gone.result() if self.gone.done() else None
+
     def send(self, parts: Iterable[bytes]) -> None:
-        self.sent += parts
+        self.sent.append(b"".join(parts))
 
     def hold_back(self, held: bool) -> None:
         self.held_back = held
@@ -32,7 +63,8 @@ class FakeLane:
         self.kept_alive += 1
 
     def fail(self, reason: str) -> None:
-        self.lost = self.lost or reason
+        if not self.gone.done():
+            self.gone.set_result(reason)
 
     @property
     def acks(self) -> list[tuple[int, bool]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from itertools import islice
 
-from common.producer.api import random_uuids
+from common.producer.intake import random_uuids
 
 
 def test_ids_without_a_key_are_random_version_4_uuids() -> None:

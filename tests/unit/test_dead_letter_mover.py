@@ -1,5 +1,4 @@
 import asyncio
-from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 from typing import cast
 
@@ -10,40 +9,23 @@ from common.amqp.link import Link
 from common.consumer.dead_letters import mover
 from common.consumer.dead_letters.message import Copy
 from common.consumer.dead_letters.mover import Nacked, Outbox
+from tests.support.lane import FakeLane
 
 
-class Lane:
-    def __init__(self) -> None:
-        self.lost: str | None = None
-        self.sent: list[bytes] = []
-        self.on_confirms: Callable[[list[Confirm]], None]
-        self.on_blocked: Callable[[str], None]
-        self.on_lost: Callable[[str], None]
-
-    def send(self, parts: Iterable[bytes]) -> None:
-        self.sent.append(b"".join(parts))
-
-    def fail(self, reason: str) -> None:
-        self.lost = reason
-        self.on_lost(reason)
-
-
-def outbox_of(lane: Lane, frame_max: int = 0) -> Outbox:
-    outbox = Outbox(cast(Link, SimpleNamespace(lane=lane, frame_max=frame_max)))
-    lane.on_lost = outbox.fail
-    return outbox
+def outbox_of(lane: FakeLane, frame_max: int = 0) -> Outbox:
+    return Outbox(cast(Link, SimpleNamespace(lane=lane, frame_max=frame_max)))
 
 
 A_COPY = Copy(b"header", b"bare", b"body")
 
 
 async def test_a_confirm_settles_its_own_message_and_multiple_every_older_one() -> None:
-    lane = Lane()
+    lane = FakeLane()
     outbox = outbox_of(lane)
     futures = [outbox.publish("q", A_COPY) for _ in range(5)]
-    lane.on_confirms([Confirm(4, False, True)])
+    outbox.confirms([Confirm(4, False, True)])
     assert [future.done() for future in futures] == [False, False, False, True, False]
-    lane.on_confirms([Confirm(2, True, False), Confirm(2, True, True), Confirm(3, True, True)])
+    outbox.confirms([Confirm(2, True, False), Confirm(2, True, True), Confirm(3, True, True)])
     assert isinstance(futures[0].exception(), Nacked)
     assert isinstance(futures[1].exception(), Nacked)
     assert futures[2].exception() is None
@@ -51,10 +33,11 @@ async def test_a_confirm_settles_its_own_message_and_multiple_every_older_one() 
 
 
 async def test_a_lost_link_fails_everything_that_is_unconfirmed_and_all_that_follows() -> None:
-    lane = Lane()
+    lane = FakeLane()
     outbox = outbox_of(lane)
     before = outbox.publish("q", A_COPY)
     lane.fail("returned: NO_ROUTE")
+    await asyncio.sleep(0)
     after = outbox.publish("q", A_COPY)
     assert [str(future.exception()) for future in (before, after)] == ["returned: NO_ROUTE"] * 2
     assert len(lane.sent) == 1
@@ -63,20 +46,20 @@ async def test_a_lost_link_fails_everything_that_is_unconfirmed_and_all_that_fol
 async def test_a_silent_broker_is_given_up_but_not_one_that_says_it_is_blocked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mover, "CONFIRM_TIMEOUT_SECONDS", 0.05)
     monkeypatch.setattr(mover, "POLL_SECONDS", 0.01)
-    lane = Lane()
+    lane = FakeLane()
     outbox = outbox_of(lane)
     future = outbox.publish("q", A_COPY)
-    lane.on_blocked("low on memory")
+    outbox.blocked("low on memory")
     waiting = asyncio.ensure_future(outbox.wait([future]))
     await asyncio.sleep(0.2)
     assert not waiting.done()
-    lane.on_blocked("")
+    outbox.blocked("")
     await asyncio.wait_for(waiting, 5)
     assert "no confirm" in str(future.exception())
 
 
 async def test_a_large_body_goes_out_in_frames_of_the_negotiated_size_and_a_large_header_without_its_ballast() -> None:
-    lane = Lane()
+    lane = FakeLane()
     outbox = outbox_of(lane, frame_max=4096)
     outbox.publish("q", Copy(b"h" * 4089, b"bare", b"x" * 5000))
     sizes = []

@@ -43,9 +43,10 @@ class Server:
         self.slow_seconds = 0.0
         self.state = ServerState(limits, self, lambda: self.now, self.soon.append)
 
-    def check(self, head: Head) -> None:
+    def check(self, head: Head) -> bytes:
         if head.path == b"/none":
             raise HttpError(404, "no such page")
+        return b""
 
     def handle(self, request: Request, exchange: Exchange) -> None:
         self.now += self.slow_seconds

@@ -43,10 +43,11 @@ class Recorder:
         self.statuses: list[int] = []
         self.waiting: list[Exchange] = []
 
-    def check(self, head: Head) -> None:
+    def check(self, head: Head) -> bytes:
         self.checked.append(head.query)
         if head.path == b"/refused":
             raise HttpError(404, "no such page")
+        return b""
 
     def handle(self, request: Request, exchange: Exchange) -> None:
         self.handled.append(request.head.query)

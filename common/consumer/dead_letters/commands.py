@@ -18,12 +18,13 @@ import aiormq
 from aiormq.abc import DeliveredMessage
 
 from common.amqp.address import masked_url
-from common.amqp.codec import Delivery, ack_frames
+from common.amqp.codec import Confirm, Delivery, ack_frames
 from common.amqp.link import CONNECTION_ERRORS, Link, cancelled, closed, explain, open_link
 from common.amqp.topology import QUEUE_ARGUMENTS, dead_letter_queue, declare
+from common.amqp.transport import LaneListener
 from common.config import ConsumerSettings
 from common.consumer.dead_letters.message import TABLE_HEAD, json_line, live_copy, table_row
-from common.consumer.dead_letters.mover import Nacked, Outbox
+from common.consumer.dead_letters.mover import Nacked, OutboxListener
 from common.errors import StartupError
 
 ANSWER_TIMEOUT_SECONDS = 10.0
@@ -40,9 +41,10 @@ Pages = AsyncGenerator[list[Delivery], None]
 async def show(settings: ConsumerSettings) -> int:
     """List the dead letters on stdout, oldest first, and leave them as they are. The exit code; raises StartupError."""
     dead = dead_letter_queue(settings.queue_name)
-    async with _connection(settings.amqp_url) as source:
+    arrivals = _Arrivals()
+    async with _connection(settings.amqp_url, arrivals) as source:
         if count := await _ready(source, dead):
-            await _pour(_look(source, dead, count), count, table_row, sys.stdout.buffer, "stdout", TABLE_HEAD)
+            await _pour(_look(source, arrivals, dead, count), count, table_row, sys.stdout.buffer, "stdout", TABLE_HEAD)
         else:
             print(f"no dead letters in '{dead}'")
     return 0
@@ -54,9 +56,10 @@ async def export(settings: ConsumerSettings, path: str) -> int:
     They stay where they are. For a line see `letters.json_line`. The exit code; raises StartupError.
     """
     dead = dead_letter_queue(settings.queue_name)
-    async with _connection(settings.amqp_url) as source:
+    arrivals = _Arrivals()
+    async with _connection(settings.amqp_url, arrivals) as source:
         count = await _ready(source, dead) or 0
-        pages = _look(source, dead, count)
+        pages = _look(source, arrivals, dead, count)
         if path == "-":
             await _pour(pages, count, json_line, sys.stdout.buffer, "stdout")
             return 0
@@ -73,18 +76,18 @@ async def replay(settings: ConsumerSettings) -> int:
     queues, the consumer drops the second time.
     """
     queue_name, dead = settings.queue_name, dead_letter_queue(settings.queue_name)
-    async with _connection(settings.amqp_url) as source:
+    arrivals, copies = _Arrivals(), OutboxListener()
+    async with _connection(settings.amqp_url, arrivals) as source:
         count = await _ready(source, dead)
         if not count:
             print(f"no dead letters in '{dead}'")
             return 0
         with Progress(count, sys.stderr) as progress:
             try:
-                async with _connection(settings.amqp_url) as target:
+                async with _connection(settings.amqp_url, copies) as target:
                     await declare(target.channel, queue_name, QUEUE_ARGUMENTS)
-                    outbox = Outbox(target)
-                    target.lane.on_lost = outbox.fail
-                    async for page in _pages(source, dead, count):
+                    outbox = copies.open(target)
+                    async for page in _pages(source, arrivals, dead, count):
                         futures = [outbox.publish(queue_name, live_copy(letter)) for letter in page]
                         await outbox.wait(futures)
                         errors = [future.exception() for future in futures]
@@ -115,14 +118,12 @@ def _moved(page: list[Delivery], errors: list[BaseException | None]) -> Iterator
 
 
 @asynccontextmanager
-async def _connection(url: str) -> AsyncIterator[Link]:
+async def _connection(url: str, listener: LaneListener) -> AsyncIterator[Link]:
     """A link for a command. Whatever goes wrong with it is a StartupError, which says in one line what."""
     try:
-        link = await open_link(url, "dead-letters-command")
+        link = await open_link(url, "dead-letters-command", listener)
     except CONNECTION_ERRORS as error:
         raise StartupError(explain(error, url)) from None
-    link.connection.closing.add_done_callback(lambda _: link.lane.fail("connection closed"))
-    link.channel.closing.add_done_callback(lambda _: link.lane.fail("channel closed"))
     try:
         yield link
     except aiormq.exceptions.ChannelAccessRefused as error:
@@ -148,11 +149,11 @@ async def _ready(link: Link, queue_name: str) -> int | None:
         return None
 
 
-async def _look(link: Link, queue_name: str, count: int) -> Pages:
+async def _look(link: Link, arrivals: _Arrivals, queue_name: str, count: int) -> Pages:
     """`_pages` for those who take nothing: at the end all is put back in its order."""
     nacks: list[int] = []
     try:
-        async for page in _pages(link, queue_name, count):
+        async for page in _pages(link, arrivals, queue_name, count):
             tags = [letter.delivery_tag for letter in page]
             nacks += dict.fromkeys([*tags[31::32], tags[-1]])
             yield page
@@ -179,41 +180,55 @@ async def _put_back(link: Link, queue_name: str, nacks: list[int]) -> None:
             await asyncio.sleep(0.005)
 
 
-async def _pages(link: Link, queue_name: str, count: int) -> Pages:
+class _Arrivals:
+    """The listener of a link that reads a queue: what has arrived since it was last taken."""
+
+    def __init__(self) -> None:
+        self.letters: list[Delivery] = []
+        self.wake = asyncio.Event()
+
+    def deliveries(self, deliveries: list[Delivery]) -> None:
+        self.letters += deliveries
+        self.wake.set()
+
+    def take(self) -> list[Delivery]:
+        """Take out all that has arrived."""
+        taken, self.letters = self.letters, []
+        return taken
+
+    def confirms(self, confirms: list[Confirm]) -> None:
+        """Nothing is published on this link."""
+
+    def blocked(self, reason: str) -> None:
+        """Nothing is published on this link."""
+
+
+async def _pages(link: Link, arrivals: _Arrivals, queue_name: str, count: int) -> Pages:
     """The first `count` messages, unacked, a page at a time: no more than fits in PAGE_BYTES, if the largest of one
     page tells what the next may hold. Ends early when other readers have the rest.
 
     Each page has a consumer of its own, that is cancelled before the page is given out: what it was sent stays unacked
     on the channel, nothing piles up while the caller takes its time, and the next page begins behind it.
     """
-    arrived: list[Delivery] = []
-    wake = asyncio.Event()
-
-    def take(deliveries: list[Delivery]) -> None:
-        arrived.extend(deliveries)
-        wake.set()
-
-    link.lane.on_deliveries = take
-    link.lane.on_lost = lambda _: wake.set()
+    link.lane.gone.add_done_callback(lambda _: arrivals.wake.set())
     largest, more = PAGE_BYTES // 8, True  # nothing is known before the first page
     while count > 0 and more:
         size = min(count, PAGE_LETTERS, max(1, PAGE_BYTES // largest))
         async with asyncio.timeout(ANSWER_TIMEOUT_SECONDS):
             await link.channel.basic_qos(prefetch_count=size)
             consumer = await link.channel.basic_consume(queue_name, _never_called)
-        while len(arrived) < size and more:
+        while len(arrivals.letters) < size and more:
             if link.lane.lost is not None:
                 raise ConnectionError(link.lane.lost)
-            wake.clear()
+            arrivals.wake.clear()
             try:
                 async with asyncio.timeout(POLL_SECONDS):
-                    await wake.wait()
+                    await arrivals.wake.wait()
             except TimeoutError:
                 more = bool(await _ready(link, queue_name))
         async with asyncio.timeout(ANSWER_TIMEOUT_SECONDS):
             await link.channel.basic_cancel(consumer.consumer_tag or "")
-        page = arrived.copy()
-        arrived.clear()
+        page = arrivals.take()
         count -= len(page)
         if page:
             largest = max(1, *(len(letter.body) for letter in page))

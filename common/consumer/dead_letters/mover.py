@@ -1,6 +1,6 @@
-"""Dead letters: bury what can never become rows, until the broker has confirmed the copy.
+"""Dead letters: move what can never become rows to a queue of its own, until the broker has confirmed the copy.
 
-Nothing here judges a message, knows what is in one (letters.py), or reads dead letters (dead_letter_commands.py).
+Nothing here judges a message, knows what is in one (message.py), or reads dead letters (commands.py).
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import uuid
 from collections.abc import Iterable
 from contextlib import suppress
 from datetime import UTC, datetime
-from itertools import takewhile
 from struct import Struct
 
 from pamqp.body import ContentBody
@@ -22,12 +21,14 @@ from pamqp.frame import marshal
 from common.amqp.codec import HOT_CHANNEL, Confirm, Delivery
 from common.amqp.link import Link, keep_up
 from common.amqp.topology import DEAD_LETTER_ARGUMENTS, dead_letter_queue, declare
+from common.amqp.window import ConfirmWindow
 from common.consumer.dead_letters.message import Copy, dead_copy
 from common.errors import StartupError
 
 log = logging.getLogger("predlog.dead_letters")
 
 CONFIRM_TIMEOUT_SECONDS = 10.0  # the clock stands still while the broker is blocked
+NACKS_SECONDS = 10.0
 POLL_SECONDS = 1.0
 BACKOFF_SECONDS = 2.0
 REFUSALS_BEFORE_BARE = 3
@@ -38,18 +39,17 @@ _FRAME = Struct(">BHI")
 class Outbox:
     """Publishes copies on one link, persistent and mandatory; each has its own outcome.
 
-    A returned message ends the link (fast_lane), so its future fails as all others do that are unconfirmed then.
+    A returned message ends the link (transport.py), so its future fails as all others do that are unconfirmed then.
     """
 
     def __init__(self, link: Link) -> None:
-        self.blocked = ""  # the broker's reason while it takes no messages
         self._link = link
         self._loop = asyncio.get_running_loop()
-        self._unconfirmed: dict[int, tuple[asyncio.Future[None], float]] = {}  # by delivery tag: in order of age
-        self._next_tag = 1
+        self._window: ConfirmWindow[tuple[asyncio.Future[None], float]] = ConfirmWindow()  # with when it was published
+        self._blocked = ""  # the broker's reason while it takes no messages
         self._unblocked_at = 0.0
-        link.lane.on_confirms = self._confirm
-        link.lane.on_blocked = self._block
+        self._nacked_since: float | None = None  # the first nack after the last ack
+        link.lane.gone.add_done_callback(lambda gone: self._fail_all(gone.result()))
 
     def publish(self, queue_name: str, copy: Copy, bare: bool = False) -> asyncio.Future[None]:
         """Done once the broker has the copy on disk; fails with ConnectionError (lost) or Nacked."""
@@ -66,8 +66,7 @@ class Outbox:
         ]
         most = frame_max - 8 if frame_max else 2**31 - 1
         parts += [marshal(ContentBody(copy.body[at : at + most]), channel) for at in range(0, len(copy.body), most)]
-        self._unconfirmed[self._next_tag] = (future, self._loop.time())
-        self._next_tag += 1
+        self._window.add((future, self._loop.time()))
         lane.send(parts)
         return future
 
@@ -76,35 +75,60 @@ class Outbox:
         waiting = set(futures)
         while waiting:
             _, waiting = await asyncio.wait(waiting, timeout=POLL_SECONDS)
-            if waiting and self._unconfirmed and not self.blocked:
-                _, since = next(iter(self._unconfirmed.values()))
+            oldest = self._window.oldest()
+            if waiting and oldest is not None and not self._blocked:
+                _, since = oldest
                 if self._loop.time() - max(since, self._unblocked_at) > CONFIRM_TIMEOUT_SECONDS:
                     self._link.lane.fail(f"no confirm within {CONFIRM_TIMEOUT_SECONDS:.0f} s")
 
-    def fail(self, reason: str) -> None:
-        """Nothing that is unconfirmed will be confirmed any more."""
-        unconfirmed, self._unconfirmed = self._unconfirmed, {}
-        for future, _ in unconfirmed.values():
-            _fail(future, ConnectionError(reason))
+    def confirms(self, confirms: list[Confirm]) -> None:
+        """Give each copy its outcome. Give up a link on which nothing but nacks came for long (see publisher.py)."""
+        now = self._loop.time()
+        for (future, _), ok in self._window.settle(confirms):
+            self._nacked_since = None if ok else self._nacked_since or now
+            if not future.done():
+                if ok:
+                    future.set_result(None)
+                else:
+                    _fail(future, Nacked("the broker refused it (nack)"))
+        if self._nacked_since is not None and now - self._nacked_since > NACKS_SECONDS:
+            self._link.lane.fail("the broker refuses every copy (nack)")
 
-    def _confirm(self, confirms: list[Confirm]) -> None:
-        for tag, multiple, ok in confirms:
-            covered = list(takewhile(tag.__ge__, self._unconfirmed)) if multiple else [tag]
-            for each in covered:
-                future, _ = self._unconfirmed.pop(each, (None, 0.0))
-                if future is not None and not future.done():
-                    if ok:
-                        future.set_result(None)
-                    else:
-                        _fail(future, Nacked("the broker refused it (nack)"))
-
-    def _block(self, reason: str) -> None:
-        self.blocked = reason
+    def blocked(self, reason: str) -> None:
+        """Stop the clock of `wait` while the broker takes no messages."""
+        self._blocked = reason
         if reason:
             log.warning("the broker takes no messages: %s; waiting", reason)
         else:
             log.info("the broker takes messages again")
             self._unblocked_at = self._loop.time()
+
+    def _fail_all(self, reason: str) -> None:
+        for future, _ in self._window.take():
+            _fail(future, ConnectionError(reason))
+
+
+class OutboxListener:
+    """The listener of a link for copies: `outbox` is there while the link is."""
+
+    def __init__(self) -> None:
+        self.outbox: Outbox | None = None
+
+    def open(self, link: Link) -> Outbox:
+        """Begin with a new link."""
+        self.outbox = Outbox(link)
+        return self.outbox
+
+    def confirms(self, confirms: list[Confirm]) -> None:
+        if self.outbox is not None:
+            self.outbox.confirms(confirms)
+
+    def blocked(self, reason: str) -> None:
+        if self.outbox is not None:
+            self.outbox.blocked(reason)
+
+    def deliveries(self, deliveries: list[Delivery]) -> None:
+        """Nothing is consumed on this link."""
 
 
 class Nacked(Exception):
@@ -117,19 +141,19 @@ def _fail(future: asyncio.Future[None], error: Exception) -> None:
         future.exception()  # whoever waited may be gone: no complaint about an error that nobody heard
 
 
-class DeadLetters:
-    """Buries messages in `<queue_name>.dead`, over a connection of its own that opens with the first of them."""
+class DeadLetters(OutboxListener):
+    """Moves messages to `<queue_name>.dead`, over a connection of its own that opens with the first of them."""
 
     def __init__(self, url: str, queue_name: str) -> None:
+        super().__init__()
         self._url = url
         self._queue_name = queue_name
         self._dead = dead_letter_queue(queue_name)
-        self._outbox: Outbox | None = None
         self._is_up = asyncio.Event()
         self._link_task: asyncio.Task[None] | None = None
-        self._in_trouble = False
+        self.trouble = ""  # why the last copy was not confirmed; "" while copies are
 
-    async def bury(self, delivery: Delivery, reason: str) -> None:
+    async def move(self, delivery: Delivery, reason: str) -> None:
         """Returns once a copy of `delivery` is confirmed, whatever that takes. Any number may run at a time.
 
         The copy has the body and the properties of the original and the headers x-predlog-reason, x-predlog-time
@@ -140,54 +164,54 @@ class DeadLetters:
         copy = dead_copy(delivery, self._queue_name, reason, datetime.now(UTC), uuid.uuid4().hex.encode())
         refusals = 0
         while True:
-            while (outbox := self._outbox) is None:  # it may be down again before a waiter wakes
+            while (outbox := self.outbox) is None:  # it may be down again before a waiter wakes
                 await self._is_up.wait()
             future = outbox.publish(self._dead, copy, bare=refusals >= REFUSALS_BEFORE_BARE)
             await outbox.wait([future])
             error = future.exception()
             if error is None:
-                if self._in_trouble:
+                if self.trouble:
                     log.info("dead letters reach '%s' again", self._dead)
-                    self._in_trouble = False
+                    self.trouble = ""
                 return
-            if not self._in_trouble:
-                log.warning("could not bury a message in '%s': %s; trying until it works", self._dead, error)
-                self._in_trouble = True
+            if not self.trouble:
+                log.warning("a message could not be dead-lettered to '%s': %s; retrying", self._dead, error)
+            self.trouble = str(error)
             # Not known which of several copies the broker refused: after some rounds, the rest goes without.
             refusals += "PRECONDITION_FAILED" in str(error)
             if isinstance(error, Nacked):
                 await asyncio.sleep(random.uniform(0.1, 1) * BACKOFF_SECONDS)
-            elif outbox is self._outbox:
-                self._down(str(error))
+            elif outbox is self.outbox:
+                self.down(str(error))
 
     async def close(self) -> None:
-        """Close the connection. Cancel the calls of `bury` first: none of them returns after this."""
+        """Close the connection. Cancel the calls of `move` first: none of them returns after this."""
         if self._link_task is not None:
             self._link_task.cancel()
             with suppress(asyncio.CancelledError):
                 await self._link_task
-            self._down("closed")
+            self.down("closed")
 
     async def _keep_link(self) -> None:
         said = ""
         while True:
             try:
-                await keep_up(self._url, "dead-letters", self._up, self._down)
-            except StartupError as error:  # no reason to stop here: somebody may mend it
+                await keep_up(self._url, "dead-letters", self)
+            except StartupError as error:  # no reason to stop here: somebody may fix it
                 if str(error) != said:
                     said = str(error)
-                    log.warning("dead letters: %s; trying until it works", error)
+                    log.warning("dead letters: %s; retrying", error)
             except Exception:
                 log.exception("dead letters: unexpected; connecting again")
             await asyncio.sleep(random.uniform(0.5, 1) * BACKOFF_SECONDS)
 
-    async def _up(self, link: Link) -> None:
+    async def up(self, link: Link) -> None:
+        """Declare the queue of the dead letters."""
         await declare(link.channel, self._dead, DEAD_LETTER_ARGUMENTS)
-        self._outbox = Outbox(link)
+        self.open(link)
         self._is_up.set()
 
-    def _down(self, reason: str) -> None:
+    def down(self, reason: str) -> None:
+        """Let the calls of `move` wait for the next link."""
         self._is_up.clear()
-        if self._outbox is not None:
-            self._outbox.fail(reason)
-            self._outbox = None
+        self.outbox = None

@@ -129,7 +129,7 @@ class Outgoing:
         await self._mover.close()
 
     async def _move(self, poison: Poison) -> None:
-        await self._mover.bury(poison.delivery, poison.reason)
+        await self._mover.move(poison.delivery, poison.reason)
         self._count(poison)
         tag = poison.delivery.delivery_tag
         if self._held.pop(tag, None) is not None:
@@ -148,7 +148,7 @@ class Outgoing:
         while self._spill.waiting:
             try:
                 page, size = await self._in_thread(self._spill.page)
-                await asyncio.gather(*(self._mover.bury(each.delivery, each.reason) for each in page))
+                await asyncio.gather(*(self._mover.move(each.delivery, each.reason) for each in page))
                 await self._in_thread(self._spill.remove, size)
                 for each in page:
                     self._count(each)

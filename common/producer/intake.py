@@ -1,0 +1,70 @@
+"""What a valid event gets on its way to the broker: an id, a partition, a place in the counts, an outcome in HTTP.
+
+Shared by single events (api.py) and batches (batch.py). Knows no socket.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+
+from common.errors import HttpError, NotConfirmed, OutcomeUnknown, TooLarge, Unavailable
+from common.event.ids import keyed_message_id
+from common.event.partition import partition_of
+from common.event.schema import NormalEvent
+from common.producer.metrics import Counters
+from common.producer.publisher import Publisher
+
+
+class Intake:
+    """The publishers, one for each partition, and the account of what went to them."""
+
+    def __init__(self, publishers: Sequence[Publisher], counters: Counters) -> None:
+        self._publishers = publishers
+        self._counters = counters
+        self._only = publishers[0] if len(publishers) == 1 else None
+        self._uuids = random_uuids()
+
+    def publisher_for(self, event: NormalEvent) -> Publisher:
+        """Return the publisher of the event's partition."""
+        if self._only is not None:
+            return self._only
+        return self._publishers[partition_of(event.device_id, len(self._publishers))]
+
+    def message_id(self, event: NormalEvent, key: bytes | None) -> bytes:
+        """Return the message id of an event, 32 hex digits: with a key the same at every retry, else random."""
+        return next(self._uuids) if key is None else keyed_message_id(key, event.body)
+
+    def count(self, event: NormalEvent, seconds: float) -> None:
+        """Count an event that was confirmed `seconds` after it was sent."""
+        counters = self._counters
+        values = counters.metrics.values
+        values[counters.events] += 1.0
+        values[counters.predictions] += event.rows
+        values[counters.event_bytes] += len(event.body)
+        counters.confirm_seconds.observe(seconds)
+
+    def as_http(self, error: NotConfirmed) -> HttpError:
+        """Return what a client is told of an event that was not confirmed; count it by its reason."""
+        if isinstance(error, Unavailable):
+            self._counters.metrics.values[self._counters.refusals[error.reason]] += 1.0
+            return HttpError(503, str(error), (("Retry-After", "1"),))
+        if isinstance(error, TooLarge):
+            return HttpError(413, str(error))
+        assert isinstance(error, OutcomeUnknown)
+        return HttpError(504, str(error))
+
+
+def random_uuids() -> Iterator[bytes]:
+    """Yield version 4 UUIDs as 32 hex digits (RFC 9562 section 5.4), made many at once."""
+    while True:
+        block = bytearray(os.urandom(16 * 256))
+        block[6::16] = block[6::16].translate(_VERSION_4)
+        block[8::16] = block[8::16].translate(_VARIANT)
+        digits = block.hex().encode()
+        for at in range(0, len(digits), 32):
+            yield digits[at : at + 32]
+
+
+_VERSION_4 = bytes(byte & 0x0F | 0x40 for byte in range(256))
+_VARIANT = bytes(byte & 0x3F | 0x80 for byte in range(256))
