@@ -1,0 +1,94 @@
+"""Producers behind a real nginx: refusals reach the client, and stops and restarts are seen by nobody."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import threading
+from collections import Counter
+from pathlib import Path
+
+from tests.conftest import Service, Start
+from tests.integration.test_contract import EVENT
+from tests.support.nginx import needs_nginx, nginx
+from tests.support.polling import wait_until
+
+pytestmark = needs_nginx
+BODY = json.dumps(EVENT).encode()
+
+
+def post(url: str, body: bytes, **headers: str) -> int:
+    client = http.client.HTTPConnection(url.removeprefix("http://"), timeout=30)
+    try:
+        client.request("POST", "/process", body, headers)
+        return client.getresponse().status
+    finally:
+        client.close()
+
+
+class Load:
+    """Clients that post all the time, each request on a connection of its own; every answer is counted."""
+
+    def __init__(self, url: str, clients: int = 4) -> None:
+        self.statuses: Counter[int | str] = Counter()
+        self._url = url
+        self._over = threading.Event()
+        self._threads = [threading.Thread(target=self._run) for _ in range(clients)]
+
+    def __enter__(self) -> Load:
+        for thread in self._threads:
+            thread.start()
+        self.wait_for_more()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _run(self) -> None:
+        while not self._over.is_set():
+            try:
+                self.statuses[post(self._url, BODY)] += 1
+            except (OSError, http.client.HTTPException) as error:
+                self.statuses[type(error).__name__] += 1
+
+    def wait_for_more(self, answers: int = 200) -> None:
+        wanted = self.statuses.total() + answers
+        wait_until(f"{answers} more answers", lambda: self.statuses.total() >= wanted)
+
+
+def test_a_refusal_of_a_large_body_reaches_the_client(producer: Start, tmp_path: Path) -> None:
+    """nginx sends the whole body before it looks at an answer: a reset would be a 502, and take the producer out."""
+    services = [producer(API_TOKEN="right") for _ in range(2)]
+    with nginx(tmp_path / "nginx", [service.url for service in services], keep_alive=False) as url:
+        for _ in range(3):
+            assert post(url, b"x" * 20_000_000, Authorization="Bearer right") == 413
+            assert post(url, b"x" * 20_000_000) == 401
+        assert post(url, BODY, Authorization="Bearer right") == 200
+
+
+def stop(service: Service) -> None:
+    assert service.stop() == 0
+
+
+def test_a_stop_behind_nginx_is_seen_by_nobody(producer: Start, tmp_path: Path) -> None:
+    """One of two producers stops, while each request has a connection of its own, and while connections are kept."""
+    for keep_alive in (False, True):
+        leaving, staying = producer(), producer()
+        with (
+            nginx(tmp_path / f"nginx-{keep_alive}", [leaving.url, staying.url], keep_alive) as url,
+            Load(url) as load,
+        ):
+            stop(leaving)
+            load.wait_for_more()
+        assert set(load.statuses) == {200}, load.statuses
+
+
+def test_a_drain_delay_listens_while_readyz_says_no(producer: Start) -> None:
+    service = producer(DRAIN_DELAY_MS=1500)
+    service.process.terminate()
+    wait_until("not ready", lambda: not service.is_ready())
+    assert service.process.poll() is None
+    assert post(service.url, BODY) == 200
+    assert service.process.wait(20) == 0

@@ -1,0 +1,70 @@
+"""A real nginx in front of servers, with its defaults: it buffers requests, and takes a failing server out for 10 s."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from scripts.rabbitmq import free_port
+from tests.support.polling import wait_until
+
+PROGRAM = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
+needs_nginx = pytest.mark.skipif(PROGRAM is None, reason="nginx is not installed (Debian: apt-get install nginx-light)")
+
+_CONFIGURATION = """
+{user}
+daemon off;
+worker_processes 1;
+pid {directory}/nginx.pid;
+error_log {directory}/error.log info;
+events {{ worker_connections 1024; }}
+http {{
+    access_log {directory}/access.log;
+    client_max_body_size 0;
+    client_body_temp_path {directory}/body;
+    proxy_temp_path {directory}/proxy;
+    fastcgi_temp_path {directory}/fastcgi;
+    uwsgi_temp_path {directory}/uwsgi;
+    scgi_temp_path {directory}/scgi;
+    upstream producers {{ {servers} {keepalive} }}
+    server {{
+        listen 127.0.0.1:{port};
+        location / {{
+            proxy_pass http://producers;
+            {headers}
+        }}
+    }}
+}}
+"""
+
+
+@contextlib.contextmanager
+def nginx(directory: Path, urls: list[str], keep_alive: bool) -> Iterator[str]:
+    """The URL of an nginx in front of `urls`; `keep_alive` is of its connections to them."""
+    assert PROGRAM is not None
+    directory.mkdir()
+    port = free_port()
+    (directory / "nginx.conf").write_text(
+        _CONFIGURATION.format(
+            directory=directory,
+            user="user root;" if os.geteuid() == 0 else "",  # the test's folder is nobody else's
+            port=port,
+            servers=" ".join(f"server {url.removeprefix('http://')};" for url in urls),
+            keepalive="keepalive 32;" if keep_alive else "",
+            headers='proxy_http_version 1.1; proxy_set_header Connection "";' if keep_alive else "",
+        )
+    )
+    command = [PROGRAM, "-p", str(directory), "-e", str(directory / "error.log"), "-c", str(directory / "nginx.conf")]
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    try:
+        wait_until("nginx runs", (directory / "nginx.pid").exists)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(10)
