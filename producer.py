@@ -19,6 +19,7 @@ import asyncio
 import logging
 import os
 import signal
+import socket
 import sys
 from collections.abc import Sequence
 
@@ -26,7 +27,7 @@ from common import __version__, workers
 from common.config import ProducerSettings, describe, parse
 from common.errors import Fatal
 from common.logs import set_up_logging
-from common.process import fail, on_stop, run
+from common.process import fail, inherited_socket, on_stop, run
 from common.producer.metrics import Counters
 from common.producer.service import Producer
 from common.producer.tls import Certificate
@@ -43,10 +44,11 @@ async def serve(
     shared_port: int | None = None,
     alive_fd: int | None = None,
     replaces: bool = False,
+    inherited: socket.socket | None = None,
 ) -> None:
     """Run one producer until a signal, or until the supervisor at `alive_fd` is gone; then drain."""
     stop = on_stop(alive_fd)
-    producer = Producer(settings, counters, rows, shared_port)
+    producer = Producer(settings, counters, rows, shared_port, inherited)
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, producer.reload_certificate)
     try:
         await producer.start(replaces)
@@ -63,10 +65,11 @@ def main(argv: Sequence[str], environ: dict[str, str]) -> int:
         set_up_logging("producer", settings.log_level, settings.log_format)
         log.info("predlog %s producer: %s", __version__, describe(settings))
         counters = Counters(settings.partitions)
+        inherited = inherited_socket(environ, os.getpid())
         if settings.workers == 1:
-            return run("producer", lambda: serve(settings, counters))
+            return run("producer", lambda: serve(settings, counters, inherited=inherited))
         Certificate.load(settings.tls_cert, settings.tls_key)  # a bad one is said once, not by each worker
-        port = workers.reserve_port(settings.http_host, settings.http_port)
+        port = inherited or workers.reserve_port(settings.http_host, settings.http_port)
     except Fatal as error:
         return fail("producer", error)
     rows = workers.shared_rows(settings.workers, counters.metrics.size)
@@ -74,7 +77,7 @@ def main(argv: Sequence[str], environ: dict[str, str]) -> int:
     def work(index: int, alive_fd: int, replaces: bool) -> int:
         counters.metrics.bind(rows[index])
         shared_port = port.getsockname()[1]
-        return run("producer", lambda: serve(settings, counters, rows, shared_port, alive_fd, replaces))
+        return run("producer", lambda: serve(settings, counters, rows, shared_port, alive_fd, replaces, inherited))
 
     return workers.supervise(settings.workers, work, settings.shutdown_timeout_ms / 1000)
 

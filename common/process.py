@@ -7,16 +7,19 @@ import gc
 import logging
 import resource
 import signal
+import socket
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
 import uvloop
 
-from common.errors import Fatal
+from common.errors import Fatal, StartupError
 from common.logs import JsonFormatter, escaped
 
 log = logging.getLogger("predlog")
+
+_FIRST_INHERITED = 3  # SD_LISTEN_FDS_START
 
 
 def run(prog: str, main: Callable[[], Coroutine[Any, Any, int | None]]) -> int:
@@ -47,6 +50,26 @@ def raise_file_limit() -> int:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return hard if hard != resource.RLIM_INFINITY else sys.maxsize
+
+
+def inherited_socket(environ: Mapping[str, str], pid: int) -> socket.socket | None:
+    """The listening socket that systemd holds for us, or None (sd_listen_fds(3)): it outlives a restart.
+
+    Raise StartupError for what is not one stream socket that listens.
+    """
+    if environ.get("LISTEN_PID") != str(pid) or environ.get("LISTEN_FDS", "0") == "0":
+        return None
+    if environ["LISTEN_FDS"] != "1":
+        raise StartupError(f"LISTEN_FDS is {environ['LISTEN_FDS']}, but one socket is taken: see the .socket unit")
+    try:
+        found = socket.socket(fileno=_FIRST_INHERITED)
+        listens = found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    except OSError as error:
+        raise StartupError(f"LISTEN_FDS is set, but file 3 is no socket: {error.strerror}") from None
+    if not listens or found.type != socket.SOCK_STREAM:
+        raise StartupError("LISTEN_FDS is set, but file 3 is no stream socket that listens")
+    found.set_inheritable(False)
+    return found
 
 
 def on_stop(alive_fd: int | None = None) -> asyncio.Event:

@@ -17,15 +17,15 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 OLDEST_PYTHON = (3, 11)
 
-# `make run` finds its broker by itself; without a browser, the tests that want one say so and are skipped.
+# `make run` finds its broker by itself; without a browser or nginx, the tests that want one say so and are skipped.
 APT_PACKAGES = {
     "run": (),
     "check": (),
     "chaos": ("rabbitmq-server",),
     "bench": ("rabbitmq-server", "wrk"),
-    "test": ("rabbitmq-server", "chromium", "chromium-driver"),
+    "test": ("rabbitmq-server", "chromium", "chromium-driver", "nginx-light"),
 }
-OPTIONAL = {"chromium", "chromium-driver"}
+OPTIONAL = {"chromium", "chromium-driver", "nginx-light"}
 
 # A package must start no service, now (policy-rc.d: 101) or at the next boot: only its programs are wanted, and a
 # broker on port 5672 would take the place of the private node and its messages.
@@ -67,7 +67,8 @@ def main(arguments: list[str]) -> str | None:
 def is_installed(package: str) -> bool:
     if package == "rabbitmq-server":
         return rabbitmq.is_installed()
-    return shutil.which({"chromium-driver": "chromedriver"}.get(package, package)) is not None
+    program = {"chromium-driver": "chromedriver", "nginx-light": "nginx"}.get(package, package)
+    return shutil.which(program, path=os.environ["PATH"] + ":/usr/sbin") is not None
 
 
 def install_requirements(name: str, *included: str) -> str | None:

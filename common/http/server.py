@@ -36,7 +36,6 @@ class HttpServer:
         self.state.date = formatdate(usegmt=True).encode()
         self._tls: ssl.SSLContext | None = None
         self._server: asyncio.Server | None = None
-        self._shared = False  # the listening socket is another process's as well, and lives on
         self._sweeper: asyncio.TimerHandle | None = None
 
     @property
@@ -51,12 +50,11 @@ class HttpServer:
         reuse_port: bool = False,
         inherited: socket.socket | None = None,
     ) -> int:
-        """Begin, and return the port. `inherited` is a listening socket that outlives this process.
+        """Begin, and return the port. `inherited` is a socket bound already, in place of `host` and `port`.
 
         Raise StartupError when the address cannot be had.
         """
         self._tls = tls
-        self._shared = inherited is not None
         handshake_seconds = HANDSHAKE_SECONDS if tls else None
         try:
             if inherited is not None:
@@ -109,15 +107,14 @@ class HttpServer:
         server, self._server = self._server, None
         queues: list[socket.socket] = []
         if server is not None:
-            if not self._shared:
-                queues = [socket.socket(fileno=os.dup(listener.fileno())) for listener in server.sockets]
+            queues = [socket.socket(fileno=os.dup(listener.fileno())) for listener in server.sockets]
             server.close()
             await asyncio.sleep(0)
         accepted: list[socket.socket] = []
         for queue in queues:
             queue.setblocking(False)
             with suppress(OSError):
-                while True:
+                while len(accepted) < BACKLOG:  # of a socket that another process listens on too, others may come
                     accepted.append(queue.accept()[0])
             queue.close()  # with nothing between: a client that comes now is refused, and can go elsewhere
         for client in accepted:

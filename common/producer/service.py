@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 import time
 from collections.abc import Coroutine, Sequence
 from contextlib import suppress
@@ -59,6 +60,7 @@ class Producer:
     """One producer process: `start`, `run` until something ends it, `drain`, `close`.
 
     `rows` are the metrics of every worker, its own among them. `shared_port` is one reserved for several workers.
+    `inherited` is a listening socket that outlives the process.
     """
 
     def __init__(
@@ -67,9 +69,11 @@ class Producer:
         counters: Counters,
         rows: Sequence[Sequence[float]] = (),
         shared_port: int | None = None,
+        inherited: socket.socket | None = None,
     ) -> None:
         self._settings = settings
         self._shared_port = shared_port
+        self._inherited = inherited
         self._certificate = Certificate.load(settings.tls_cert, settings.tls_key)
         share = settings.partitions
         self._publishers = [
@@ -93,20 +97,22 @@ class Producer:
     async def start(self, replaces: bool = False) -> int:
         """Connect and listen; return the port. Raises StartupError.
 
-        One that `replaces` another listens once it has its broker: the other workers are there for the clients.
+        One that `replaces` another listens once it has its broker: the other workers are there for the clients. So does
+        one with an inherited socket: its clients wait in the queue.
         """
         settings = self._settings
         self._tasks = [
             asyncio.create_task(self._tick()),
             *map(asyncio.create_task, map(self._keep_up, self._publishers)),
         ]
-        if replaces:
+        if replaces or self._inherited is not None:
             with suppress(TimeoutError):
                 async with asyncio.timeout(REPLACEMENT_LISTENS_SECONDS):
                     await self._all_up()
         tls = self._certificate.context if self._certificate is not None else None
         wanted = settings.http_port if self._shared_port is None else self._shared_port
-        port = await self._server.listen(settings.http_host, wanted, tls, reuse_port=self._shared_port is not None)
+        reuse_port = self._shared_port is not None and self._inherited is None
+        port = await self._server.listen(settings.http_host, wanted, tls, reuse_port, self._inherited)
         host = f"[{settings.http_host}]" if ":" in settings.http_host else settings.http_host
         log.info("POST to %s://%s:%d/process, pages at /docs", "https" if tls else "http", host, port)
         return port
