@@ -55,7 +55,7 @@ def raise_file_limit() -> int:
 def inherited_socket(environ: Mapping[str, str], pid: int) -> socket.socket | None:
     """The listening socket that systemd holds for us, or None (sd_listen_fds(3)): it outlives a restart.
 
-    Raise StartupError for what is not one stream socket that listens.
+    Raise StartupError for what is not one TCP socket that listens.
     """
     if environ.get("LISTEN_PID") != str(pid) or environ.get("LISTEN_FDS", "0") == "0":
         return None
@@ -66,8 +66,8 @@ def inherited_socket(environ: Mapping[str, str], pid: int) -> socket.socket | No
         listens = found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
     except OSError as error:
         raise StartupError(f"LISTEN_FDS is set, but file 3 is no socket: {error.strerror}") from None
-    if not listens or found.type != socket.SOCK_STREAM:
-        raise StartupError("LISTEN_FDS is set, but file 3 is no stream socket that listens")
+    if not listens or found.family not in (socket.AF_INET, socket.AF_INET6):
+        raise StartupError("LISTEN_FDS is set, but file 3 is no TCP socket that listens")
     found.set_inheritable(False)
     return found
 

@@ -12,7 +12,7 @@ import pytest
 
 from common.errors import Fatal, SettingError, StartupError
 from common.logs import JsonFormatter, TextFormatter
-from common.process import run
+from common.process import inherited_socket, run
 from tests.conftest import ROOT
 
 HOSTILE = 'a\nb\rc\x00d\x1b[31me\x7ff\x9bg\x85h\u2028i\u2029j"k\\'
@@ -75,3 +75,11 @@ def test_an_interrupt_while_stopping_ends_the_process_at_once(first: signal.Sign
             assert process.wait(10) == -signal.SIGINT
         finally:
             process.kill()
+
+
+def test_a_socket_of_systemds_is_for_the_process_it_names() -> None:
+    assert inherited_socket({}, 7) is None
+    assert inherited_socket({"LISTEN_PID": "8", "LISTEN_FDS": "1"}, 7) is None
+    assert inherited_socket({"LISTEN_PID": "7", "LISTEN_FDS": "0"}, 7) is None
+    with pytest.raises(StartupError, match="one socket"):
+        inherited_socket({"LISTEN_PID": "7", "LISTEN_FDS": "2"}, 7)
