@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import gc
 import logging
 import resource
@@ -20,6 +21,7 @@ from common.logs import JsonFormatter, escaped
 log = logging.getLogger("predlog")
 
 _FIRST_INHERITED = 3  # SD_LISTEN_FDS_START
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # M_… of glibc's malloc.h
 
 
 def run(prog: str, main: Callable[[], Coroutine[Any, Any, int | None]]) -> int:
@@ -27,6 +29,7 @@ def run(prog: str, main: Callable[[], Coroutine[Any, Any, int | None]]) -> int:
     # A batch of events is many small objects that hold no cycle: by default the collector would look at them again and
     # again while they live, for a tenth of the consumer's time.
     gc.set_threshold(20_000, 20, 50)
+    keep_freed_memory()
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(main()) or 0
@@ -34,6 +37,18 @@ def run(prog: str, main: Callable[[], Coroutine[Any, Any, int | None]]) -> int:
         return fail(prog, error)
     except KeyboardInterrupt:
         return 130
+
+
+def keep_freed_memory() -> None:
+    """Let malloc keep what is freed, and all threads share it. Without glibc: nothing.
+
+    By default each buffer of 128 KB or more is taken from the kernel, cleared page by page, and given back: for events
+    with images a quarter of the CPU. It keeps 64 MB at most at its end.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for option, value in ((_MMAP_THRESHOLD, 32 << 20), (_TRIM_THRESHOLD, 64 << 20), (_ARENA_MAX, 1)):
+            mallopt(option, value)
 
 
 def fail(prog: str, error: Fatal) -> int:

@@ -11,8 +11,8 @@ from common.event.rows import count_rows
 FULL_BYTES = 16 * 1024 * 1024  # a batch of large events is full long before it has many rows
 COUNTED_BYTES = 8 * 1024  # rows are counted in smaller bodies only: a search through images costs more than it tells
 # Group commit: a batch waits for as long as the last one took, so that the disk is busy with us for half of the time at
-# most; and this long in any case, which bounds the batches to 200 a second (two fsyncs each).
-LEAST_WAIT_SECONDS = 0.005
+# most; and this long in any case, which bounds the batches to 330 a second (two fsyncs each).
+LEAST_WAIT_SECONDS = 0.003
 
 
 class Pending:

@@ -36,12 +36,12 @@ class Prepared(NamedTuple):
 
 def prepare_batch(deliveries: Sequence[Delivery], seen: Callable[[bytes], bool], low_prob_threshold: float) -> Prepared:
     """Decode a batch, drop what was stored already, encode the rest. A message gives all of its rows, or none."""
-    texts, stored, poison, fresh = [], [], [], dict[bytes, None]()
+    parts, stored, poison, fresh = list[str](), [], [], dict[bytes, None]()
     duplicates = rows = 0
     for delivery in deliveries:
         try:
             message_id = message_id_of(delivery.header)
-            text, count = csv_rows(delivery.body, low_prob_threshold)
+            texts, count = csv_rows(delivery.body, low_prob_threshold)
         except InvalidEvent as error:
             kind = "not_json" if is_not_json(error.faults) else "not_an_event"
             poison.append(Poison(delivery, kind, describe_faults(error.faults)))
@@ -56,7 +56,7 @@ def prepare_batch(deliveries: Sequence[Delivery], seen: Callable[[bytes], bool],
                 stored.append(delivery.delivery_tag)
                 continue
             fresh[digest] = None
-        texts.append(text)
+        parts += texts
         rows += count
         stored.append(delivery.delivery_tag)
-    return Prepared("".join(texts).encode(), rows, list(fresh), stored, duplicates, poison)
+    return Prepared("".join(parts).encode(), rows, list(fresh), stored, duplicates, poison)

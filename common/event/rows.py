@@ -11,6 +11,7 @@ from common.event.schema import Event, read_event
 
 CSV_HEADER = b"device_id;client_id;created_at;license_id;image_frame;prob;tags\r\n"
 LOW_PROB_TAG = "low_prob"
+LONG_CHARS = 1000  # a longer text is not copied into its row, but stays a part of its own
 
 
 def count_rows(body: bytes) -> int:
@@ -18,12 +19,13 @@ def count_rows(body: bytes) -> int:
     return body.count(b'"prob":') or body.count(b'"prob"')
 
 
-def csv_rows(body: bytes, low_prob_threshold: float) -> tuple[str, int]:
+def csv_rows(body: bytes, low_prob_threshold: float) -> tuple[list[str], int]:
     """The CSV rows of the event in `body`, one for each prediction, and how many. Raises InvalidEvent.
 
-    They are what `csv.writer(delimiter=";")` writes. `tags` is a CSV record of its own (delimiter ","), with `low_prob`
-    appended when `prob < low_prob_threshold`. csv.writer itself looks at every character in turn: more than twice the
-    cost for a short row, 13 times for a 20 KB frame.
+    The rows are the parts joined: whoever joins those of a whole batch copies an image once. They are what
+    `csv.writer(delimiter=";")` writes. `tags` is a CSV record of its own (delimiter ","), with `low_prob` appended when
+    `prob < low_prob_threshold`. csv.writer itself looks at every character in turn: more than twice the cost for a
+    short row, 13 times for a 20 KB frame.
     """
     try:
         rows = _rows_quickly(orjson.loads(body), low_prob_threshold)
@@ -31,12 +33,12 @@ def csv_rows(body: bytes, low_prob_threshold: float) -> tuple[str, int]:
         rows = None
     if rows is None:
         event = read_event(body)
-        return _rows(event, low_prob_threshold), len(event["data"]["preds"])
+        return [_rows(event, low_prob_threshold)], len(event["data"]["preds"])
     return rows
 
 
-def _rows_quickly(document: Any, low_prob_threshold: float) -> tuple[str, int] | None:
-    """`rows_of` for a document in normal form (but for unknown members) with nothing to quote; None for any other."""
+def _rows_quickly(document: Any, low_prob_threshold: float) -> tuple[list[str], int] | None:
+    """`csv_rows` for a document in normal form (but for unknown members) with nothing to quote; None for any other."""
     try:
         data = document["data"]
         device_id, client_id, created_at = document["device_id"], document["client_id"], document["created_at"]
@@ -46,7 +48,7 @@ def _rows_quickly(document: Any, low_prob_threshold: float) -> tuple[str, int] |
         if type(preds) is not list:
             return None
         prefix = f"{device_id};{client_id};{created_at};{license_id};"
-        rows, texts, all_tags = [], [device_id, client_id, created_at, license_id], []
+        parts, texts, all_tags = [], [device_id, client_id, created_at, license_id], []
         for pred in preds:
             frame, prob, tags = pred["image_frame"], pred["prob"], pred["tags"]
             if type(frame) is not str or type(prob) is not float or type(tags) is not list:
@@ -56,17 +58,25 @@ def _rows_quickly(document: Any, low_prob_threshold: float) -> tuple[str, int] |
             cell = ",".join(tags)  # a TypeError unless all are strings
             if tags and not cell:  # one empty tag is quoted
                 return None
-            rows.append(f"{prefix}{frame};{prob!r};{cell}\r\n")
-            texts.append(frame)
+            if len(frame) <= LONG_CHARS:
+                parts.append(f"{prefix}{frame};{prob!r};{cell}\r\n")
+                texts.append(frame)
+            elif _must_quote(frame):
+                return None
+            else:
+                parts += (prefix, frame, f";{prob!r};{cell}\r\n")
             all_tags += tags
     except (KeyError, TypeError):
         return None
     # One look at all of it, each with the processor's own search.
     tag_text = "".join(all_tags)
-    text = "".join(texts) + tag_text
-    if '"' in text or ";" in text or "\n" in text or "\r" in text or "," in tag_text:
+    if _must_quote("".join(texts) + tag_text) or "," in tag_text:
         return None
-    return "".join(rows), len(rows)
+    return parts, len(preds)
+
+
+def _must_quote(text: str) -> bool:
+    return '"' in text or ";" in text or "\n" in text or "\r" in text
 
 
 def _rows(event: Event, low_prob_threshold: float) -> str:

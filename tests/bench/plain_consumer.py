@@ -33,7 +33,7 @@ def _store(store: Store, messages: list[DeliveredMessage], low_prob_threshold: f
         if digest in fresh or store.seen(digest):
             continue
         fresh[digest] = None
-        texts.append(csv_rows(message.body, low_prob_threshold)[0])
+        texts += csv_rows(message.body, low_prob_threshold)[0]
     store.append("".join(texts).encode(), list(fresh))
 
 

@@ -498,14 +498,24 @@ def test_a_digest_is_the_ids_own_16_bytes_or_a_hash_of_it(message_id: str | byte
     ids=ascii,
 )
 def test_a_row_has_the_original_dialect_and_low_prob(pred: dict[str, Any], row: bytes) -> None:
-    assert csv_rows(write_json(with_preds(pred)), 0.25) == (row.decode(), 1)
+    assert csv_rows(write_json(with_preds(pred)), 0.25) == ([row.decode()], 1)
 
 
 def test_rows_follow_the_order_of_predictions() -> None:
-    text, count = csv_rows(write_json(with_preds(*[a_pred(image_frame=str(n)) for n in range(3)])), 0.25)
-    assert [line.split(";")[4] for line in text.splitlines()] == ["0", "1", "2"]
+    parts, count = csv_rows(write_json(with_preds(*[a_pred(image_frame=str(n)) for n in range(3)])), 0.25)
+    assert [line.split(";")[4] for line in "".join(parts).splitlines()] == ["0", "1", "2"]
     assert count == 3
-    assert csv_rows(write_json(with_preds()), 0.25) == ("", 0)
+    assert csv_rows(write_json(with_preds()), 0.25) == ([], 0)
+
+
+def test_an_image_becomes_a_part_of_its_own() -> None:
+    """It is not copied into its row; one that must be quoted is."""
+    image, quoted = "x" * 20_000, "x" * 20_000 + ";"
+    parts, _ = csv_rows(write_json(with_preds(a_pred(image_frame=image), a_pred(image_frame="short"))), 0.25)
+    assert image in parts
+    assert "".join(parts).count("\r\n") == 2
+    parts, _ = csv_rows(write_json(with_preds(a_pred(image_frame=quoted))), 0.25)
+    assert f';"{quoted}";' in "".join(parts)
 
 
 def test_rows_are_counted_without_parsing_whatever_the_strings_hold() -> None:
