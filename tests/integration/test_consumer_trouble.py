@@ -12,7 +12,7 @@ from pathlib import Path
 import aiormq
 import pytest
 
-from common.amqp.topology import QUEUE_ARGUMENTS
+from common.amqp.topology import DEAD_LETTER_ARGUMENTS, QUEUE_ARGUMENTS, dead_letter_queue
 from tests.conftest import Service, Start
 from tests.rabbitmq import RabbitMQ
 from tests.support.polling import wait_until
@@ -68,6 +68,38 @@ def metric(service: Service, name: str) -> float:
     with urllib.request.urlopen(f"{service.url}/metrics", timeout=5) as answer:
         lines = answer.read().decode().splitlines()
     return float(next(line for line in lines if line.startswith(name + " ")).split()[1])
+
+
+def test_a_full_queue_of_dead_letters_stops_no_good_event(broker: RabbitMQ, queue_name: str, consumer: Start) -> None:
+    """More poison than the prefetch, and a broker that takes 100 of it: the good events behind it are stored.
+
+    The poison waits in a file, also over a kill, and is in the dead letters once the broker takes them.
+    """
+    dead, poison = dead_letter_queue(queue_name), [b"poison %d" % number for number in range(2600)]
+
+    async def declare_dead() -> None:
+        async with aiormq.connect(broker.url) as connection:
+            channel = await connection.channel()
+            await channel.queue_declare(dead, durable=True, arguments=dict(DEAD_LETTER_ARGUMENTS))
+
+    asyncio.run(declare_dead())
+    policy = '{"max-length": 100, "overflow": "reject-publish"}'
+    broker.ctl("set_policy", queue_name, f"^{dead}$", policy, "--apply-to", "queues")
+    good = [f"device-{number}" for number in range(5)]
+    publish(broker.url, queue_name, poison + [event_of(device) for device in good])
+    service = consumer(wait=False)
+    wait_until("the good events are stored", lambda: devices(service.csv_file) == good, explain=service.log)
+    spill = service.csv_file.with_name("data.csv.dead-letters")
+    wait_until("it is told", lambda: "dead letters do not reach the broker" in readiness(service))
+    wait_until("no poison is unacked", lambda: metric(service, "predlog_unacked") == 0, explain=service.log)
+    assert metric(service, "predlog_dead_letters_spilled_bytes") > 0
+    service.kill()
+    again = consumer(wait=False)
+    broker.ctl("clear_policy", queue_name)
+    wait_until("all reach the dead letters", lambda: not spill.exists(), 40, again.log)
+    wait_until("it is ready", lambda: readiness(again) == "")
+    assert messages_in(broker.url, dead) >= len(poison)
+    assert messages_in(broker.url, queue_name) == 0
 
 
 @pytest.fixture
