@@ -1,6 +1,7 @@
 """The load generator against a small server that answers as it is told."""
 
 import asyncio
+import contextlib
 import gzip
 import io
 import json
@@ -44,18 +45,31 @@ class Server:
                     break
                 if status is not None:
                     writer.write(b"HTTP/1.1 %d X\r\ncontent-length: %d\r\n\r\n%b" % (status, len(body), body))
-        except asyncio.IncompleteReadError:
+        except (asyncio.IncompleteReadError, ConnectionResetError):
             pass
-        writer.close()
 
 
 def serve(server: Server, use: Callable[[Target], Awaitable[None]]) -> None:
+    handling: set[asyncio.Task[None]] = set()
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            await server.handle(reader, writer)
+        finally:
+            writer.close()
+            with contextlib.suppress(ConnectionError):
+                await writer.wait_closed()
+
     async def run() -> None:
-        listening = await asyncio.start_server(server.handle, "127.0.0.1", 0)
+        def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            handling.add(asyncio.create_task(handle(reader, writer)))
+
+        listening = await asyncio.start_server(connected, "127.0.0.1", 0)
         host, port = listening.sockets[0].getsockname()
         async with asyncio.timeout(20):
             await use(Target.parse(f"http://{host}:{port}"))
-        listening.close()
+            listening.close()
+            await asyncio.gather(*handling)
 
     asyncio.run(run())
 
