@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import copy
 import csv
+import json
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -12,6 +14,8 @@ from typing import Any
 import pytest
 
 from common import config
+from common.errors import InvalidEvent
+from common.event.schema import normalise_event
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -77,6 +81,31 @@ def test_every_method_that_the_walk_of_an_event_names_exists() -> None:
     named = set(re.findall(r"`([A-Z]\w+\.[a-z]\w+)`", walk))
     assert named
     assert named <= methods | {"aiormq.TransportFactory"}
+
+
+def test_the_answers_to_what_pydantic_1_coerced_are_the_documented() -> None:
+    """Each row of the table in docs/http.md, tried."""
+    event = {
+        "device_id": "a",
+        "client_id": "b",
+        "created_at": "c",
+        "data": {"license_id": "d", "preds": [{"image_frame": "e", "prob": 0.5, "tags": []}]},
+    }
+    table = (ROOT / "docs" / "http.md").read_text().partition("written for pydantic 1\n")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| `(.+?)` \| `.+?` \| (?:422 `(\w+)`|200, as `(.+?)`) \|$", table, re.MULTILINE)
+    assert len(rows) == 6
+    for member, fault, normalised in rows:
+        [(name, value)] = json.loads(f"{{{member}}}").items()
+        changed = copy.deepcopy(event)
+        place: dict[str, Any] = changed if name in changed else changed["data"]["preds"][0]  # type: ignore[index]
+        place[name] = value
+        body = json.dumps(changed).encode()
+        if fault:
+            with pytest.raises(InvalidEvent) as refused:
+                normalise_event(body, 100)
+            assert [each["type"] for each in refused.value.faults] == [fault], member
+        else:
+            assert json.loads(normalise_event(body, 100))[name] == json.loads(normalised)
 
 
 HEADER = ["device_id", "client_id", "created_at", "license_id", "image_frame", "prob", "tags"]
