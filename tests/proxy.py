@@ -43,6 +43,8 @@ class Proxy:
         """Cuts every connection, and refuses new ones."""
         if self._server is not None:
             self._server.close()
+        for _ in range(3):  # whoever was accepted before that is a task by then
+            await asyncio.sleep(0)
         for task in self._tasks:
             task.cancel()
         if self._tasks:
@@ -79,6 +81,8 @@ class Proxy:
                 to_client.transport.abort()
             to_client.close()
             to_broker.transport.abort()
+            with contextlib.suppress(asyncio.CancelledError):  # transports close in a later turn of the loop
+                await asyncio.gather(upwards, to_client.wait_closed(), to_broker.wait_closed(), return_exceptions=True)
 
     async def _upwards(self, from_client: asyncio.StreamReader, to_broker: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gzip
 import http.client
 import json
@@ -60,9 +61,9 @@ async def test_200_echoes_the_event_as_it_was_published(producer: Start, broker:
     service = producer()
     odd = {"data": {"preds": [{"tags": [], "prob": "1", "image_frame": "f", "x": 1}], "license_id": 7}, "more": None}
     body = json.dumps({"created_at": 5, "client_id": -3, "device_id": "ü", **odd}, indent=1).encode()
-    connection = http.client.HTTPConnection(service.url.removeprefix("http://"))
-    connection.request("POST", "/process", body)
-    echoed = connection.getresponse().read()
+    with contextlib.closing(http.client.HTTPConnection(service.url.removeprefix("http://"))) as connection:
+        connection.request("POST", "/process", body)
+        echoed = connection.getresponse().read()
     expected = (
         '{"device_id":"ü","client_id":"-3","created_at":"5",'
         '"data":{"license_id":"7","preds":[{"image_frame":"f","prob":1.0,"tags":[]}]}}'
