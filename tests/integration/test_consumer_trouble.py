@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import csv
 import json
+import subprocess
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import aiormq
 import pytest
 
 from common.amqp.topology import DEAD_LETTER_ARGUMENTS, QUEUE_ARGUMENTS, dead_letter_queue
+from common.config import ConsumerSettings
+from common.consumer.metrics import Counters
+from common.consumer.service import ConsumerService
 from tests.conftest import Service, Start
 from tests.rabbitmq import RabbitMQ
-from tests.support.polling import wait_until
+from tests.support.polling import until, wait_until
 
 
 def event_of(device: str) -> bytes:
@@ -121,6 +127,58 @@ def test_each_partition_has_its_own_csv_and_one_port_tells_of_all(
         assert metric(partitioned, f'predlog_partition_rows_total{{partition="{number}"}}') == number + 1
     assert metric(partitioned, "predlog_active") == 4
     assert partitioned.stop() == 0
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MB, of which the file `ballast` takes all."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True)
+    if mount.returncode:
+        pytest.skip("mounting a small disk needs root")
+    with contextlib.suppress(OSError), (disk / "ballast").open("wb", buffering=0) as file:
+        while file.write(b"x" * 4096):
+            pass
+    yield disk
+    subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+def test_a_full_disk_of_one_partition_stops_no_other(
+    broker: RabbitMQ, queue_name: str, consumer: Start, full_disk: Path, tmp_path: Path
+) -> None:
+    csv_files = [tmp_path / "data.0.csv", full_disk / "data.1.csv"]
+    (tmp_path / "data.1.csv").symlink_to(csv_files[1])
+    for number in range(2):
+        publish(broker.url, f"{queue_name}.{number}", [event_of(f"device-{number}")])
+    service = consumer(wait=False, PARTITIONS=2)
+    wait_until("the other stores", lambda: devices(csv_files[0]) == ["device-0"], explain=service.log)
+    wait_until("it is named", lambda: readiness(service).startswith("partition 1: cannot store: "), explain=service.log)
+    assert "No space left on device" in readiness(service)
+    assert "partition 0" not in readiness(service)
+    (full_disk / "ballast").unlink()
+    wait_until("it stores again", lambda: devices(csv_files[1]) == ["device-1"], explain=service.log)
+    wait_until("all is well", lambda: readiness(service) == "")
+
+
+async def test_a_service_starts_drains_and_closes_in_process(broker: RabbitMQ, queue_name: str, tmp_path: Path) -> None:
+    """A second one on the same CSV is a standby, and takes over when the first is closed."""
+    settings = ConsumerSettings(amqp_url=broker.url, queue_name=queue_name, csv_file=str(tmp_path / "data.csv"))
+    first, second = ConsumerService(settings, Counters()), ConsumerService(settings, Counters())
+    await first.start()
+    await until("the first is ready", lambda: first.not_ready() == "")
+    await second.start()
+    await until("the second waits", lambda: "standby" in second.not_ready())
+    await asyncio.to_thread(publish, broker.url, queue_name, [event_of("device-1")])
+    await until("the row is stored", lambda: devices(tmp_path / "data.csv") == ["device-1"])
+    await first.drain()
+    await first.close()
+    await until("the second takes over", lambda: second.not_ready() == "")
+    await asyncio.to_thread(publish, broker.url, queue_name, [event_of("device-2")])
+    await until("the row is stored", lambda: devices(tmp_path / "data.csv") == ["device-1", "device-2"])
+    assert b"predlog_rows_total 1\n" in second.metrics()
+    await second.drain()
+    await second.close()
 
 
 def test_who_changes_partitions_is_told_what_is_left_over(broker: RabbitMQ, queue_name: str, consumer: Start) -> None:

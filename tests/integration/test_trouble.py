@@ -351,6 +351,17 @@ def test_a_channel_closed_by_the_broker_comes_back(producer: Start, consumer: St
     traffic.assert_exactly_once()
 
 
+def test_a_flush_interval_beyond_the_broker_s_patience_stores(
+    producer: Start, consumer: Start, impatient_node: RabbitMQ
+) -> None:
+    """FLUSH_INTERVAL_MS longer than consumer_timeout: no endless 406, but rows."""
+    posting = producer(AMQP_URL=impatient_node.url)
+    storing = consumer(AMQP_URL=impatient_node.url, FLUSH_INTERVAL_MS=9000)
+    assert call(posting, "POST", "/process", json.dumps(EVENT).encode(), Content_Type="application/json")[0] == 200
+    until("the row is stored", lambda: metric(storing, "predlog_rows_total") > 0)
+    assert metric(storing, "predlog_amqp_reconnects_total") == 0
+
+
 def test_fifty_reconnects_drop_and_dead_letter_no_message(
     producer: Start, consumer: Start, broker: RabbitMQ, queue_name: str
 ) -> None:
