@@ -164,16 +164,25 @@ async def open_link(url: str, name: str, listener: LaneListener, high_water_byte
             done, trying = await asyncio.wait(
                 trying, timeout=STAGGER_SECONDS if untried else None, return_when=asyncio.FIRST_COMPLETED
             )
-            for task in done:
-                if (error := _error_of(task)) is None:
-                    return task.result()
-                errors.append(error)
+            errors += [error for task in done if (error := _error_of(task)) is not None]
+            opened = [task.result() for task in done if _error_of(task) is None]
+            for spare in opened[1:]:
+                spare.lane.fail("another one was ready first")
+            if opened:
+                return opened[0]
     finally:
         for task in trying:
+            task.add_done_callback(_abort)
             task.cancel()
         if trying:
-            await asyncio.wait(trying)  # each aborts its own connection
+            await asyncio.wait(trying)
     raise next((error for error in errors if isinstance(error, (*_HOPELESS, StartupError))), errors[-1])
+
+
+def _abort(task: asyncio.Task[Link]) -> None:
+    """One that was cancelled aborts its own connection; but it may have been ready at the same moment."""
+    if _error_of(task) is None:
+        task.result().lane.fail("another one was ready first")
 
 
 def _error_of(task: asyncio.Task[Link]) -> BaseException | None:
@@ -216,7 +225,7 @@ def explain(error: BaseException, url: str) -> str:
         return str(error)
     shown = masked_url(url)
     if isinstance(error, aiormq.exceptions.ProbableAuthenticationError | aiormq.exceptions.AuthenticationError):
-        return f"the broker at {shown} refused user or password; correct AMQP_URL"
+        return f"the broker at {shown} refused user or password (ACCESS_REFUSED); correct AMQP_URL"
     if isinstance(error, aiormq.exceptions.ConnectionNotAllowed | aiormq.exceptions.ChannelAccessRefused):
         return f"the broker at {shown} denies access: {error}"
     if isinstance(error, asyncio.TimeoutError):
@@ -246,7 +255,9 @@ async def keep_up(url: str, name: str, listener: LinkListener, high_water_bytes:
             await _up(listener, link)
             log.info("%s: connected%s to %s", name, "" if first else " again", masked_url(url))
             first, said, began = False, "", loop.time()
-            trouble = f"connection lost: {await link.lane.gone}; nothing in flight is lost; reconnecting"
+            trouble = (
+                f"connection lost: {await asyncio.shield(link.lane.gone)}; nothing in flight is lost; reconnecting"
+            )
         except (*_HOPELESS, StartupError) as error:
             trouble = explain(error, url)
             if first:

@@ -31,19 +31,23 @@ _SIZES = dict(zip(b"tbBsuIilLfdDTVSAFx", (1, 1, 1, 2, 2, 4, 4, 8, 8, 4, 8, 5, 8,
 _CONTENT = Struct(">HHQ")
 
 
+def _size(kind: str, header: bytes, at: int) -> int:
+    """Octets of the value at `at`. Raises IndexError behind the end."""
+    if kind == "s":
+        return 1 + header[at]
+    if kind == "t":
+        return 4 + int.from_bytes(header[at : at + 4], "big")
+    return 1 if kind == "o" else 8
+
+
 def split_properties(header: bytes) -> tuple[Properties, Headers]:
-    """The properties and, apart from them, the headers of a content header's payload. Raises frames.FrameError."""
+    """The properties and, apart from them, the headers of a content header's payload. Raises FrameError."""
     flags, at = int.from_bytes(header[12:14], "big"), 14
     properties: Properties = {}
     try:
         for index, (name, kind) in enumerate(_PROPERTIES):
             if flags & 0x8000 >> index:
-                if kind == "s":
-                    size = 1 + header[at]
-                elif kind == "t":
-                    size = 4 + int.from_bytes(header[at : at + 4], "big")
-                else:
-                    size = 1 if kind == "o" else 8
+                size = _size(kind, header, at)
                 properties[name] = header[at : at + size]
                 at += size
     except IndexError:
@@ -90,39 +94,24 @@ def long_string(value: bytes) -> bytes:
     return b"S" + len(value).to_bytes(4, "big") + value
 
 
-# The properties before message-id, in the order of their flags from bit 15 down (4.2.6.1): each is a short string, but
-# for headers (a table with a 4-byte length), delivery-mode and priority (an octet).
-_BEFORE_MESSAGE_ID = (
-    (0x8000, "s"),
-    (0x4000, "s"),
-    (0x2000, "t"),
-    (0x1000, "o"),
-    (0x0800, "o"),
-    (0x0400, "s"),
-    (0x0200, "s"),
-    (0x0100, "s"),
-)
 _OURS = b"\x90\xc0\x10application/json\x02\x20"  # as PublishEncoder writes them, up to the length of the message-id
+_ID_INDEX = [name for name, _ in _PROPERTIES].index("message_id")
 
 
 def message_id_of(header: bytes) -> bytes | None:
-    """The message-id property from a content header's payload; None if the publisher set none. Raises FrameError."""
+    """The message-id property from a content header's payload; None if the publisher set none. Raises FrameError.
+
+    It is found whatever stands behind it, and in the headers.
+    """
     if header[12:33] == _OURS:
         return header[33:65]
     try:
-        flags = int.from_bytes(header[12:14], "big")
-        if not flags & 0x0080:
+        flags, at = int.from_bytes(header[12:14], "big"), 14
+        if not flags & 0x8000 >> _ID_INDEX:
             return None
-        at = 14
-        for flag, kind in _BEFORE_MESSAGE_ID:
-            if flags & flag:
-                at += (
-                    1
-                    if kind == "o"
-                    else 1 + header[at]
-                    if kind == "s"
-                    else 4 + int.from_bytes(header[at : at + 4], "big")
-                )
+        for index, (_, kind) in enumerate(_PROPERTIES[:_ID_INDEX]):
+            if flags & 0x8000 >> index:
+                at += _size(kind, header, at)
         return header[at + 1 : at + 1 + header[at]] or None  # an empty one names nothing
     except IndexError:
         raise FrameError("a content header that ends too early") from None

@@ -110,6 +110,7 @@ class Publisher:
         self._nacks_seconds = NACKS_FIRST_SECONDS
         self._most_body_bytes = sys.maxsize  # that the broker takes, as far as it has said so
         self._swept_at = now()
+        self._was_late = False
         self._stamp = packed_seconds(int(wall()))  # as new as the last sweep
         self._trouble: Unavailable | None
         self._judge()
@@ -314,7 +315,9 @@ class Publisher:
     def sweep(self) -> None:
         """Give up on what waits too long; call it ten times a second."""
         now = self._now()
-        late, self._swept_at = now - self._swept_at > LATE_SWEEP_SECONDS, now
+        # Twice in a row is our lot, and no reason to give up on nothing any more.
+        late = now - self._swept_at > LATE_SWEEP_SECONDS and not self._was_late
+        self._swept_at, self._was_late = now, late
         self._stamp = packed_seconds(int(self._wall()))
         for _ in range(len(self._waiting)):
             self._waiting.popleft()()

@@ -12,13 +12,8 @@ import uuid
 from collections.abc import Iterable
 from contextlib import suppress
 from datetime import UTC, datetime
-from struct import Struct
 
-from pamqp.body import ContentBody
-from pamqp.commands import Basic
-from pamqp.frame import marshal
-
-from common.amqp.codec import HOT_CHANNEL, Confirm, Delivery
+from common.amqp.codec import Confirm, Delivery, publish_frames
 from common.amqp.link import Link, keep_up
 from common.amqp.topology import DEAD_LETTER_ARGUMENTS, dead_letter_queue, declare
 from common.amqp.window import ConfirmWindow
@@ -32,8 +27,6 @@ NACKS_SECONDS = 10.0
 POLL_SECONDS = 1.0
 BACKOFF_SECONDS = 2.0
 REFUSALS_BEFORE_BARE = 3
-
-_FRAME = Struct(">BHI")
 
 
 class Outbox:
@@ -59,15 +52,8 @@ class Outbox:
             _fail(future, ConnectionError(lane.lost))
             return future
         header = copy.bare if bare or 0 < frame_max < len(copy.header) + 8 else copy.header
-        channel = HOT_CHANNEL
-        parts = [
-            marshal(Basic.Publish(exchange="", routing_key=queue_name, mandatory=True), channel),
-            _FRAME.pack(2, channel, len(header)) + header + b"\xce",
-        ]
-        most = frame_max - 8 if frame_max else 2**31 - 1
-        parts += [marshal(ContentBody(copy.body[at : at + most]), channel) for at in range(0, len(copy.body), most)]
+        lane.send(publish_frames(queue_name, header, copy.body, frame_max))
         self._window.add((future, self._loop.time()))
-        lane.send(parts)
         return future
 
     async def wait(self, futures: Iterable[asyncio.Future[None]]) -> None:
