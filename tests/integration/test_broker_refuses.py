@@ -1,0 +1,179 @@
+"""A broker that does not take events, or not all of them: the producer says why at once, and takes them when it can.
+
+Real processes, a real RabbitMQ.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator
+from zlib import crc32
+
+import pytest
+
+from tests.conftest import Service, Start
+from tests.integration.test_contract import EVENT, call
+from tests.rabbitmq import RabbitMQ
+from tests.support.polling import wait_until
+
+
+def post(service: Service, device_id: str = "camera-7") -> tuple[int, str]:
+    """Status and detail of one event's answer."""
+    status, _, answer = call(service, "POST", "/process", json.dumps(EVENT | {"device_id": device_id}).encode())
+    return status, "" if status == 200 else str(answer["detail"])
+
+
+def not_ready(service: Service) -> str:
+    """The words of /readyz; "" when it is ready."""
+    status, _, answer = call(service, "GET", "/readyz")
+    return "" if status == 200 else str(answer["detail"])
+
+
+def metric(service: Service, line: str) -> float:
+    text = call(service, "GET", "/metrics")[2]
+    found = re.search(rf"^{re.escape(line)} (\S+)$", text if isinstance(text, str) else text.decode(), re.MULTILINE)
+    assert found is not None, f"no {line}"
+    return float(found[1])
+
+
+def wait_for_stall(service: Service, device_id: str, words: str) -> None:
+    """Post until /readyz tells of it: only events show that a queue takes none."""
+
+    def told() -> bool:
+        post(service, device_id)
+        return words in not_ready(service)
+
+    wait_until(f"/readyz says {words!r}", told, explain=service.log)
+
+
+def limit(broker: RabbitMQ, queue_name: str) -> None:
+    """A policy by which the queue takes no message beyond its first."""
+    pattern = f"^{re.escape(queue_name)}$"
+    broker.ctl("set_policy", queue_name, pattern, '{"max-length": 1, "overflow": "reject-publish"}')
+
+
+@pytest.fixture
+def vhost(broker: RabbitMQ, queue_name: str) -> Iterator[str]:
+    """A virtual host of the test's own, with a user `queue_name` who has every right in it."""
+    broker.ctl("add_vhost", queue_name)
+    broker.ctl("add_user", queue_name, "secret")
+    broker.ctl("set_permissions", "-p", queue_name, queue_name, ".*", ".*", ".*")
+    yield queue_name
+    broker.ctl("delete_user", queue_name)
+    broker.ctl("delete_vhost", queue_name)
+
+
+def url_of(broker: RabbitMQ, vhost: str) -> str:
+    return f"amqp://{vhost}:secret@127.0.0.1:{broker.port}/{vhost}"
+
+
+def test_a_reject_publish_policy_comes_and_goes(broker: RabbitMQ, producer: Start, queue_name: str) -> None:
+    """RabbitMQ 3.10 nacks for ever on a channel that met the full queue: a new connection is needed, and taken."""
+    service = producer()
+    limit(broker, queue_name)
+    wait_for_stall(service, "camera-7", "nack")
+
+    def is_stalled() -> bool:
+        post(service)
+        return metric(service, "predlog_stalled") == 1
+
+    wait_until("the metric says it, too", is_stalled, explain=service.log)
+    assert "nack" in service.log()
+    broker.ctl("clear_policy", queue_name)
+    broker.ctl("purge_queue", queue_name)
+    wait_until("an event is accepted", lambda: post(service)[0] == 200, 45, explain=service.log)
+    wait_until("it is ready", lambda: not not_ready(service))
+    assert metric(service, "predlog_stalled") == 0
+
+
+def test_a_user_who_may_not_write_ends_the_start(broker: RabbitMQ, producer: Start, vhost: str) -> None:
+    broker.ctl("set_permissions", "-p", vhost, vhost, ".*", "^$", ".*")
+    service = producer(wait=False, AMQP_URL=url_of(broker, vhost))
+    assert service.process.wait(20) == 1
+    last = service.log().splitlines()[-1]
+    assert "denies access" in last
+    assert "amq.default" in last
+    assert "Traceback" not in service.log()
+    assert "secret" not in service.log()
+
+
+def test_a_right_that_is_revoked_while_running_is_said_at_once(broker: RabbitMQ, producer: Start, vhost: str) -> None:
+    """No event waits for its time-out, and /readyz stays 503 between the attempts to connect."""
+    service = producer(AMQP_URL=url_of(broker, vhost), CONFIRM_TIMEOUT_MS=60_000)
+    assert post(service)[0] == 200
+    broker.ctl("set_permissions", "-p", vhost, vhost, ".*", "^$", ".*")
+
+    def refused() -> bool:
+        status, detail = post(service)
+        assert "127.0.0.1" not in detail, "an address in a public answer"
+        return status != 200
+
+    wait_until("an event is refused", refused, explain=service.log)  # the channel may have cached the right
+    wait_until("/readyz says why", lambda: "denies access" in not_ready(service), explain=service.log)
+    until = time.monotonic() + 2
+    while time.monotonic() < until:
+        assert "denies access" in not_ready(service)
+        assert post(service)[0] == 503
+    broker.ctl("set_permissions", "-p", vhost, vhost, ".*", ".*", ".*")
+    wait_until("an event is accepted", lambda: post(service)[0] == 200, explain=service.log)
+
+
+def test_a_connection_during_an_alarm_is_known_to_be_blocked(broker: RabbitMQ, producer: Start) -> None:
+    """RabbitMQ says so only to who publishes: the first event would wait for its time-out."""
+    broker.ctl("set_vm_memory_high_watermark", "0.00001")
+    try:
+        service = producer(wait=False, CONFIRM_TIMEOUT_MS=60_000)
+        wait_until("it listens", lambda: "POST to" in service.log(), explain=service.log)
+        wait_until("/readyz says why", lambda: "takes no messages" in not_ready(service), explain=service.log)
+        assert post(service)[0] == 503
+    finally:
+        broker.ctl("set_vm_memory_high_watermark", "0.4")
+    wait_until("an event is accepted", lambda: post(service)[0] == 200, explain=service.log)
+
+
+def device_of(partition: int, partitions: int) -> str:
+    return next(f"d{n}" for n in range(1000) if crc32(f"d{n}".encode()) % partitions == partition)
+
+
+def test_a_full_partition_refuses_only_its_devices(broker: RabbitMQ, producer: Start, queue_name: str) -> None:
+    service = producer(PARTITIONS=2)
+    full, other = device_of(1, 2), device_of(0, 2)
+    limit(broker, f"{queue_name}.1")
+    wait_for_stall(service, full, "partition 1")
+    assert [post(service, other)[0] for _ in range(50)] == [200] * 50
+    broker.ctl("clear_policy", f"{queue_name}.1")
+    broker.ctl("purge_queue", f"{queue_name}.1")
+    wait_until("it takes events again", lambda: post(service, full)[0] == 200, 45, explain=service.log)
+
+
+def ra(broker: RabbitMQ, queue_name: str, what: str) -> None:
+    """Stop or restart the only member of a quorum queue."""
+    broker.ctl(
+        "eval",
+        f'{{ok, Q}} = rabbit_amqqueue:lookup(rabbit_misc:r(<<"/">>, queue, <<"{queue_name}">>)), '
+        f"{{Name, _}} = amqqueue:get_pid(Q), ra:{what}(quorum_queues, {{Name, node()}}).",
+    )
+
+
+def test_a_partition_without_a_leader_refuses_only_its_devices(
+    broker: RabbitMQ, producer: Start, queue_name: str
+) -> None:
+    """Its events wait for a confirm in vain: after some seconds they are refused at once, and no others wait."""
+    service = producer(PARTITIONS=2, CONFIRM_TIMEOUT_MS=8_000)
+    lost, other = device_of(1, 2), device_of(0, 2)
+    ra(broker, f"{queue_name}.1", "stop_server")
+    wait_for_stall(service, lost, "partition 1")
+    assert [post(service, other)[0] for _ in range(50)] == [200] * 50
+    assert post(service, lost)[0] == 503
+    assert metric(service, 'predlog_refusals_total{reason="partition_down"}') >= 1
+    ra(broker, f"{queue_name}.1", "restart_server")
+    wait_until("it takes events again", lambda: post(service, lost)[0] == 200, 45, explain=service.log)
+
+
+def test_every_character_of_a_queue_name_works(broker: RabbitMQ, producer: Start, queue_name: str) -> None:
+    """What settings let through is taken by aiormq and by the broker, up to the longest name."""
+    name = (queue_name + "-_.:@#,/+ zZ9").ljust(245, "x")
+    service = producer(QUEUE_NAME=name)
+    assert post(service)[0] == 200
