@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import aiormq
 import pytest
 
 from common.amqp import link as link_module
+from common.amqp import transport
+from common.amqp.codec import PublishEncoder, packed_seconds
 from common.amqp.link import CONNECT_TIMEOUT_SECONDS, Link, keep_up
 from common.amqp.topology import QUEUE_ARGUMENTS, declare
 from common.errors import StartupError
@@ -18,6 +22,7 @@ from scripts.rabbitmq import free_port
 from tests.proxy import Proxy
 from tests.rabbitmq import RabbitMQ
 from tests.support.lane import Heard
+from tests.support.polling import until
 
 AT_ONCE = 8  # connections kept up side by side
 
@@ -177,3 +182,87 @@ async def test_a_refused_port_is_waited_for_and_said_once(
         assert [record.levelno for record in caplog.records] == [logging.WARNING, logging.INFO]
         assert set(one.downs) == {refused.removeprefix("test: ")}, "each failed attempt says why"
     await proxy.close()
+
+
+# Several hosts
+
+
+class Hosts:
+    """Two hosts that never answer, one that refuses, and a broker behind a proxy that may be cut."""
+
+    def __init__(self, broker: RabbitMQ) -> None:
+        self.proxy = Proxy(broker.port)
+        self._frozen: asyncio.Server | None = None
+        self._black_hole = socket.socket()
+        self._fillers = [socket.socket() for _ in range(4)]
+
+    async def __aenter__(self) -> Hosts:
+        async def keep_silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.read()
+            writer.close()
+
+        self._frozen = await asyncio.start_server(keep_silent, "127.0.0.1", 0)
+        self._black_hole.bind(("127.0.0.1", 0))
+        self._black_hole.listen(0)  # once its queue is full, Linux answers no SYN
+        for filler in self._fillers:
+            filler.setblocking(False)
+            filler.connect_ex(self._black_hole.getsockname())
+        await self.proxy.listen()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.proxy.close()
+        assert self._frozen is not None
+        self._frozen.close()
+        for each in (self._black_hole, *self._fillers):
+            each.close()
+
+    @property
+    def url(self) -> str:
+        assert self._frozen is not None
+        ports = [self._frozen.sockets[0].getsockname()[1], self._black_hole.getsockname()[1], free_port()]
+        hosts = ",".join(f"127.0.0.1:{port}" for port in [*ports, self.proxy.port])
+        return f"amqp://guest:guest@{hosts}/"
+
+
+async def test_hosts_that_never_answer_delay_no_connection(
+    broker: RabbitMQ, queue_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next one is tried while they are silent: their time-outs, here minutes, do not add up."""
+    monkeypatch.setattr(link_module, "STAGGER_SECONDS", 0.1)
+    monkeypatch.setattr(link_module, "HANDSHAKE_TIMEOUT_SECONDS", 300)
+    monkeypatch.setattr(transport, "CONNECT_TIMEOUT_SECONDS", 300)
+    async with asyncio.timeout(30), Hosts(broker) as hosts, kept(hosts.url, queue_name) as one:
+        for _ in range(5):
+            await one.until_connected_through(hosts.proxy)
+            assert one._link is not None
+            one._link.lane.fail("cut by the test")
+            await until("it is down", lambda: not one.connected.is_set())
+        assert len(asyncio.all_tasks()) < 60, "what lost the race is over"
+
+
+async def test_a_host_that_is_gone_says_so_within_its_bounds(
+    broker: RabbitMQ, queue_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link_module, "HANDSHAKE_TIMEOUT_SECONDS", 0.3)
+    monkeypatch.setattr(transport, "CONNECT_TIMEOUT_SECONDS", 0.2)
+    async with asyncio.timeout(30), Hosts(broker) as hosts:
+        await hosts.proxy.close()
+        with pytest.raises(link_module.CONNECTION_ERRORS) as error:
+            await link_module.open_link(hosts.url, "test", Heard())
+        assert "guest:guest" not in link_module.explain(error.value, hosts.url)
+
+
+async def test_cancelling_closes_the_connection_in_order(broker: RabbitMQ, queue_name: str) -> None:
+    """What was sent last, an ack perhaps, arrives."""
+    async with asyncio.timeout(30), kept(broker.url, queue_name) as one:
+        await one.connected.wait()
+        assert one._link is not None
+        for _ in range(10):  # until it waits for nothing but the loss
+            await asyncio.sleep(0)
+        encoder = PublishEncoder(queue_name, one._link.frame_max)
+        one._link.lane.send(encoder.encode(b"last", b"m" * 32, packed_seconds(0)))
+    async with asyncio.timeout(20), aiormq.connect(broker.url) as other:
+        channel = await other.channel()
+        while (await channel.queue_declare(queue_name, passive=True)).message_count != 1:
+            await asyncio.sleep(0.02)  # until what was delivered to us is back
