@@ -16,46 +16,46 @@ T = TypeVar("T")
 
 
 class ConfirmWindow(Generic[T]):
-    """Items by delivery tag. The order of the dict is the order of publishing, and so of age."""
+    """Items by delivery tag. `settle(item, ok)` is called once for each that the broker confirms."""
 
-    __slots__ = ("_next_tag", "_published")
+    __slots__ = ("_next_tag", "_settle", "unconfirmed")
 
-    def __init__(self) -> None:
-        self._published: dict[int, T] = {}
+    def __init__(self, settle: Callable[[T, bool], None]) -> None:
+        self.unconfirmed: dict[int, T] = {}  # in the order of publishing, and so of age; this object for good
         self._next_tag = 1
+        self._settle = settle
 
     def __len__(self) -> int:
-        return len(self._published)
+        return len(self.unconfirmed)
 
     def add(self, item: T) -> None:
         """Note that the next message of the channel is `item`'s."""
-        self._published[self._next_tag] = item
+        self.unconfirmed[self._next_tag] = item
         self._next_tag += 1
 
-    def settle(self, confirms: Iterable[Confirm]) -> list[tuple[T, bool]]:
-        """Take out what these confirms settle, each with whether the broker has it; tags settled before are ignored."""
-        published = self._published
-        settled = []
+    def confirms(self, confirms: Iterable[Confirm]) -> None:
+        """Settle what these confirms cover; tags that were settled before are ignored."""
+        unconfirmed, settle = self.unconfirmed, self._settle
         for tag, multiple, ok in confirms:
             if multiple:
-                for lower in list(takewhile(tag.__gt__, published)):
-                    settled.append((published.pop(lower), ok))
-            if tag in published:
-                settled.append((published.pop(tag), ok))
-        return settled
+                for lower in list(takewhile(tag.__gt__, unconfirmed)):
+                    settle(unconfirmed.pop(lower), ok)
+            item = unconfirmed.pop(tag, None)
+            if item is not None:
+                settle(item, ok)
 
     def oldest(self) -> T | None:
         """Return what waits longest; None when nothing does."""
-        return next(iter(self._published.values()), None)
+        return next(iter(self.unconfirmed.values()), None)
 
     def take_oldest_while(self, condition: Callable[[T], bool]) -> list[T]:
         """Take out the oldest for which `condition` holds. Their tags stay used: late confirms are ignored."""
-        tags = list(takewhile(lambda tag: condition(self._published[tag]), self._published))
-        return [self._published.pop(tag) for tag in tags]
+        tags = list(takewhile(lambda tag: condition(self.unconfirmed[tag]), self.unconfirmed))
+        return [self.unconfirmed.pop(tag) for tag in tags]
 
     def take(self) -> list[T]:
         """Take out everything, oldest first: the channel is gone, and the next one counts from 1."""
-        taken = list(self._published.values())
-        self._published = {}
+        taken = list(self.unconfirmed.values())
+        self.unconfirmed.clear()
         self._next_tag = 1
         return taken

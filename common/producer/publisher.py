@@ -96,7 +96,8 @@ class Publisher:
         self._confirm_timeout = confirm_timeout_seconds
         self._now = now
         self._wall = wall
-        self._window: ConfirmWindow[Publication] = ConfirmWindow()
+        self._window = ConfirmWindow[Publication](self._settle)
+        self._sent = self._window.unconfirmed
         self._held: deque[Publication] = deque()  # of a lost link, oldest first
         self._waiting: deque[Callable[[], None]] = deque()  # batches that wait for room
         self._lane: Lane | None = None
@@ -105,6 +106,8 @@ class Publisher:
         self._blocked = ""  # the broker's reason while it reads nothing that is published
         self._is_blocked = asyncio.Event()
         self._stalled = ""  # why events that are published get no further
+        self._confirms_at = 0.0
+        self._acked = self._nacked = False  # by the confirms that are being settled
         self._progress_at = 0.0  # the last ack, or the beginning of the link
         self._nacked_since: float | None = None  # the first nack after the last ack
         self._nacks_seconds = NACKS_FIRST_SECONDS
@@ -118,7 +121,7 @@ class Publisher:
     @property
     def unconfirmed(self) -> int:
         """Events in flight."""
-        return len(self._window) + len(self._held)
+        return len(self._sent) + len(self._held)
 
     @property
     def connected(self) -> bool:
@@ -142,7 +145,7 @@ class Publisher:
             self._trouble is None
             and self._lane is not None
             and not self._lane.congested
-            and len(self._window) + len(self._held) < self._most_of_batches
+            and len(self._sent) < self._most_of_batches
             and self.unconfirmed_bytes < self._most_bytes_of_batches
         )
 
@@ -159,7 +162,7 @@ class Publisher:
             or lane.congested
             or body_bytes > self._most_body_bytes
             or self.unconfirmed_bytes >= self.max_unconfirmed_bytes
-            or len(self._window) + len(self._held) >= self._max_unconfirmed
+            or len(self._sent) >= self._max_unconfirmed  # nothing is held while there is a lane
         ):
             raise self._refusal(body_bytes)  # no variable of this frame: it would hold the event in a cycle
         self.unconfirmed_bytes += body_bytes
@@ -263,27 +266,29 @@ class Publisher:
 
     def confirms(self, confirms: Sequence[Confirm]) -> None:
         """Tell each event its outcome."""
-        now = self._now()
-        acked = nacked = False
-        for event, ok in self._window.settle(confirms):
-            if ok:
-                acked = True
-                self.unconfirmed_bytes -= len(event.body)
-                event.confirmed(now - event.since)
-            else:
-                nacked = True  # what became of the first copy of an event that was sent before is not known
-                unknown = event.sent_before
-                self._fail(
-                    event, OutcomeUnknown() if unknown else Unavailable("nacked", "the broker refused the event")
-                )
-        if acked:
+        now = self._confirms_at = self._now()
+        self._acked = self._nacked = False
+        self._window.confirms(confirms)
+        if self._acked:
             self._note_progress(now)
-        elif nacked and self._nacked_since is None:
+        elif self._nacked and self._nacked_since is None:
             self._nacked_since = now
             if self._nacks_seconds > NACKS_FIRST_SECONDS:  # the new link is no better than the last
                 self._stall(_NACKED)
         if self._waiting:
             self._resume_batches()
+
+    def _settle(self, event: Publication, ok: bool) -> None:
+        if ok:
+            self._acked = True
+            self.unconfirmed_bytes -= len(event.body)
+            event.confirmed(self._confirms_at - event.since)
+            return
+        self._nacked = True
+        # What became of the first copy of an event that was sent before is not known.
+        self._fail(
+            event, OutcomeUnknown() if event.sent_before else Unavailable("nacked", "the broker refused the event")
+        )
 
     def _note_progress(self, now: float) -> None:
         self._progress_at = now

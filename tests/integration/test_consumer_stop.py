@@ -47,15 +47,18 @@ async def publish(url: str, queue_name: str, bodies: list[bytes]) -> None:
     heard = Heard()
     link = await open_link(url, "test", heard)
     await declare(link.channel, queue_name, QUEUE_ARGUMENTS)
-    encoder, window = PublishEncoder(queue_name, link.frame_max), ConfirmWindow[bytes]()
+    confirmed: list[bool] = []
+    window = ConfirmWindow[bytes](lambda _, ok: confirmed.append(ok))
+    encoder = PublishEncoder(queue_name, link.frame_max)
     for number, body in enumerate(bodies):
         link.lane.send(encoder.encode(body, b"%032d" % number, packed_seconds(0)))
         window.add(body)
 
     def all_confirmed() -> bool:
-        assert all(ok for _, ok in window.settle(heard.confirmed))
+        window.confirms(heard.confirmed)
         heard.confirmed.clear()
-        return not len(window)
+        assert all(confirmed)
+        return len(confirmed) == len(bodies)
 
     await until("all is confirmed", all_confirmed)
     await link.close()

@@ -38,7 +38,7 @@ class Outbox:
     def __init__(self, link: Link) -> None:
         self._link = link
         self._loop = asyncio.get_running_loop()
-        self._window: ConfirmWindow[tuple[asyncio.Future[None], float]] = ConfirmWindow()  # with when it was published
+        self._window = ConfirmWindow[tuple[asyncio.Future[None], float]](self._settle)  # with when it was published
         self._blocked = ""  # the broker's reason while it takes no messages
         self._unblocked_at = 0.0
         self._nacked_since: float | None = None  # the first nack after the last ack
@@ -69,16 +69,19 @@ class Outbox:
 
     def confirms(self, confirms: list[Confirm]) -> None:
         """Give each copy its outcome. Give up a link on which nothing but nacks came for long (see publisher.py)."""
-        now = self._loop.time()
-        for (future, _), ok in self._window.settle(confirms):
-            self._nacked_since = None if ok else self._nacked_since or now
-            if not future.done():
-                if ok:
-                    future.set_result(None)
-                else:
-                    _fail(future, Nacked("the broker refused it (nack)"))
-        if self._nacked_since is not None and now - self._nacked_since > NACKS_SECONDS:
+        self._window.confirms(confirms)
+        if self._nacked_since is not None and self._loop.time() - self._nacked_since > NACKS_SECONDS:
             self._link.lane.fail("the broker refuses every copy (nack)")
+
+    def _settle(self, sent: tuple[asyncio.Future[None], float], ok: bool) -> None:
+        future, _ = sent
+        if not ok:
+            self._nacked_since = self._nacked_since or self._loop.time()
+            _fail(future, Nacked("the broker refused it (nack)"))
+            return
+        self._nacked_since = None
+        if not future.done():
+            future.set_result(None)
 
     def blocked(self, reason: str) -> None:
         """Stop the clock of `wait` while the broker takes no messages."""
