@@ -207,7 +207,7 @@ class Api:
         exchange.answer(200, b'{"status":"ready"}')
 
     def _troubles(self) -> list[Unavailable]:
-        return [trouble for publisher in self._publishers if (trouble := publisher.trouble()) is not None]
+        return [trouble for publisher in self._publishers if (trouble := publisher.not_ready()) is not None]
 
     # Metrics
 

@@ -139,6 +139,20 @@ class Publisher:
         """Return why no event can be accepted now; None if one can, once there is room for it in the window."""
         return self._trouble
 
+    def not_ready(self) -> Unavailable | None:
+        """Return why no event would be accepted at this moment: `trouble`, or a window that is full."""
+        if self._trouble is None and self._is_full():
+            return _window_full()
+        return self._trouble
+
+    def _is_full(self) -> bool:
+        return (
+            self._lane is None  # then there is trouble, too
+            or self._lane.congested
+            or self.unconfirmed_bytes >= self.max_unconfirmed_bytes
+            or len(self._sent) >= self._max_unconfirmed  # nothing is held while there is a lane
+        )
+
     def has_room_for_batch(self) -> bool:
         """Tell whether an event of a batch may be published: half of the window is for single events alone."""
         return (
@@ -156,14 +170,7 @@ class Publisher:
     def publish(self, event: Publication) -> None:
         """Send one event; it hears the outcome. Raises Unavailable or TooLarge, and then has sent nothing."""
         lane, body_bytes = self._lane, len(event.body)
-        if (
-            self._trouble is not None
-            or lane is None
-            or lane.congested
-            or body_bytes > self._most_body_bytes
-            or self.unconfirmed_bytes >= self.max_unconfirmed_bytes
-            or len(self._sent) >= self._max_unconfirmed  # nothing is held while there is a lane
-        ):
+        if self._trouble is not None or body_bytes > self._most_body_bytes or lane is None or self._is_full():
             raise self._refusal(body_bytes)  # no variable of this frame: it would hold the event in a cycle
         self.unconfirmed_bytes += body_bytes
         event.since, event.sent_before = self._now(), False
@@ -173,7 +180,7 @@ class Publisher:
     def _refusal(self, body_bytes: int) -> NotConfirmed:
         if body_bytes > self._most_body_bytes:
             return TooLarge(self._most_body_bytes)
-        return self._trouble or Unavailable("window_full", "too many events wait for the broker's confirm")
+        return self._trouble or _window_full()
 
     def _judge(self) -> None:
         """Settle what `trouble` says. Call it after any change of what it depends on."""
@@ -351,3 +358,7 @@ class Publisher:
         for event in [*self._held, *self._window.take()]:
             self._fail(event, OutcomeUnknown())
         self._held.clear()
+
+
+def _window_full() -> Unavailable:
+    return Unavailable("window_full", "too many events wait for the broker's confirm")

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.amqp.codec import Confirm
-from common.errors import NotConfirmed, OutcomeUnknown, Unavailable
+from common.errors import NotConfirmed, OutcomeUnknown, TooLarge, Unavailable
 from common.producer.publisher import Publication, Publisher
 
 
@@ -180,6 +180,7 @@ def test_what_cannot_be_sent_is_refused_at_once_and_the_refusal_says_why(trouble
     if trouble in ("count", "bytes", "congested"):
         assert refusal.value.reason == "window_full"
         assert publisher.trouble() is None, "a full window that moves is no trouble"
+        assert str(publisher.not_ready()) == str(refusal.value)
     else:
         assert str(publisher.trouble()) == str(refusal.value)
     if trouble == "blocked":
@@ -204,3 +205,108 @@ def test_a_nack_of_an_event_that_was_published_before_leaves_its_outcome_unknown
     bench.publisher.link_up(bench.lane, 131072)
     bench.publisher.confirms([Confirm(1, False, False)])
     assert event.outcomes == [504]
+
+
+def test_a_stall_is_told_refused_and_ended_by_one_confirm() -> None:
+    bench = Bench()
+    bench.publish(), bench.publish()
+    bench.wait(6)
+    assert bench.publisher.is_stalled
+    with pytest.raises(Unavailable, match="confirms no events"):
+        bench.publish()
+    bench.publisher.confirms([Confirm(1, False, True)])
+    assert (bench.publisher.is_stalled, bench.publisher.not_ready()) == (False, None)
+
+
+def test_our_own_lateness_is_not_the_brokers_silence() -> None:
+    """The confirms lie in the socket while our loop is held up: the first sweep after it gives up on nothing."""
+    bench = Bench()
+    event = bench.publish()
+    bench.time += 60
+    bench.publisher.sweep()
+    assert (event.outcomes, bench.lane.failed, bench.publisher.is_stalled) == ([], "", False)
+    bench.publisher.confirms([Confirm(1, False, True)])
+    bench.wait(0.2)
+    assert (event.outcomes, bench.lane.failed) == (["confirmed"], "")
+
+
+def test_a_loop_that_is_always_late_still_gives_up() -> None:
+    bench = Bench()
+    event = bench.publish()
+    for _ in range(20):
+        bench.time += 1
+        bench.publisher.sweep()
+    assert event.outcomes == [504]
+
+
+def test_only_nacks_take_new_links_less_and_less_often() -> None:
+    """A new link helps against a bug of RabbitMQ 3.10, not against a queue that is full."""
+    bench, lived = Bench(), []
+    for _ in range(7):
+        bench.lane.failed, began, tag = "", bench.time, 0
+        while not bench.lane.failed:
+            if bench.publisher.trouble() is None:
+                tag += 1
+                assert bench.publish().outcomes == []
+                bench.publisher.confirms([Confirm(tag, False, False)])
+            bench.wait(0.1)
+        lived.append(round(bench.time - began))
+        assert "nack" in bench.lane.failed
+        bench.publisher.down(bench.lane.failed)
+        bench.publisher.link_up(bench.lane, 131072)
+        assert bench.publisher.not_ready() is None, "of the new one nothing bad is known"
+    assert lived == [2, 4, 8, 16, 30, 30, 30]
+
+
+def test_a_nack_among_confirms_is_no_stall() -> None:
+    bench = Bench()
+    for number in range(1, 101):
+        bench.publish()
+        bench.publisher.confirms([Confirm(number, False, number % 2 == 0)])
+        bench.wait(0.1)
+    assert (bench.lane.failed, bench.publisher.is_stalled) == ("", False)
+
+
+@pytest.mark.parametrize("reason", ["closed: ACCESS_REFUSED - access refused", "refused user (ACCESS_REFUSED)"])
+def test_what_a_user_may_not_publish_is_answered_at_once(reason: str) -> None:
+    """No new link helps, and of several in flight nobody knows which the broker took."""
+    bench = Bench()
+    events = [bench.publish(number) for number in (1, 2)]
+    bench.publisher.down(reason)
+    assert [event.outcomes for event in events] == [[504], [504]]
+    assert (bench.publisher.unconfirmed, bench.publisher.unconfirmed_bytes) == (0, 0)
+
+
+def test_a_failure_heard_while_going_down_publishes_nothing() -> None:
+    """A batch publishes its next event as soon as it hears of one: not on a link that is gone."""
+    bench = Bench()
+    refused = []
+
+    class Next(Event):
+        def failed(self, error: NotConfirmed) -> None:
+            with pytest.raises(Unavailable) as why:
+                bench.publish()
+            refused.append(why.value.reason)
+
+    bench.publisher.publish(Next(b"x", b"%032d" % 0))
+    bench.publisher.down("closed: ACCESS_REFUSED")
+    assert refused == ["broker_away"]
+    assert bench.publisher.unconfirmed == 0
+
+
+def test_an_event_above_the_brokers_limit_is_refused() -> None:
+    """It fails at once if it was what closed the channel; the others go out again."""
+    bench = Bench()
+    large, small = bench.publish(1, size=200), bench.publish(2)
+    bench.publisher.down("closed: PRECONDITION_FAILED - message size 200 is larger than configured max size 100")
+    assert (large.outcomes, small.outcomes) == ([413], [])
+    bench.publisher.link_up(bench.lane, 131072)
+    with pytest.raises(TooLarge):
+        bench.publish(size=101)
+
+
+def test_the_trouble_of_a_partition_is_its_devices_alone() -> None:
+    publisher = Publisher("predictions.3", 10, 1000, 10.0, lambda: 0.0, lambda: 0.0, partition=3)
+    trouble = publisher.trouble()
+    assert trouble is not None
+    assert (trouble.reason, trouble.why[:11]) == ("partition_down", "partition 3")
