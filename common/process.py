@@ -24,11 +24,20 @@ _FIRST_INHERITED = 3  # SD_LISTEN_FDS_START
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # M_… of glibc's malloc.h
 
 
+def tune_collector() -> None:
+    """Let the garbage collector look less often, and never at what lives as long as the process.
+
+    A batch of events is many small objects that hold no cycle: by default the collector would look at them again and
+    again while they live, for a tenth of the consumer's time. A full collection keeps the loop from everyone; without
+    the modules it is shorter by 15 ms.
+    """
+    gc.set_threshold(20_000, 20, 50)
+    gc.freeze()
+
+
 def run(prog: str, main: Callable[[], Coroutine[Any, Any, int | None]]) -> int:
     """Run `main` on uvloop to its end; the exit code. A Fatal ends it with its one line on stderr and no traceback."""
-    # A batch of events is many small objects that hold no cycle: by default the collector would look at them again and
-    # again while they live, for a tenth of the consumer's time.
-    gc.set_threshold(20_000, 20, 50)
+    tune_collector()
     keep_freed_memory()
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

@@ -85,8 +85,9 @@ class ServerState:
         self.draining = False
         self.seconds = self._seconds()
         self._call_soon = call_soon
-        self._waiting: deque[Connection] = deque()  # for their turn
-        self._turn_ends = math.inf  # inf: no connection has taken long in this round of the loop
+        self.turn_ends = math.inf  # of this round of the loop; inf while no connection takes long
+        self._waiting: deque[Connection] = deque()  # for their turn; those that were slow wait behind all others
+        self._waiting_slow: deque[Connection] = deque()
         self._idlest: list[Connection] = []  # the longest idle last
         self._next_scan = 0.0
 
@@ -107,45 +108,42 @@ class ServerState:
 
     def took_long(self, began: float) -> None:
         """A connection has worked for longer than its slice, since `began`."""
-        if self._turn_ends == math.inf:
-            self._turn_ends = began + TURN_SECONDS
+        if self.turn_ends == math.inf:
+            self.turn_ends = began + TURN_SECONDS
             self._call_soon(self._next_turn)
 
-    def turn_is_over(self) -> bool:
-        return self._turn_ends != math.inf and self.now() > self._turn_ends
-
-    def wait_for_turn(self, connection: Connection) -> None:
-        self._waiting.append(connection)
+    def wait_for_turn(self, connection: Connection, slow: bool) -> None:
+        (self._waiting_slow if slow else self._waiting).append(connection)
         self.took_long(self.now())
 
     def _next_turn(self) -> None:
-        self._turn_ends = self.now() + TURN_SECONDS
-        waiting = self._waiting
-        while waiting:
+        self.turn_ends = self.now() + TURN_SECONDS
+        while waiting := self._waiting or self._waiting_slow:
             waiting.popleft().turn()
-            if self.now() > self._turn_ends:
-                break
-        if waiting:
-            self._call_soon(self._next_turn)
-        else:
-            self._turn_ends = math.inf
+            if self.now() > self.turn_ends:
+                self._call_soon(self._next_turn)
+                return
+        self.turn_ends = math.inf
 
     # Bounds over all connections
 
-    def make_memory(self, newcomer: Connection) -> None:
-        """Too much is held: who holds most of those that make no progress pays for it; else who asks for more."""
+    def has_memory(self) -> bool:
+        """Whether the bound on what all connections hold is kept, once those that make no progress paid for it.
+
+        Who holds most is first.
+        """
+        if self.held_bytes <= self.limits.buffered_bytes:
+            return True
         now = self.now()
-        while self.held_bytes > self.limits.buffered_bytes:
-            stalled = [each for each in self.connections if each.held_bytes and each.is_stalled(now)]
-            payer = max(stalled, key=lambda each: each.held_bytes, default=newcomer)
-            held_bytes = self.held_bytes
-            payer.give_up_memory()
-            if payer is newcomer or self.held_bytes == held_bytes:
-                return
+        stalled = [each for each in self.connections if each.held_bytes and each.is_stalled(now)]
+        stalled.sort(key=lambda each: each.held_bytes)
+        while stalled and self.held_bytes > self.limits.buffered_bytes:
+            stalled.pop().give_up_memory()
+        return self.held_bytes <= self.limits.buffered_bytes
 
     def require_memory(self) -> None:
         """Raise HttpError 503 when all connections together hold too much."""
-        if self.held_bytes > self.limits.buffered_bytes:
+        if not self.has_memory():
             raise _too_much()
 
     def evict_idle(self) -> bool:
@@ -193,9 +191,7 @@ class Connection(asyncio.Protocol):
         self.exchanges: deque[Exchange] = deque()  # whose answers are due, in order
         self.stuck = False  # the client does not read its answers
         self.held_bytes = 0  # counted in state.held_bytes: of an incomplete request, and unsent ones
-        self._unsent = (
-            0  # bytes of answers that the client had not taken at the last look, while it is stuck or closing
-        )
+        self._unsent = 0  # bytes that the client had not taken at the last look, while it is stuck or closing
         self._parser = RequestParser(state.limits.request)
         self._fields = b""  # what `check` returned for the head whose body is still arriving
         self._reading = True
@@ -232,13 +228,12 @@ class Connection(asyncio.Protocol):
     # What comes in
 
     def data_received(self, data: bytes) -> None:
-        phase = self.phase
+        phase, state = self.phase, self.state
         if phase is BODY or phase is LINGERING:
-            state = self.state
             self.deadline = granted(self.deadline, len(data), state.now(), state.seconds[phase])
         if phase < LAST:
             self._parser.receive_data(data)
-            if self._slow and self.state.turn_is_over():
+            if state.turn_ends != math.inf and state.now() > state.turn_ends:
                 self._wait_for_turn()
             else:
                 self._pump()
@@ -265,7 +260,7 @@ class Connection(asyncio.Protocol):
         if not self._waiting:
             self._waiting = True
             self._set_reading(False)
-            self.state.wait_for_turn(self)
+            self.state.wait_for_turn(self, self._slow)
 
     def _pump(self) -> None:
         """Handle all that has arrived, up to the pipeline's depth, and write the answers that are due."""
@@ -295,6 +290,7 @@ class Connection(asyncio.Protocol):
             request = parser.next_request()
             if request is None:
                 if parser.has_more:
+                    self._slow = True
                     self._wait_for_turn()
                 else:
                     self._wait_for_more()
@@ -473,8 +469,8 @@ class Connection(asyncio.Protocol):
         state = self.state
         state.held_bytes += more
         self.held_bytes = held_bytes
-        if more > 0 and state.held_bytes > state.limits.buffered_bytes:
-            state.make_memory(self)
+        if more > 0 and not state.has_memory() and held_bytes == self.held_bytes:
+            self.give_up_memory()
 
     def is_stalled(self, now: float) -> bool:
         """Whether it is the client's turn, and nothing has come, or been taken, for a while."""
