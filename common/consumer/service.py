@@ -86,10 +86,9 @@ class ConsumerService:
         await end(*self._tasks)
         if self._worker is not None:
             await self._worker.close()
-        if self._spill is not None:
-            self._spill.close()
-        if self._store is not None:
-            await asyncio.get_running_loop().run_in_executor(self._thread, self._store.close)
+        for part in (self._spill, self._store):  # behind whatever their thread still does
+            if part is not None:
+                await asyncio.get_running_loop().run_in_executor(self._thread, part.close)
         self._thread.shutdown(wait=False)
         self._server.abort()
         self._lock.release()

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from common.amqp.codec import Confirm, Delivery, ack_frames
 from common.amqp.link import CLOSE_TIMEOUT_SECONDS, CONNECT_TIMEOUT_SECONDS, CONNECTION_ERRORS, Link, cancelled
@@ -62,7 +62,7 @@ class Worker:
         self._trouble = ""  # why batches cannot be stored now
         self._stalled = ""  # why work that waits has not got further
         self._storing: tuple[int, float] | None = None  # messages in the batch being stored, and when the oldest came
-        self._call_since: float | None = None  # when the running call in the store's thread began
+        self._calls: dict[asyncio.Future[Any], float] = {}  # that wait for the store's thread, and since when
         self._delivered_at = self._loop.time()
         self._fruitless_looks = 0  # how often messages waited in the queue, and none was delivered since
         self._wake = asyncio.Event()
@@ -204,11 +204,12 @@ class Worker:
         counters.commit_seconds.observe(timing.commit_seconds)
 
     async def _in_thread(self, call: Callable[..., T], *args: object) -> T:
-        self._call_since = self._loop.time()
+        future = self._loop.run_in_executor(self._thread, call, *args)
+        self._calls[future] = self._loop.time()
         try:
-            return await self._loop.run_in_executor(self._thread, call, *args)
+            return await future
         finally:
-            self._call_since = None
+            del self._calls[future]
 
     def _ack(self, link: Link | None, tags: Sequence[int]) -> None:
         """Ack on the link that delivered, if it still is the one."""
@@ -252,8 +253,9 @@ class Worker:
 
     def _note_stall(self, now: float) -> None:
         stalled = ""
-        if self._call_since is not None and now - self._call_since > STALL_SECONDS:
-            stalled = f"stalled: the disk has not answered for {now - self._call_since:.0f} s"
+        silent_seconds = now - next(iter(self._calls.values()), now)
+        if silent_seconds > STALL_SECONDS:
+            stalled = f"stalled: the disk has not answered for {silent_seconds:.0f} s"
         elif self._fruitless_looks >= 2:
             stalled = f"stalled: messages wait in '{self._settings.queue_name}', and the broker delivers none"
         if stalled and not self._stalled:
@@ -273,6 +275,8 @@ class Worker:
             link, since = self._link, self._delivered_at
             if link is None or self._draining or self._pending.deliveries or self._storing is not None:
                 continue
+            if len(self._outgoing.held) >= self._settings.prefetch_count:
+                continue  # no wonder, and told elsewhere
             if self._loop.time() - since < STALL_SECONDS / 2:
                 continue
             try:

@@ -9,7 +9,7 @@ import pytest
 
 from common.amqp.codec import Delivery
 from common.consumer.dead_letters import spill as spill_module
-from common.consumer.dead_letters.spill import Spill
+from common.consumer.dead_letters.spill import DamagedLine, Spill
 from common.consumer.prepare import Poison
 
 
@@ -76,7 +76,7 @@ def test_a_damaged_line_is_told_and_the_file_kept(tmp_path: Path) -> None:
     spill = Spill(str(path))
     spill.append(letters(b"1"))
     path.write_bytes(path.read_bytes().replace(b"not_json", b"not_jsno"))
-    with pytest.raises(ValueError, match="damaged"):
+    with pytest.raises(DamagedLine):
         spill.page()
     aside = spill.set_aside()
     assert Path(aside).exists()

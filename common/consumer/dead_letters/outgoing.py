@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from common.consumer.dead_letters.mover import DeadLetters
-from common.consumer.dead_letters.spill import Spill
+from common.consumer.dead_letters.spill import DamagedLine, Spill
 from common.consumer.metrics import Counters
 from common.consumer.prepare import Poison
 
@@ -115,8 +115,8 @@ class Outgoing:
         self._start_unspilling()
 
     async def settled(self) -> None:
-        """Wait until nothing is held."""
-        while self._held:
+        """Wait for what is in flight to the broker."""
+        if self._held:
             await asyncio.wait([task for _, _, task in self._held.values()])
 
     async def close(self) -> None:
@@ -129,7 +129,12 @@ class Outgoing:
         await self._mover.close()
 
     async def _move(self, poison: Poison) -> None:
-        await self._mover.move(poison.delivery, poison.reason)
+        """Dead-letter one message. After a bug it stays held, and goes to the file."""
+        try:
+            await self._mover.move(poison.delivery, poison.reason)
+        except Exception:
+            log.exception("a bug: a message could not be dead-lettered")
+            return
         self._count(poison)
         tag = poison.delivery.delivery_tag
         if self._held.pop(tag, None) is not None:
@@ -153,10 +158,11 @@ class Outgoing:
                 for each in page:
                     self._count(each)
                 self._full, said = False, ""
-            except ValueError as error:
-                log.error("%s has %s; it was moved to %s", self._spill.path, error, self._spill.set_aside())
-            except OSError as error:
-                if said != (said := str(error)):
-                    log.error("cannot move the dead letters in %s: %s; retrying", self._spill.path, error)
+            except DamagedLine as error:
+                aside = await self._in_thread(self._spill.set_aside)
+                log.error("%s has %s; it was moved to %s", self._spill.path, error, aside)
+            except Exception as error:
+                if said != (said := repr(error)):
+                    log.error("cannot move the dead letters in %s: %s; retrying", self._spill.path, said)
                 await asyncio.sleep(RETRY_SECONDS)
         log.info("all dead letters that waited in the file are in the queue")

@@ -22,6 +22,10 @@ MOST_BYTES = 1024 * 1024 * 1024
 PAGE_LETTERS, PAGE_BYTES = 100, 16 * 1024 * 1024
 
 
+class DamagedLine(Exception):
+    """Somebody changed the file."""
+
+
 class Spill:
     """The file `path`. What is in it when this is made waits from an earlier run."""
 
@@ -66,7 +70,7 @@ class Spill:
         return count
 
     def page(self) -> tuple[list[Poison], int]:
-        """The oldest letters, and their bytes for `remove`. Raise OSError, and ValueError for a damaged line."""
+        """The oldest letters, and their bytes for `remove`. Raise OSError and DamagedLine."""
         text = os.pread(self._fd, PAGE_BYTES, self._read_bytes)
         while b"\n" not in text and self._read_bytes + len(text) < self.bytes:  # a letter larger than a page
             text += os.pread(self._fd, PAGE_BYTES, self._read_bytes + len(text))
@@ -131,7 +135,7 @@ def _line(letter: Poison) -> bytes:
 def _letter(line: bytes) -> Poison:
     checksum, _, text = line.partition(b" ")
     if checksum != b"%08x" % zlib.crc32(text):
-        raise ValueError("a damaged line")
+        raise DamagedLine("a damaged line")
     record = json.loads(text)
     header, body = (base64.b64decode(record[name]) for name in ("header", "body"))
     return Poison(Delivery(0, True, header, body), record["kind"], record["reason"])
