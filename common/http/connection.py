@@ -396,17 +396,22 @@ class Connection(asyncio.Protocol):
             if not transport.is_closing():
                 self._finish(polite=not exchange.refused and self._parser.idle)
             return False
-        if not exchanges and self._parser.idle:
+        if exchanges:
+            more = False
+        elif self._parser.idle:
             if self._eof:
                 self._close()
                 return False
+            more = False
             self.phase = IDLE  # from ANSWERING; as _enter does
             if not self.stuck:
                 self.deadline = self.state.now() + self.state.seconds[0]
+        else:
+            more = not self._waiting
         if not self._reading and not self.stuck and not self._waiting:
             self._set_reading(True)
             return True
-        return not exchanges and not self._parser.idle and not self._waiting
+        return more
 
     def _finish(self, polite: bool) -> None:
         """Close. When the client may still be sending, close only our side first, read on and drop what comes: a reset

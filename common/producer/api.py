@@ -72,12 +72,14 @@ class Api:
         self._settings = settings
         self._max_preds = settings.max_preds
         self._publishers = publishers
+        self._only_publisher = publishers[0] if len(publishers) == 1 else None
         self._counters = counters
         self._slices = slices
         self._rows = rows
         self._intake = Intake(publishers, counters)
         self._origins = Origins(settings.allowed_hosts, settings.cors_origins)
         self._tokens = [b"Bearer " + token.encode() for token in settings.api_token.split(",") if token]
+        self._is_open = not self._tokens and not settings.allowed_hosts
         self._openapi = write_json(
             openapi.document(
                 __version__, settings.max_preds, settings.max_body_bytes, bool(self._tokens), settings.protect_pages
@@ -91,6 +93,16 @@ class Api:
 
     def check(self, head: Head) -> bytes:
         """Refuse what its head alone condemns; raises HttpError. Return header lines for whatever the answer is."""
+        if (
+            head.origin is None
+            and head.sec_fetch_site is None
+            and head.content_type == b"application/json"
+            and head.content_encoding is None
+            and head.method == b"POST"
+            and head.path == b"/process"
+            and self._is_open
+        ):
+            return b""  # what nearly all devices send; the rest does the same
         cors = self._origins.check(head)
         try:
             self._check(head, cors)
@@ -138,16 +150,16 @@ class Api:
         """Answer a request, now or when its events have their outcome. Raises HttpError."""
         head = request.head
         path = head.path
-        if head.method == b"OPTIONS":
-            if path == b"*":
-                exchange.answer(200, b"", extra=b"Allow: GET, HEAD, POST, OPTIONS\r\n")
-            else:
-                exchange.answer(204, b"", extra=self._origins.preflight)
-        elif path == b"/process":
+        if path == b"/process" and head.method == b"POST":
             if head.content_encoding is None and len(request.body) <= WHOLE_BYTES:
                 self._process(request.body, idempotency_key(head.idempotency_key), exchange)
             else:
                 self._in_slices(self._process_in_steps(request, exchange), request, exchange)
+        elif head.method == b"OPTIONS":
+            if path == b"*":
+                exchange.answer(200, b"", extra=b"Allow: GET, HEAD, POST, OPTIONS\r\n")
+            else:
+                exchange.answer(204, b"", extra=self._origins.preflight)
         elif path == b"/process/batch":
             self._process_batch(request, exchange)
         elif path == b"/healthz":
@@ -165,8 +177,8 @@ class Api:
     def _process(self, body: bytes, key: bytes | None, exchange: Exchange) -> None:
         try:
             event = normalise_event(body, self._max_preds)
-            publication = _Post(event, self._intake.message_id(event, key), self._intake, exchange)
-            self._intake.publisher_for(event).publish(publication)
+            publisher = self._only_publisher or self._intake.publisher_for(event)
+            publisher.publish(_Post(event, self._intake.message_id(event, key), self._intake, exchange))
         except InvalidEvent as error:
             exchange.answer(422, write_json({"detail": error.faults}))
         except NotConfirmed as error:
@@ -207,7 +219,7 @@ class Api:
         exchange.answer(200, b'{"status":"ready"}')
 
     def _troubles(self) -> list[Unavailable]:
-        return [trouble for publisher in self._publishers if (trouble := publisher.not_ready()) is not None]
+        return [trouble for publisher in self._publishers if (trouble := publisher.trouble()) is not None]
 
     # Metrics
 

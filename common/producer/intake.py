@@ -22,13 +22,10 @@ class Intake:
     def __init__(self, publishers: Sequence[Publisher], counters: Counters) -> None:
         self._publishers = publishers
         self._counters = counters
-        self._only = publishers[0] if len(publishers) == 1 else None
         self._uuids = random_uuids()
 
     def publisher_for(self, event: NormalEvent) -> Publisher:
         """Return the publisher of the event's partition."""
-        if self._only is not None:
-            return self._only
         return self._publishers[partition_of(event.device_id, len(self._publishers))]
 
     def message_id(self, event: NormalEvent, key: bytes | None) -> bytes:

@@ -139,12 +139,6 @@ class Publisher:
         """Return why no event can be accepted now; None if one can, once there is room for it in the window."""
         return self._trouble
 
-    def not_ready(self) -> Unavailable | None:
-        """Return why no event would be accepted at this moment: `trouble`, or a window that is full."""
-        if self._trouble is None and self._is_full():
-            return _window_full()
-        return self._trouble
-
     def _is_full(self) -> bool:
         return (
             self._lane is None  # then there is trouble, too
