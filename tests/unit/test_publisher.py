@@ -180,7 +180,6 @@ def test_what_cannot_be_sent_is_refused_at_once_and_the_refusal_says_why(trouble
     if trouble in ("count", "bytes", "congested"):
         assert refusal.value.reason == "window_full"
         assert publisher.trouble() is None, "a full window that moves is no trouble"
-        assert str(publisher.not_ready()) == str(refusal.value)
     else:
         assert str(publisher.trouble()) == str(refusal.value)
     if trouble == "blocked":
@@ -215,7 +214,7 @@ def test_a_stall_is_told_refused_and_ended_by_one_confirm() -> None:
     with pytest.raises(Unavailable, match="confirms no events"):
         bench.publish()
     bench.publisher.confirms([Confirm(1, False, True)])
-    assert (bench.publisher.is_stalled, bench.publisher.not_ready()) == (False, None)
+    assert (bench.publisher.is_stalled, bench.publisher.trouble()) == (False, None)
 
 
 def test_our_own_lateness_is_not_the_brokers_silence() -> None:
@@ -254,7 +253,7 @@ def test_only_nacks_take_new_links_less_and_less_often() -> None:
         assert "nack" in bench.lane.failed
         bench.publisher.down(bench.lane.failed)
         bench.publisher.link_up(bench.lane, 131072)
-        assert bench.publisher.not_ready() is None, "of the new one nothing bad is known"
+        assert bench.publisher.trouble() is None, "of the new one nothing bad is known"
     assert lived == [2, 4, 8, 16, 30, 30, 30]
 
 
