@@ -38,6 +38,7 @@ from common.storage.files import free_name, naming, sync_directory
 from common.storage.state import FileState, LastRun
 
 ID_BYTES = 16
+_to_json = json.JSONEncoder(separators=(",", ":")).encode
 VERSION = 2  # of the format; version 1 is that of predlog 1.0.0, which does not say so
 
 
@@ -217,7 +218,7 @@ class Journal:
             "at": int(time.time() * 1000) / 1000,  # never ahead of the clock
             "ids": b"".join(ids).hex(),
         }
-        return _with_checksum(json.dumps(record, separators=(",", ":")).encode())
+        return _with_checksum(_to_json(record).encode())
 
     def _limit_bytes(self) -> int:
         return (4 << 20) + 2 * (2 * ID_BYTES * self.window)
