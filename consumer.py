@@ -20,7 +20,7 @@ from common.config import ConsumerSettings, describe, load, parser_for
 from common.consumer import partitions, processes
 from common.consumer.dead_letters import commands as dead_letters
 from common.consumer.metrics import Counters
-from common.errors import Fatal, SettingError
+from common.errors import Fatal
 from common.logs import set_up_logging
 from common.process import fail, run
 
@@ -37,8 +37,6 @@ def main(argv: Sequence[str], environ: dict[str, str]) -> int:
     try:
         settings = load(ConsumerSettings, flags, environ)
         served = partitions.served(settings)
-        if flags.export_dead_letters is not None and len(served) > 1:
-            raise SettingError("--export-dead-letters takes one partition at a time: set PARTITION")
     except Fatal as error:
         return fail("consumer", error)
     set_up_logging("consumer", settings.log_level, settings.log_format)
@@ -47,7 +45,7 @@ def main(argv: Sequence[str], environ: dict[str, str]) -> int:
     if flags.replay_dead_letters:
         return run("consumer", lambda: _each(dead_letters.replay, served.values()))
     if flags.export_dead_letters is not None:
-        return run("consumer", lambda: dead_letters.export(next(iter(served.values())), flags.export_dead_letters))
+        return run("consumer", lambda: dead_letters.export(list(served.values()), flags.export_dead_letters))
     log.info("predlog %s consumer: %s", __version__, describe(settings))
     if len(served) > 1:
         try:

@@ -15,6 +15,7 @@ from urllib.parse import parse_qsl, quote, unquote
 _PORTS = {"amqp": 5672, "amqps": 5671}
 _EXAMPLE = "amqp://user:password@host:5672/vhost (or amqps://; several hosts: @a:5672,b:5672/)"
 _MOST_HOSTS = 64
+_VHOST_CHARS_MOST = 127  # the domain `path` (AMQP 0-9-1, 1.2), which pamqp holds to
 _HEARTBEAT_SECONDS_MOST = 0xFFFF  # connection.tune has 16 bits for it (AMQP 0-9-1, 1.4.2.6)
 
 
@@ -47,6 +48,7 @@ class Address:
     def url(self) -> str:
         """The URL, as aiormq takes it when there is one host."""
         user = f"{self.userinfo}@" if self.userinfo else ""
+        user = user.replace("[", "%5B").replace("]", "%5D")  # yarl would take them for those of an IPv6 address
         hosts = ",".join(f"{_bracketed(host)}:{port}" for host, port in self.hosts)
         return f"{self.scheme}://{user}{hosts}/{self.vhost}{f'?{self.query}' if self.query else ''}"
 
@@ -64,6 +66,11 @@ def parse_address(url: str) -> Address:
     if has_fragment or "@" in vhost or "@" in query:
         raise AddressError("has a /, ?, # or @ where none may be: in a user or password, percent-encode it (/ is %2F)")
     userinfo, _, hosts = authority.rpartition("@")
+    if "@" in userinfo and "," in userinfo:
+        raise AddressError("has an @ before a comma: user and password stand once, before all hosts (%40 is an @)")
+    decoded = unquote(vhost)
+    if len(decoded) > _VHOST_CHARS_MOST or len(decoded.encode("utf-8", "surrogateescape")) > 255:
+        raise AddressError(f"has a vhost of more than {_VHOST_CHARS_MOST} characters")
     names = hosts.split(",")
     if len(names) > _MOST_HOSTS:
         raise AddressError(f"names more than {_MOST_HOSTS} hosts")

@@ -87,11 +87,11 @@ class FrameDecoder:
         self.frame_max = 0  # bytes of a whole frame; 0: not yet negotiated, or no limit
         self._rest: bytes | bytearray = b""
         self._started = False
-        # A message under way on the hot channel: its Deliver (None if returned), its header, its body so far.
+        # A message in flight on the hot channel: its Deliver (None if returned), its header, its body so far.
         self._deliver: tuple[int, bool] | None = None
         self._header: bytes | None = None
         self._parts: list[bytes] = []
-        self._wanted = -1  # body bytes still to come; -1: no content under way, -2: its header comes next
+        self._wanted = -1  # body bytes still to come; -1: no content in flight, -2: its header comes next
 
     def feed(self, data: bytes) -> bytes:
         """Take what the socket gave; return the cold bytes. Raises FrameError."""
@@ -127,7 +127,7 @@ class FrameDecoder:
         return b"".join(cold)
 
     def _whole_message(self, data: bytes, start: int, stop: int) -> int:
-        """Behind a Deliver: take its header and its only body frame at once, if both are here. Where to go on."""
+        """Behind a Deliver: take its header and its only body frame, if both are here. Return where to continue."""
         if stop - start < _CONTENT.size:
             return start
         kind, channel, size, _, _, body_size = _CONTENT.unpack_from(data, start)

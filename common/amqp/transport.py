@@ -89,7 +89,7 @@ class FastLane(asyncio.StreamReaderProtocol):
     # In
 
     def hold_back(self, held: bool) -> None:
-        """Stop (or go on) reading: the consumer's way to bound what deliveries may pile up in memory."""
+        """Stop or resume reading, to bound the deliveries in memory."""
         transport = self._lane_transport
         if transport is None or held == self._held_back or transport.is_closing():
             return

@@ -83,8 +83,8 @@ def ids(messages: list[DeliveredMessage]) -> list[str]:
     return [found.header.properties.message_id or "" for found in messages]
 
 
-async def bury_many(url: str, queue_name: str, count: int, body: bytes = b"not JSON") -> None:
-    """Like `bury`, thousands at a time."""
+async def dead_letter_many(url: str, queue_name: str, count: int, body: bytes = b"not JSON") -> None:
+    """Like `move`, thousands at a time."""
     copies_out = OutboxListener()
     link = await open_link(url, "test", copies_out)
     await declare(link.channel, dead := dead_letter_queue(queue_name), DEAD_LETTER_ARGUMENTS)
@@ -140,13 +140,13 @@ async def test_a_buried_message_is_whole_and_says_why_and_when(
 async def test_messages_buried_at_the_same_time_while_connections_break_all_arrive(
     broker: RabbitMQ, letters: DeadLetters, dead: str
 ) -> None:
-    burials = [asyncio.ensure_future(letters.move(message(b"x", message_id=str(n)), "why")) for n in range(300)]
+    copying = [asyncio.ensure_future(letters.move(message(b"x", message_id=str(n)), "why")) for n in range(300)]
     for _ in range(3):
         while letters.outbox is None:
             await asyncio.sleep(0)
         letters.outbox._link.lane.fail("cut by the test")
         await asyncio.sleep(0.01)
-    await asyncio.wait_for(asyncio.gather(*burials), 10)
+    await asyncio.wait_for(asyncio.gather(*copying), 10)
     assert set(ids(await take_all(broker.url, dead))) == {str(n) for n in range(300)}
 
 
@@ -164,12 +164,12 @@ async def test_burying_waits_for_a_broker_that_is_not_there_yet(
     broker: RabbitMQ, letters: DeadLetters, dead: str, monkeypatch: pytest.MonkeyPatch, nobodys_port: int
 ) -> None:
     monkeypatch.setattr(letters, "_url", f"amqp://guest:guest@127.0.0.1:{nobodys_port}/")
-    burial = asyncio.ensure_future(letters.move(message(b"x"), "why"))
+    copying = asyncio.ensure_future(letters.move(message(b"x"), "why"))
     await asyncio.sleep(0.3)
-    assert not burial.done()
-    burial.cancel()
+    assert not copying.done()
+    copying.cancel()
     with pytest.raises(asyncio.CancelledError):
-        await burial
+        await copying
     await letters.close()
 
 
@@ -183,12 +183,12 @@ async def test_burying_waits_while_the_queue_has_other_arguments_and_says_so_onc
     monkeypatch.setattr(mover, "BACKOFF_SECONDS", 0.01)
     async with channel(broker.url) as opened:
         await opened.queue_declare(dead, durable=True)
-        burial = asyncio.ensure_future(letters.move(message(b"x", message_id="m"), "why"))
+        copying = asyncio.ensure_future(letters.move(message(b"x", message_id="m"), "why"))
         while not any(dead in said for said in caplog.messages):
             await asyncio.sleep(0.01)
         await asyncio.sleep(0.1)
         await opened.queue_delete(dead)
-        await asyncio.wait_for(burial, 10)
+        await asyncio.wait_for(copying, 10)
     assert sum("exists with other arguments" in said for said in caplog.messages) == 1
     assert ids(await take_all(broker.url, dead)) == ["m"]
 
@@ -233,12 +233,12 @@ async def test_a_blocked_broker_gets_one_copy_once_it_is_unblocked(
     await letters.move(message(b"before"), "why")
     await asyncio.to_thread(broker.ctl, "set_vm_memory_high_watermark", "0.00001")
     try:
-        burial = asyncio.ensure_future(letters.move(message(b"after"), "why"))
+        copying = asyncio.ensure_future(letters.move(message(b"after"), "why"))
         await asyncio.sleep(1)
-        assert not burial.done()
+        assert not copying.done()
     finally:
         await asyncio.to_thread(broker.ctl, "set_vm_memory_high_watermark", "0.4")
-    await asyncio.wait_for(burial, 10)
+    await asyncio.wait_for(copying, 10)
     assert [found.body for found in await take_all(broker.url, dead)] == [b"before", b"after"]
 
 
@@ -248,14 +248,14 @@ async def test_a_blocked_broker_gets_one_copy_once_it_is_unblocked(
 async def test_looking_changes_nothing(
     broker: RabbitMQ, settings: ConsumerSettings, dead: str, capsysbinary: pytest.CaptureFixture[bytes], tmp_path: Path
 ) -> None:
-    await bury_many(broker.url, settings.queue_name, 600)
+    await dead_letter_many(broker.url, settings.queue_name, 600)
     expected = [f"{n:032x}" for n in range(600)]
     for _ in range(2):
         assert await commands.show(settings) == 0
         lines = capsysbinary.readouterr().out.decode().splitlines()
         assert lines[0].split()[:4] == ["ID", "REASON", "WHEN", "SIZE"]
         assert [line.split()[0] for line in lines[1:]] == expected
-        assert await commands.export(settings, str(tmp_path / "out")) == 0
+        assert await commands.export([settings], str(tmp_path / "out")) == 0
         exported = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
         assert [entry["id"] for entry in exported] == expected
         assert {entry["body"] for entry in exported} == {"not JSON"}
@@ -267,8 +267,8 @@ async def test_looking_changes_nothing(
 async def test_an_export_to_stdout_is_json_lines_only(
     broker: RabbitMQ, settings: ConsumerSettings, capsysbinary: pytest.CaptureFixture[bytes]
 ) -> None:
-    await bury_many(broker.url, settings.queue_name, 3, b"\xff")
-    assert await commands.export(settings, "-") == 0
+    await dead_letter_many(broker.url, settings.queue_name, 3, b"\xff")
+    assert await commands.export([settings], "-") == 0
     exported = [json.loads(line) for line in capsysbinary.readouterr().out.splitlines()]
     assert [entry["body_base64"] for entry in exported] == ["/w=="] * 3
 
@@ -295,11 +295,11 @@ async def test_thousands_of_dead_letters_are_listed_exported_and_replayed_in_ord
     broker: RabbitMQ, settings: ConsumerSettings, dead: str, capsysbinary: pytest.CaptureFixture[bytes], tmp_path: Path
 ) -> None:
     count = 3000
-    await bury_many(broker.url, settings.queue_name, count)
+    await dead_letter_many(broker.url, settings.queue_name, count)
     await commands.show(settings)
     assert capsysbinary.readouterr().out.count(b"\n") == count + 1
     await until(lambda: waiting(broker.url, dead), count)
-    await commands.export(settings, str(tmp_path / "out"))
+    await commands.export([settings], str(tmp_path / "out"))
     assert (tmp_path / "out").read_bytes().count(b"\n") == count
     await until(lambda: waiting(broker.url, dead), count)
     await commands.replay(settings)
@@ -355,7 +355,7 @@ async def test_a_replay_that_is_killed_half_way_loses_none_and_a_doubled_one_kee
     broker: RabbitMQ, settings: ConsumerSettings, dead: str, point: str
 ) -> None:
     count = 600
-    await bury_many(broker.url, settings.queue_name, count)
+    await dead_letter_many(broker.url, settings.queue_name, count)
     command = [sys.executable, "-c", KILL_SWITCH, point, broker.url, settings.queue_name]
     process = await asyncio.create_subprocess_exec(*command, cwd=ROOT, stderr=subprocess.DEVNULL)
     assert await asyncio.wait_for(process.wait(), 20) == -signal.SIGKILL
@@ -378,7 +378,7 @@ async def test_a_replay_that_is_killed_half_way_loses_none_and_a_doubled_one_kee
 async def test_a_replay_ends_although_each_message_is_dead_lettered_again(
     broker: RabbitMQ, settings: ConsumerSettings, dead: str, letters: DeadLetters
 ) -> None:
-    await bury_many(broker.url, settings.queue_name, 700)
+    await dead_letter_many(broker.url, settings.queue_name, 700)
     again = 0
 
     async with channel(broker.url) as opened:
@@ -405,7 +405,7 @@ async def test_a_replay_into_a_queue_that_refuses_stops_and_keeps_the_rest(
 ) -> None:
     full = {"x-max-length": 10, "x-overflow": "reject-publish"}
     monkeypatch.setattr(commands, "QUEUE_ARGUMENTS", full)
-    await bury_many(broker.url, settings.queue_name, 300)
+    await dead_letter_many(broker.url, settings.queue_name, 300)
     with pytest.raises(StartupError, match=r"nack.*; moved \d+ of 300, the others are still in"):
         await commands.replay(settings)
     moved = await waiting(broker.url, settings.queue_name)
@@ -416,7 +416,7 @@ async def test_a_replay_into_a_queue_that_refuses_stops_and_keeps_the_rest(
 COMMANDS: list[Callable[[ConsumerSettings], Awaitable[int]]] = [
     commands.show,
     commands.replay,
-    lambda settings: commands.export(settings, os.devnull),
+    lambda settings: commands.export([settings], os.devnull),
 ]
 
 
@@ -434,8 +434,8 @@ async def test_what_is_wrong_is_said_in_one_line_and_no_queue_is_no_dead_letters
     assert await command(at(broker.url)) == 0
 
 
-def run(broker: RabbitMQ, queue_name: str, *flags: str) -> subprocess.CompletedProcess[str]:
-    environment = {"PATH": os.environ["PATH"], "AMQP_URL": broker.url, "QUEUE_NAME": queue_name}
+def run(broker: RabbitMQ, queue_name: str, *flags: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    environment = {"PATH": os.environ["PATH"], "AMQP_URL": broker.url, "QUEUE_NAME": queue_name, **settings}
     command = [sys.executable, str(ROOT / "consumer.py"), *flags]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=20, check=False)
 
@@ -443,7 +443,7 @@ def run(broker: RabbitMQ, queue_name: str, *flags: str) -> subprocess.CompletedP
 async def test_the_consumers_flags_run_the_commands(
     broker: RabbitMQ, queue_name: str, dead: str, tmp_path: Path
 ) -> None:
-    await bury_many(broker.url, queue_name, 3)
+    await dead_letter_many(broker.url, queue_name, 3)
     listed = await asyncio.to_thread(run, broker, queue_name, "--dead-letters")
     assert (listed.returncode, len(listed.stdout.splitlines()), listed.stderr) == (0, 4, "")
     await until(lambda: waiting(broker.url, dead), 3)
@@ -472,7 +472,7 @@ def test_a_file_without_a_name_starts_no_consumer(broker: RabbitMQ, queue_name: 
 async def test_an_export_beside_another_reader_is_not_taken_for_whole(
     broker: RabbitMQ, settings: ConsumerSettings, dead: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await bury_many(broker.url, settings.queue_name, 600)
+    await dead_letter_many(broker.url, settings.queue_name, 600)
     look = commands._look
     async with channel(broker.url) as other:
 
@@ -487,14 +487,35 @@ async def test_an_export_beside_another_reader_is_not_taken_for_whole(
 
         monkeypatch.setattr(commands, "_look", late_look)
         with pytest.raises(StartupError, match="only 500 of 600 dead letters: another reader"):
-            await commands.export(settings, str(tmp_path / "out"))
+            await commands.export([settings], str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
 async def test_a_reader_that_has_seen_enough_ends_the_list_without_a_word(broker: RabbitMQ, queue_name: str) -> None:
-    await bury_many(broker.url, queue_name, 500)
+    await dead_letter_many(broker.url, queue_name, 500)
     command = f"{sys.executable} {ROOT}/consumer.py --dead-letters | head -n 1"
     environment = {"PATH": os.environ["PATH"], "AMQP_URL": broker.url, "QUEUE_NAME": queue_name}
     process = await asyncio.create_subprocess_shell(command, env=environment, stdout=-1, stderr=-1)
     out, complaint = await asyncio.wait_for(process.communicate(), 20)
     assert (out[:2], complaint) == (b"ID", b"")
+
+
+async def test_the_commands_work_on_every_partition(broker: RabbitMQ, queue_name: str) -> None:
+    """Or on those that PARTITION names."""
+    for partition in range(3):
+        await dead_letter_many(broker.url, f"{queue_name}.{partition}", 2)
+
+    def listed(*flags: str, **settings: str) -> list[str]:
+        done = run(broker, queue_name, *flags, PARTITIONS="3", **settings)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    exported = [json.loads(line) for line in await asyncio.to_thread(listed, "--export-dead-letters", "-")]
+    queues = [entry["headers"]["x-predlog-queue"] for entry in exported]
+    assert queues == [f"{queue_name}.{partition}" for partition in (0, 0, 1, 1, 2, 2)]
+    await asyncio.to_thread(listed, "--replay-dead-letters", PARTITION="1-2")
+    for partition, left in enumerate((2, 0, 0)):
+        there = [await waiting(broker.url, dead_letter_queue(f"{queue_name}.{partition}"))]
+        if not left:
+            there.append(await waiting(broker.url, f"{queue_name}.{partition}"))
+        assert there == ([2] if left else [0, 2])

@@ -1,8 +1,14 @@
 """AMQP URLs with one host or several, and that nothing of a bad one is ever shown."""
 
+import asyncio
+
+import aiormq
 import pytest
+from aiormq.auth import AuthMechanism
 from hypothesis import given
 from hypothesis import strategies as st
+from pamqp import commands
+from pamqp.frame import marshal
 
 from common.amqp.address import AddressError, masked_url, parse_address
 
@@ -52,6 +58,9 @@ def test_every_host_of_a_url_is_found(url: str, hosts: list[tuple[str, int]]) ->
         "amqp://u:secret@h/?auth=magic",
         "amqp://u:secret@h/?cadata=*",
         "amqp://u:secret@" + ",".join(["h"] * 65),
+        "amqp://u:secret@h1,u:secret@h2/",
+        "amqp://u:p@h/secret" + "x" * 122,
+        "amqp://u:p@h/secret" + "%F0%9F%90%87" * 64,
     ],
 )
 def test_what_is_no_url_is_refused_without_its_text(url: str) -> None:
@@ -66,6 +75,27 @@ def test_one_host_at_a_time_is_a_url_for_aiormq() -> None:
     address = parse_address("amqps://u:p%2F@a:1,[::1]:2/v?cafile=x")
     urls = [address.only(host, port).url for host, port in address.hosts]
     assert urls == ["amqps://u:p%2F@a:1/v?cafile=x", "amqps://u:p%2F@[::1]:2/v?cafile=x"]
+
+
+@given(
+    st.text(alphabet="aé:@,[]1=%.&F_-+~€", max_size=20),
+    st.sampled_from(["h", "127.0.0.1", "[::1]:5", "h_x", "a:1,b:2"]),
+    st.text(alphabet="aé:,/[]1=%.&2F_-+~€", max_size=20),
+    st.sampled_from(["", "?heartbeat=5", "?timeout=3", "?name=x", "?auth=external", "?cafile=é"]),
+)
+def test_what_is_taken_never_fails_in_aiormq(user: str, hosts: str, vhost: str, query: str) -> None:
+    """Or it would be a traceback at every attempt to connect."""
+    try:
+        address = parse_address(f"amqp://{user}@{hosts}/{vhost}{query}")
+    except AddressError:
+        return
+    loop = asyncio.new_event_loop()
+    for host, port in address.hosts:
+        connection = aiormq.Connection(address.only(host, port).url, loop=loop)
+        assert (connection.url.host, connection.url.port) == (host, port)
+        marshal(commands.Connection.Open(virtual_host=connection.vhost), 0)
+        AuthMechanism.PLAIN.value(connection).marshal()
+    loop.close()
 
 
 def test_logs_show_hosts_and_user_and_no_secret() -> None:

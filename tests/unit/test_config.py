@@ -58,7 +58,7 @@ def test_rabbitmq_host_is_the_original_s_way_and_amqp_url_wins() -> None:
         ("RABBITMQ_HOST", "a b"), ("RABBITMQ_HOST", "user@host"), ("RABBITMQ_HOST", "host/x"),
         ("HTTP_HOST", "127.0.0.1:80"),
         ("CONFIRM_TIMEOUT_MS", "9" * 400), ("MAX_UNCONFIRMED_BYTES", "9" * 30), ("QUEUE_NAME", "\udcff"),
-        ("API_TOKEN", ","), ("PROTECT_PAGES", "1"),
+        ("QUEUE_NAME", "a=b"), ("API_TOKEN", ","), ("PROTECT_PAGES", "1"),
     ],
 )  # fmt: skip
 def test_a_bad_value_is_one_line_that_names_the_variable(name: str, value: str) -> None:

@@ -9,7 +9,7 @@ import asyncio
 import os
 import sys
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import BinaryIO, TextIO
@@ -50,23 +50,30 @@ async def show(settings: ConsumerSettings) -> int:
     return 0
 
 
-async def export(settings: ConsumerSettings, path: str) -> int:
-    """Write the dead letters as JSON lines to the file `path` ("-": stdout), whole or not at all.
+async def export(partitions: Sequence[ConsumerSettings], path: str) -> int:
+    """Write the dead letters of all `partitions` as JSON lines to the file `path` ("-": stdout), whole or not at all.
 
-    They stay where they are. For a line see `letters.json_line`. The exit code; raises StartupError.
+    They stay where they are. For a line see `message.json_line`. The exit code; raises StartupError.
     """
+    if path == "-":
+        for settings in partitions:
+            await _export_one(settings, sys.stdout.buffer, "stdout")
+        return 0
+    with _replacing(path) as out:
+        counts = [await _export_one(settings, out, path) for settings in partitions]
+    for settings, count in zip(partitions, counts, strict=True):
+        print(f"exported {count} from '{dead_letter_queue(settings.queue_name)}' to {path}")
+    return 0
+
+
+async def _export_one(settings: ConsumerSettings, out: BinaryIO, name: str) -> int:
+    """Write the dead letters of one partition; return how many."""
     dead = dead_letter_queue(settings.queue_name)
     arrivals = _Arrivals()
     async with _connection(settings.amqp_url, arrivals) as source:
         count = await _ready(source, dead) or 0
-        pages = _look(source, arrivals, dead, count)
-        if path == "-":
-            await _pour(pages, count, json_line, sys.stdout.buffer, "stdout")
-            return 0
-        with _replacing(path) as out:
-            await _pour(pages, count, json_line, out, path)
-    print(f"exported {count} from '{dead}' to {path}")
-    return 0
+        await _pour(_look(source, arrivals, dead, count), count, json_line, out, name)
+    return count
 
 
 async def replay(settings: ConsumerSettings) -> int:
@@ -243,7 +250,7 @@ async def _pour(
 ) -> None:
     """Write a line for each of `count` letters, or for as many as whoever reads stdout wants. Raises StartupError.
 
-    In a thread: a pager may stop reading, and heartbeats must go on.
+    In a thread: a pager may stop reading, and heartbeats must continue.
     """
 
     def write(data: bytes) -> None:
