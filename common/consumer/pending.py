@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from itertools import accumulate
 from math import inf
 
 from common.amqp.codec import Delivery
@@ -64,11 +65,26 @@ class Pending:
         return max(0.0, self.since + self._wait - now)
 
     def take(self) -> list[Delivery]:
-        """All of them: what came while the last batch was stored makes the next one. `prefetch_count` bounds it."""
-        taken, self.deliveries = self.deliveries, []
+        """What came while the last batch was stored: all of it, or as much of large events as makes a batch full.
+
+        `prefetch_count` bounds the former. The latter is written from several copies, so its bytes are bounded as well.
+        """
+        taken, since = self.deliveries, self.since
+        rest: list[Delivery] = []
+        if self.bytes > 2 * FULL_BYTES:
+            ends = accumulate(len(delivery.body) for delivery in taken)
+            count = next(count for count, end in enumerate(ends, 1) if end >= FULL_BYTES)
+            taken, rest = taken[:count], taken[count:]
+        self.clear()
+        if rest:
+            self.add(rest, since)
+        return taken
+
+    def clear(self) -> None:
+        """Forget all of them."""
+        self.deliveries = []
         self.bytes = self.rows = 0
         self.since = inf
-        return taken
 
 
 def ack_ranges(stored: Sequence[int], held: Collection[int]) -> list[tuple[int, bool]]:

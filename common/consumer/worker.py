@@ -102,7 +102,7 @@ class Worker:
         if self._link is not None:
             self._counters.metrics.values[self._counters.reconnects] += 1.0
         self._link, self._down = None, reason
-        self._pending.take()
+        self._pending.clear()
         self._outgoing.forget()
 
     def deliveries(self, deliveries: list[Delivery]) -> None:
@@ -131,7 +131,7 @@ class Worker:
         """Store batch after batch, until drained."""
         while await self._batch_is_due():
             link, since, deliveries = self._link, self._pending.since, self._pending.take()
-            if link is not None:
+            if link is not None and self._pending.bytes <= HELD_BACK_BYTES:
                 link.lane.hold_back(False)
             self._storing = len(deliveries), since
             prepared = await self._in_thread(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import inf
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -74,6 +76,18 @@ def test_taking_leaves_nothing() -> None:
     pending.add(deliveries(b'"prob":1', b""), 0.0)
     assert len(pending.take()) == 2
     assert (pending.take(), pending.rows, pending.bytes, pending.due_in(9.0)) == ([], 0, 0, None)
+
+
+def test_a_batch_of_large_events_is_bounded() -> None:
+    """In bytes: the rest makes the next one, in order and at once."""
+    pending = Pending(5000, 2000, 60)
+    large = deliveries(*[bytes(FULL_BYTES // 4)] * 11)
+    pending.add(large, 1.0)
+    first = pending.take()
+    assert (first, pending.since, pending.due_in(1.0)) == (large[:4], 1.0, 0.0)
+    assert pending.bytes == 7 * (FULL_BYTES // 4)
+    assert first + pending.take() == large
+    assert (pending.deliveries, pending.bytes, pending.since) == ([], 0, inf)
 
 
 @given(st.lists(st.sampled_from(["store", "hold", "later"]), max_size=20))
