@@ -8,6 +8,13 @@ from typing import BinaryIO, cast
 
 
 def csv_files(csv: Path) -> list[Path]:
+    """`data.csv`, or `data.0.csv`, `data.1.csv`, … of partitions; each with those that it was rotated into."""
+    partitions = csv.parent.glob(f"{csv.stem}.*{csv.suffix}")
+    own = [path for path in sorted(partitions) if path.suffixes[-2][1:].isdecimal()]
+    return [found for each in (csv, *own) for found in _with_rotated(each)]
+
+
+def _with_rotated(csv: Path) -> list[Path]:
     """`data.csv`, `data-<UTC>.csv`, `data-<UTC>.csv.gz`; a file that is there with and without .gz counts once."""
     packed = sorted(csv.parent.glob(f"{csv.stem}-*{csv.suffix}.gz"))
     plain = sorted(csv.parent.glob(f"{csv.stem}-*{csv.suffix}"))

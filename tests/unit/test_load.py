@@ -232,6 +232,13 @@ def test_the_files_of_a_csv_are_live_and_rotated_each_once(tmp_path: Path) -> No
     assert {content for _, content in found} == {b"x"}
 
 
+def test_the_files_of_partitions_are_found_with_the_rotated_ones(tmp_path: Path) -> None:
+    names = ["data.0.csv", "data.0-1.csv", "data.10.csv", "data.10-2.csv.gz"]
+    for name in [*names, "data.0.csv.journal", "data.old.csv"]:
+        (tmp_path / name).write_bytes(gzip.compress(b"x"))
+    assert sorted(name for name, _ in opened(tmp_path / "data.csv")) == sorted(names)
+
+
 def test_percentiles() -> None:
     values = array("f", range(100, 0, -1))
     assert [percentile(values, p) for p in (0, 50, 99, 100)] == [1, 51, 100, 100]
