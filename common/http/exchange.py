@@ -73,9 +73,12 @@ class Exchange:
         self._held_bytes = 0
 
     def hold(self, size_bytes: int) -> None:
-        """Account for the body until there is an answer. Raise HttpError 503 when all connections hold too much."""
+        """Account for what the request holds now, until there is an answer.
+
+        Raise HttpError 503 when all connections hold too much.
+        """
+        self.client.state.held_bytes += size_bytes - self._held_bytes
         self._held_bytes = size_bytes
-        self.client.state.held_bytes += size_bytes
         self.client.state.require_memory()
 
     def answer(self, status: int, body: bytes, content_type: bytes = JSON, extra: bytes = b"") -> None:

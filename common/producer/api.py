@@ -7,6 +7,7 @@ exchange.
 from __future__ import annotations
 
 import hmac
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,6 +28,8 @@ from common.producer.metrics import METHODS, OTHER, Counters
 from common.producer.origins import Origins
 from common.producer.publisher import Publication, Publisher
 from common.producer.slices import Job, Slices
+
+log = logging.getLogger("predlog.http")
 
 HTML = b"text/html; charset=utf-8"
 PAGE = Path(__file__).parent / "page.html"
@@ -187,13 +190,11 @@ class Api:
             exchange.fail(self._intake.as_http(error))
 
     def _process_in_steps(self, request: Request, exchange: Exchange) -> Job:
-        try:
-            key = idempotency_key(request.head.idempotency_key)
-            body = yield from decoded(request.head.content_encoding, request.body, self._settings.max_body_bytes)
-            yield None
-            self._process(body, key, exchange)
-        except HttpError as error:
-            exchange.fail(error)
+        key = idempotency_key(request.head.idempotency_key)
+        body = yield from decoded(request.head.content_encoding, request.body, self._settings.max_body_bytes)
+        exchange.hold(len(body))
+        yield None
+        self._process(body, key, exchange)
 
     def _process_batch(self, request: Request, exchange: Exchange) -> None:
         head, settings = request.head, self._settings
@@ -208,7 +209,18 @@ class Api:
 
     def _in_slices(self, job: Job, request: Request, exchange: Exchange) -> None:
         exchange.hold(len(request.body))
-        self._slices.add(exchange.client, job)
+        self._slices.add(exchange.client, self._answered(job, exchange))
+
+    def _answered(self, job: Job, exchange: Exchange) -> Job:
+        """The job, with an answer whatever happens in it, as the server gives one to `handle`."""
+        try:
+            yield from job
+        except HttpError as error:
+            exchange.fail(error)
+        except Exception:
+            log.exception("a bug: %s was not finished", exchange.head.path.decode() if exchange.head else "a request")
+            if exchange.response is None:
+                exchange.fail(HttpError(500, "internal error; the log has the details"))
 
     def _answer_readiness(self, exchange: Exchange) -> None:
         if self._stops:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from common.errors import HttpError, InvalidEvent, NotConfirmed, Unavailable
+from common.errors import InvalidEvent, NotConfirmed, Unavailable
 from common.event.document import write_json
 from common.event.schema import NormalEvent, normalise_batch
 from common.http.coding import decoded
@@ -12,6 +12,8 @@ from common.http.server import Exchange
 from common.producer.intake import Intake
 from common.producer.publisher import Publication
 from common.producer.slices import Job
+
+PARSED_FACTOR = 8  # what a document of small values takes in memory, compared with its JSON
 
 
 class Batch:
@@ -30,6 +32,7 @@ class Batch:
         """Read the events and publish each, waiting for room in the window; answer when the last has its outcome."""
         try:
             content = yield from decoded(content_encoding, body, max_bytes)
+            self._exchange.hold(PARSED_FACTOR * len(content))
             for position, event in enumerate(normalise_batch(content, lines, max_preds)):
                 self._results.append({})
                 if isinstance(event, InvalidEvent):
@@ -44,8 +47,6 @@ class Batch:
                 yield None
         except InvalidEvent as error:
             self._exchange.answer(422, write_json({"detail": error.faults}))
-        except HttpError as error:
-            self._exchange.fail(error)
         else:
             self._all_read = True
             self._answer_when_done()
