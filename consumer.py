@@ -9,6 +9,9 @@ journal) → Worker._ack. A message that is not an event leaves prepare_batch as
 
 from __future__ import annotations
 
+import common.first  # noqa: F401
+
+# isort: split
 import argparse
 import logging
 import os

@@ -15,6 +15,9 @@ The way of an event, from the socket to the broker and back:
 
 from __future__ import annotations
 
+import common.first  # noqa: F401
+
+# isort: split
 import asyncio
 import logging
 import os

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
+from common import __version__
 from common.amqp.address import AddressError, check_host, masked_url, parse_address
 from common.errors import SettingError
 
@@ -153,6 +154,7 @@ def parser_for(cls: type[Settings], prog: str, description: str) -> argparse.Arg
         description=description,
         epilog="Each flag is also an environment variable: --queue-name is QUEUE_NAME.",
     )
+    parser.add_argument("--version", action="version", version=f"predlog {__version__}")
     for item in fields(cls):
         text = item.metadata["help"]
         if item.name != "amqp_url":

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 FLOORS = [
-    {"common.errors", "common.metrics", "common.logs", "common.process", "common.workers"},
+    {"common.first", "common.errors", "common.metrics", "common.logs", "common.process", "common.workers"},
     {"common.http", "common.amqp", "common.event", "common.storage"},
     {"common.config"},
     {"common.producer", "common.consumer"},

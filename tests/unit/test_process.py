@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from common import __version__
 from common.errors import Fatal, SettingError, StartupError
 from common.logs import JsonFormatter, TextFormatter
 from common.process import inherited_socket, run
@@ -83,3 +87,29 @@ def test_a_socket_of_systemds_is_for_the_process_it_names() -> None:
     assert inherited_socket({"LISTEN_PID": "7", "LISTEN_FDS": "0"}, 7) is None
     with pytest.raises(StartupError, match="one socket"):
         inherited_socket({"LISTEN_PID": "7", "LISTEN_FDS": "2"}, 7)
+
+
+@pytest.mark.parametrize("program", ["producer.py", "consumer.py"])
+def test_version_is_one_line(program: str) -> None:
+    said = subprocess.run([sys.executable, program, "--version"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert said.stdout == f"predlog {__version__}\n"
+
+
+@pytest.mark.parametrize("program", ["producer.py", "consumer.py"])
+def test_pid_1_hears_sigterm_during_its_imports(program: str, tmp_path: Path) -> None:
+    """The kernel drops what PID 1 has no handler for: it must have one before the packages are imported."""
+    in_namespace = ["unshare", "--pid", "--fork", "--kill-child"]
+    if shutil.which("unshare") is None or subprocess.run([*in_namespace, "true"], capture_output=True).returncode:
+        pytest.skip("no PID namespace: unshare is missing, or this user may not make one")
+    (tmp_path / "uvloop.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    command = [*in_namespace, sys.executable, str(ROOT / program)]
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    with subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True) as unshare:
+        try:
+            assert unshare.stdout is not None
+            assert unshare.stdout.readline() == "importing\n"
+            pid = int(Path(f"/proc/{unshare.pid}/task/{unshare.pid}/children").read_text())
+            os.kill(pid, signal.SIGTERM)
+            assert unshare.wait(10) == 0
+        finally:
+            unshare.kill()
