@@ -137,3 +137,27 @@ def test_a_restart_on_a_held_socket_is_seen_by_nobody(broker: RabbitMQ, queue_na
             assert set(load.statuses) == {200}, load.statuses
         finally:
             producer.stop()
+
+
+def worker_pids(service: Service) -> set[int]:
+    pid = service.process.pid
+    return set(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+
+
+def replace_workers(service: Service) -> None:
+    before = worker_pids(service)
+    service.process.send_signal(signal.SIGHUP)
+    wait_until("both are replaced", lambda: len(worker_pids(service) - before) == 2, explain=service.log)
+    wait_until("the old ones have ended", lambda: not worker_pids(service) & before, explain=service.log)
+
+
+def test_sighup_replaces_workers_and_nobody_notices(producer: Start, tmp_path: Path) -> None:
+    """Each worker ends once its replacement, a program started anew, listens; connections kept or not."""
+    service = producer(WORKERS=2)
+    for keep_alive in (False, True):
+        with nginx(tmp_path / f"nginx-{keep_alive}", [service.url], keep_alive) as url, Load(url) as load:
+            replace_workers(service)
+            load.wait_for_more()
+        assert set(load.statuses) == {200}, load.statuses
+    for pid in worker_pids(service):
+        assert b"PREDLOG_WORKER=" in Path(f"/proc/{pid}/environ").read_bytes()

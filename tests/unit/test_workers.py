@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import subprocess
@@ -176,3 +177,24 @@ def work(index, alive_fd, replaces):
 """)
     _, said = supervisor.communicate(timeout=20)
     assert (supervisor.returncode, said) == (3, "")
+
+
+def test_a_replacement_that_does_not_listen_leaves_the_old_worker(supervise: Supervise) -> None:
+    supervisor = supervise("""
+def work(index, alive_fd, replaces):
+    say(index, os.getpid())
+    time.sleep(60)
+def replacement(index, alive_fd, ready_fd):
+    say("replacement")
+    os._exit(3)
+sys.exit(workers.supervise(2, work, 0.1, replacement))
+""")
+    before = [line.split()[1] for line in lines(supervisor, 2)]
+    supervisor.send_signal(signal.SIGHUP)
+    assert lines(supervisor, 1) == ["replacement"]
+    assert supervisor.stderr is not None
+    assert supervisor.stderr.readline() == "the new worker 0 does not listen; the workers that are there stay\n"
+    for pid in before:
+        os.kill(int(pid), 0)
+    supervisor.terminate()
+    supervisor.wait(10)
