@@ -3,7 +3,7 @@ FROM python:3.13-slim AS predlog
 ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PATH=/opt/venv/bin:$PATH
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_PYTHON=/opt/venv/bin/python
 WORKDIR /app
-# A volume on data/ takes over its owner when it is new.
+# A new volume on data/ gets the owner of the folder in the image.
 RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin predlog && install -d -o predlog -g predlog data
 COPY requirements.txt .
 RUN python -m venv --without-pip /opt/venv && pip install --require-hashes -r requirements.txt

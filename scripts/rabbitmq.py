@@ -74,7 +74,7 @@ class RabbitMQ:
         self._shares_epmd = epmd is not None
 
     def start(self, timeout_seconds: float = 60.0) -> None:
-        """Returns once the node greets a client; raises BrokerError. Call it in the main thread (see above)."""
+        """Return once the node greets a client; raise BrokerError. Call it in the main thread (see above)."""
         deadline = time.monotonic() + timeout_seconds
         try:
             self.launch()
@@ -87,7 +87,7 @@ class RabbitMQ:
             raise
 
     def launch(self) -> None:
-        """Begins a start; see `is_up`."""
+        """Begin a start; see `is_up`."""
         self.directory.mkdir(parents=True, exist_ok=True)
         (self.directory / "enabled_plugins").write_text("[].\n")
         (self.directory / "rabbitmq.conf").touch()
@@ -99,11 +99,11 @@ class RabbitMQ:
 
     @property
     def is_running(self) -> bool:
-        """Whether its VM was started and has not ended."""
+        """Tell whether its VM was started and has not ended."""
         return self.process is not None and self.process.poll() is None
 
     def is_up(self) -> bool:
-        """Whether it greets a client; raises BrokerError when it has ended."""
+        """Tell whether it greets a client; raise BrokerError when it has ended."""
         if self.process is None or (code := self.process.poll()) is None:
             return speaks_amqp(self.port)
         if code == _LOCKED:
@@ -111,7 +111,7 @@ class RabbitMQ:
         raise BrokerError(f"the RabbitMQ node did not start: see {self._start_log}")
 
     def stop(self) -> None:
-        """An orderly stop of node and epmd; by force when it takes too long. No-op if nothing runs."""
+        """Stop node and epmd in an orderly way; by force when it takes too long. No-op if nothing runs."""
         if self.process is not None:
             self.process.terminate()
             try:
@@ -124,7 +124,7 @@ class RabbitMQ:
             self._epmd.stop()
 
     def ctl(self, *arguments: str, timeout_seconds: float = 30.0) -> str:
-        """Runs `rabbitmqctl` on this node and returns what it prints; raises CalledProcessError."""
+        """Run `rabbitmqctl` on this node and return what it prints; raise CalledProcessError."""
         return self._tool("rabbitmqctl", *arguments, timeout_seconds=timeout_seconds)
 
     def __enter__(self) -> Self:
@@ -174,12 +174,12 @@ class RabbitMQ:
 
 
 def is_installed() -> bool:
-    """Whether this machine can run a private node."""
+    """Tell whether this machine can run a private node."""
     return os.access(_script("rabbitmq-server"), os.X_OK)
 
 
 def speaks_amqp(port: int, host: str = "127.0.0.1", timeout_seconds: float = 2.0) -> bool:
-    """Whether an AMQP 0-9-1 broker greets: the header is answered by connection.start (class 10, method 10), 4.2.2."""
+    """Tell whether an AMQP 0-9-1 broker greets: it answers the header with connection.start, 10.10 (section 4.2.2)."""
     with contextlib.suppress(OSError), socket.create_connection((host, port), timeout_seconds) as connection:
         connection.settimeout(timeout_seconds)
         connection.sendall(b"AMQP\x00\x00\x09\x01")
@@ -189,7 +189,7 @@ def speaks_amqp(port: int, host: str = "127.0.0.1", timeout_seconds: float = 2.0
 
 
 def free_port(wanted: int = 0) -> int:
-    """`wanted` if it is free on the loopback interface, else any port that is."""
+    """Return `wanted` if it is free on the loopback interface, else any port that is."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         with contextlib.suppress(OSError):

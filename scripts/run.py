@@ -27,7 +27,7 @@ EXAMPLE = (
 
 
 class Container:
-    """RabbitMQ in a container: the same face as the private node, its data in a volume."""
+    """RabbitMQ in a container: with the interface of the private node, its data in a volume."""
 
     IMAGE = "rabbitmq:4-management"
     NAME = "predlog-rabbitmq"
@@ -39,13 +39,13 @@ class Container:
 
     @staticmethod
     def is_possible() -> bool:
-        """Whether a Docker engine answers."""
+        """Tell whether a Docker engine answers."""
         with contextlib.suppress(OSError):
             return subprocess.run(["docker", "version"], capture_output=True).returncode == 0
         return False
 
     def start(self, timeout_seconds: float = 300.0) -> None:
-        """Returns once it greets a client; the first time, the image is pulled. Raises BrokerError."""
+        """Return once it greets a client; the first time, the image is pulled. Raises BrokerError."""
         subprocess.run(["docker", "rm", "--force", self.NAME], capture_output=True)  # left by a run that was killed
         # RabbitMQ finds its data by host name.
         options = ["--rm", "--name", self.NAME, "--hostname", "predlog", "--volume", f"{self.NAME}:/var/lib/rabbitmq"]
@@ -60,14 +60,14 @@ class Container:
             time.sleep(0.2)
 
     def stop(self) -> None:
-        """An orderly stop. No-op if it does not run."""
+        """Stop it in an orderly way. No-op if it does not run."""
         if self.process is not None:
             subprocess.run(["docker", "stop", "--time", "20", self.NAME], capture_output=True)
             self.process.wait()
 
 
 def main() -> int:
-    """Returns the exit code: 0 after Ctrl-C, else that of the process that ended first, or 1."""
+    """Run everything; return the exit code: 0 after Ctrl-C, else that of the process that ended first, or 1."""
     take_the_terminal()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
@@ -103,7 +103,7 @@ def main() -> int:
 
 
 def choose_broker() -> RabbitMQ | Container | None:
-    """One to start, or None when there is one already. Raises BrokerError."""
+    """Return a broker to start, or None when there is one already. Raises BrokerError."""
     if os.environ.get("AMQP_URL") or os.environ.get("RABBITMQ_HOST"):
         return None
     if speaks_amqp(AMQP_PORT):
@@ -135,7 +135,7 @@ def spawn(name: str, environment: dict[str, str]) -> subprocess.Popen[bytes]:
 
 
 def watch(processes: dict[str, subprocess.Popen[bytes]], broker: subprocess.Popen[bytes] | None) -> int:
-    """Says when and where to POST; returns as soon as one of them ends, with its exit code (never 0)."""
+    """Say when and where to POST; return as soon as one of them ends, with its exit code (never 0)."""
     watched = processes | ({"RabbitMQ": broker} if broker else {})
     announced = False
     while not (ended := [name for name, process in watched.items() if process.poll() is not None]):
@@ -149,13 +149,13 @@ def watch(processes: dict[str, subprocess.Popen[bytes]], broker: subprocess.Pope
 
 
 def stop(process: subprocess.Popen[bytes]) -> int:
-    """SIGTERM, and the exit code. The process bounds its drain itself, by SHUTDOWN_TIMEOUT_MS."""
+    """Send SIGTERM, and return the exit code. SHUTDOWN_TIMEOUT_MS bounds the drain."""
     process.terminate()
     return process.wait()
 
 
 def is_ready() -> bool:
-    """Whether the producer would accept an event now."""
+    """Tell whether the producer would accept an event now."""
     untrusted = ssl._create_unverified_context()  # it is ours, by whatever name its certificate calls it
     with contextlib.suppress(OSError, HTTPException):
         urllib.request.urlopen(f"{producer_url()}/readyz", timeout=2, context=untrusted).close()
@@ -182,7 +182,7 @@ Their predictions become rows of {csv_file}. Ctrl-C stops everything.
 
 
 def take_the_terminal() -> None:
-    """Ctrl-C is for us alone: make would call even a clean stop an error. Ctrl-Z would halt only half of the run."""
+    """Take Ctrl-C for us alone: make would call even a clean stop an error. Ctrl-Z would stop only half of the run."""
     with contextlib.suppress(OSError):  # no terminal
         group_of_make = os.tcgetpgrp(0)
         if group_of_make != os.getpgrp():

@@ -1,4 +1,4 @@
-"""`python3 -m scripts.setup GOAL`: whatever this machine lacks for `make GOAL`.
+"""`python3 -m scripts.setup GOAL`: install what this machine lacks for `make GOAL`.
 
 Says what it installs, and nothing when all is there. System packages come from apt where it may be used: as root, or
 with a sudo that asks for no password.
@@ -45,7 +45,7 @@ esac
 
 
 def main(arguments: list[str]) -> str | None:
-    """Returns what is wrong as one line, or None."""
+    """Return what is wrong as one line, or None."""
     if len(arguments) != 1 or arguments[0] not in APT_PACKAGES:
         return f"usage: python3 -m scripts.setup {'|'.join(APT_PACKAGES)}"
     goal = arguments[0]
@@ -93,7 +93,7 @@ def install_requirements(name: str, *included: str) -> str | None:
 
 
 def create_venv() -> list[str | Path] | None:
-    """Makes .venv; returns the command that is pip for it, or None. Debian keeps ensurepip in a package of its own."""
+    """Make .venv; return the pip command for it, or None. Debian has ensurepip in a package of its own."""
     if runs(sys.executable, "-c", "import ensurepip") or apt_install("python3-venv"):
         return [PYTHON, "-m", "pip"] if runs(sys.executable, "-m", "venv", "--clear", VENV) else None
     outer_pip: list[str | Path] = [sys.executable, "-m", "pip", "--python", PYTHON]  # since pip 22.3
@@ -102,7 +102,7 @@ def create_venv() -> list[str | Path] | None:
 
 
 def apt_install(*packages: str) -> bool:
-    """Whether they are installed now. False without apt, or without the right to use it."""
+    """Install packages; tell whether they are there now. False without apt, or without the right to use it."""
     prefix = [] if os.geteuid() == 0 else ["sudo", "-n"]
     if not shutil.which("apt-get") or not runs(*prefix, "true"):
         return False
@@ -120,7 +120,7 @@ def apt_install(*packages: str) -> bool:
 
 
 def runs(*command: str | Path) -> bool:
-    """Whether the command exists and exits with 0."""
+    """Tell whether the command exists and exits with 0."""
     try:
         return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True).returncode == 0
     except OSError:
