@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from itertools import chain, islice, zip_longest
 
+from common.consumer.partitions import csv_file
 from common.errors import DiskTrouble, StartupError
 from common.storage.journal import Journal, JournalCorrupt
 from common.storage.lock import WATCH_SECONDS, Lock
@@ -24,24 +25,24 @@ from common.storage.store import Store
 log = logging.getLogger("carry_ids")
 
 
-def carry_ids(csv_file: str, before: int, after: int, dedup_window: int) -> int:
+def carry_ids(path: str, before: int, after: int, dedup_window: int) -> int:
     """Return how many ids every new CSV knows now. Raise StartupError or DiskTrouble; then it can be run again."""
-    old = [path for path in csv_files(csv_file, before) if os.path.exists(f"{path}.journal")]
+    old = [csv for csv in csv_files(path, before) if os.path.exists(f"{csv}.journal")]
     if not old:
-        raise StartupError(f"no consumer has written {csv_file} with {before} partition(s): there is nothing to carry")
-    new = csv_files(csv_file, after)
+        raise StartupError(f"no consumer has written {path} with {before} partition(s): there is nothing to carry")
+    new = csv_files(path, after)
     with ExitStack() as locks:
-        for path in dict.fromkeys([*old, *new]):
-            lock = Lock(path)
+        for csv in dict.fromkeys([*old, *new]):
+            lock = Lock(csv)
             deadline = time.monotonic() + 2 * WATCH_SECONDS
             while not lock.acquire():  # also while it makes sure that a consumer elsewhere has ended
                 if time.monotonic() > deadline:
-                    raise StartupError(f"a consumer of {path} runs: stop all consumers first")
+                    raise StartupError(f"a consumer of {csv} runs: stop all consumers first")
                 time.sleep(WATCH_SECONDS / 10)
             locks.callback(lock.release)
-        ids = latest([_ids(path, dedup_window) for path in old], dedup_window)
-        for path in new:
-            store = Store.open(path, dedup_window, 0, log)
+        ids = latest([_ids(csv, dedup_window) for csv in old], dedup_window)
+        for csv in new:
+            store = Store.open(csv, dedup_window, 0, log)
             try:
                 store.append(b"", [id for id in ids if not store.seen(id)])
             finally:
@@ -49,12 +50,8 @@ def carry_ids(csv_file: str, before: int, after: int, dedup_window: int) -> int:
     return len(ids)
 
 
-def csv_files(csv_file: str, partitions: int) -> list[str]:
-    """`data.csv`, or `data.0.csv`, `data.1.csv`, … of several partitions."""
-    if partitions == 1:
-        return [csv_file]
-    stem, suffix = os.path.splitext(csv_file)
-    return [f"{stem}.{index}{suffix}" for index in range(partitions)]
+def csv_files(path: str, partitions: int) -> list[str]:
+    return [path] if partitions == 1 else [csv_file(path, number) for number in range(partitions)]
 
 
 def latest(lists: Sequence[Sequence[bytes]], count: int) -> list[bytes]:
@@ -64,8 +61,8 @@ def latest(lists: Sequence[Sequence[bytes]], count: int) -> list[bytes]:
     return list(islice(distinct, count))[::-1]
 
 
-def _ids(csv_file: str, dedup_window: int) -> list[bytes]:
-    path = os.path.realpath(csv_file) + ".journal"
+def _ids(csv: str, dedup_window: int) -> list[bytes]:
+    path = os.path.realpath(csv) + ".journal"
     journal = Journal(path, dedup_window, 0, log)
     try:
         journal.load()
@@ -73,6 +70,8 @@ def _ids(csv_file: str, dedup_window: int) -> list[bytes]:
         raise StartupError(f"{path}: {error}; start the consumer once, which repairs it, then stop it") from error
     except OSError as error:
         raise StartupError(f"{path}: {error.strerror}") from error
+    finally:
+        journal.close()
     return list(journal.ids())
 
 

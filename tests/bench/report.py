@@ -29,6 +29,8 @@ VALUES = {
     "rate": ("per second", _COUNT),
     "offered": ("offered per second", _COUNT),
     "cpu_us": ("CPU each, µs", _TENTHS),
+    "producer_cpu_us": ("producer, CPU each, µs", _TENTHS),
+    "consumer_cpu_us": ("consumer, CPU each, µs", _TENTHS),
     "p50_ms": ("p50, ms", _HUNDREDTHS),
     "p99_ms": ("p99, ms", _HUNDREDTHS),
     "p999_ms": ("p99.9, ms", _HUNDREDTHS),
@@ -110,6 +112,13 @@ TOPICS = (
         "was in the second half of the time than in the first. The answers include those before the alarm. A round "
         "ends only once the producer, the alarm being over, is ready again.",
         ("memory_max_mb", "memory_growth_mb", "status_200", "status_503", "status_504", "slowest_ms", "broken"),
+    ),
+    Topic(
+        "partitions", "Partitions",
+        "`wrk` on 32 connections, until the last row is in a file. Everything is on the same cores, so that partitions "
+        "do not make it faster; what counts is the CPU of each process for a message. [scaling.md](scaling.md) says "
+        "what it means for more machines.",
+        ("rate", "producer_cpu_us", "consumer_cpu_us"),
     ),
 )  # fmt: skip
 

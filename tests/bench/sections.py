@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
+from common.amqp.topology import queue_names
 from tests.bench import broker_limit, events, load
 from tests.bench.events import HEADER, Load
 from tests.bench.growth import Growth
+from tests.bench.process import Process
 from tests.bench.results import BASELINE, IMAGES, IMAGES_CASE, LIMIT, PLAIN, PREDLOG, SMALL, Record, Results
 from tests.bench.stage import BRIDGES, SUBJECTS, Consumer, Producer, Stage
 
@@ -26,6 +30,7 @@ OFFERED = {
     SMALL: {"a quarter of": 0.25, "half of": 0.5, "all of": 1.0, "twice": 2.0, "four times": 4.0},
     IMAGES: {"a quarter of": 0.25, "half of": 0.5, "all of": 1.0, "one and a half times": 1.5},
 }
+PARTITION_COUNTS = (1, 2, 4)
 HIGHEST_OFFERED = 0.8  # of what predlog itself has taken at most
 
 # A backlog that takes about a second, on two cores.
@@ -167,7 +172,28 @@ def blocked(stage: Stage, _: Results) -> Iterator[Record]:
             yield Record("blocked", f"256 connections, {case}", PREDLOG, values)
 
 
-SECTIONS: tuple[Section, ...] = (producer, latency, consumer, end_to_end, idle, blocked)
+def partitions(stage: Stage, _: Results) -> Iterator[Record]:
+    """POST → row with several partitions: what they cost each process."""
+    small = events.small()
+    file = load.write_bodies(small, stage.folder / "bodies.jsonl")
+    for turn, count in product(range(stage.effort.rounds), PARTITION_COUNTS):
+        queue, folder = f"bench-{turn}-{count}", stage.folder / f"partitions-{turn}-{count}"
+        names = queue_names(queue, count)
+        with contextlib.ExitStack() as stack:
+            for name in names:
+                stack.enter_context(stage.queue(name))
+            settings = {"PARTITIONS": str(count)}
+            posting = stack.enter_context(stage.producer(PREDLOG, queue, **settings))
+            consuming = stack.enter_context(stage.consumer(PREDLOG, queue, folder / "data.csv", **settings)).process
+            for name in names:
+                stage.wait_for_consumer(name, consuming)
+            _pass_through(posting, consuming, folder, file, WARM_SECONDS)
+            values = _pass_through(posting, consuming, folder, file, stage.effort.seconds)
+        shutil.rmtree(folder)
+        yield Record("partitions", f"{count} partition{'s' if count > 1 else ''}", PREDLOG, values)
+
+
+SECTIONS: tuple[Section, ...] = (producer, latency, consumer, end_to_end, idle, blocked, partitions)
 
 
 @contextlib.contextmanager
@@ -176,6 +202,26 @@ def _producers(stage: Stage, *subjects: str) -> Iterator[dict[str, Producer]]:
     with contextlib.ExitStack() as stack:
         queues = [stack.enter_context(stage.queue(f"bench-{number}")) for number in range(len(subjects))]
         yield {s: stack.enter_context(stage.producer(s, queue)) for s, queue in zip(subjects, queues, strict=True)}
+
+
+def _pass_through(posting: Producer, consuming: Process, folder: Path, file: Path, seconds: int) -> dict[str, float]:
+    """wrk on 32 connections, until the last row is in a file of `folder`."""
+    producer_before, consumer_before = posting.process.cpu_seconds(), consuming.cpu_seconds()
+    result = load.Wrk(posting.port, file, 32, seconds).result()
+    size, end = -1, 0.0
+    while time.perf_counter() < end or size < _size(folder):
+        if size < _size(folder):
+            size, end = _size(folder), time.perf_counter() + SETTLE_SECONDS
+        time.sleep(0.01)
+    return {
+        "rate": result.rate,
+        "producer_cpu_us": (posting.process.cpu_seconds() - producer_before) * 1e6 / result.requests,
+        "consumer_cpu_us": (consuming.cpu_seconds() - consumer_before) * 1e6 / result.requests,
+    }
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.csv"))
 
 
 @dataclass(frozen=True, slots=True)

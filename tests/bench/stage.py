@@ -92,12 +92,18 @@ class Stage:
             yield Producer(process, port, queue)
 
     @contextlib.contextmanager
-    def consumer(self, subject: str, queue: str, csv_file: Path) -> Iterator[Consumer]:
+    def consumer(self, subject: str, queue: str, csv_file: Path, **settings: str) -> Iterator[Consumer]:
         """A consumer that was just started on `csv_file`."""
         port = free_port()
-        settings = {"AMQP_URL": self.amqp_url, "QUEUE_NAME": queue, "CSV_FILE": str(csv_file), "PREFETCH_COUNT": "2000"}
+        settings = {
+            "AMQP_URL": self.amqp_url,
+            "QUEUE_NAME": queue,
+            "CSV_FILE": str(csv_file),
+            "PREFETCH_COUNT": "2000",
+            "HEALTH_PORT": str(port),
+        } | settings
         command = (sys.executable, *PROGRAMS[subject]["consumer"])
-        with Process(command, settings | {"HEALTH_PORT": str(port)}, self.folder / "consumer.log") as process:
+        with Process(command, settings, self.folder / "consumer.log") as process:
             yield Consumer(process, port)
 
     @contextlib.contextmanager
