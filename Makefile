@@ -29,7 +29,7 @@ bench:  ## the figures of docs/benchmarks.md, about twelve minutes; QUICK=1 is a
 	@$(PYTHON) -m scripts.setup bench
 	$(VENV_PYTHON) -m tests.bench
 
-chaos:  ## kill and freeze everything under load, then count what is lost; SECONDS=120, ROUNDS or SEED
+chaos:  ## kill and freeze everything under load, then count what is lost; SECONDS=120, ROUNDS, SEED, CLUSTER=3
 	@$(PYTHON) -m scripts.setup chaos
 	$(VENV_PYTHON) -m tests.chaos
 
