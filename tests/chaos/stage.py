@@ -13,9 +13,10 @@ import threading
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
+from zlib import crc32
 
 import aiormq
 import uvloop
@@ -252,8 +253,20 @@ class Stage:
         self.wait_until("the queues are empty", lambda: self.ready_messages(self.queues) == 0, EMPTY_SECONDS)
 
     def verdict(self, events: Events, load: Load) -> Verdict:
-        """Over the CSVs of all queues."""
-        return check(events, load.ledger, chain.from_iterable(map(opened, self.queues.values())))
+        """Over the CSVs of all queues; a row of another partition's device is foreign."""
+        verdict = check(events, load.ledger, chain.from_iterable(map(opened, self.queues.values())))
+        for place in self.misplaced(events):
+            verdict.foreign.add(place)
+        return verdict
+
+    def misplaced(self, events: Events) -> Iterator[str]:
+        """Each row that is not in the file of its device's partition: crc32 of the device_id, modulo their number."""
+        for index, csv in enumerate(self.queues.values()):
+            for name, stream in opened(csv):
+                for line in stream:
+                    device_id = line[: line.find(b";")]
+                    if line.startswith(events.prefix) and crc32(device_id) % len(self.queues) != index:
+                        yield f"{name}: {device_id.decode()} is of another partition"
 
     def kill_all(self) -> None:
         for service in self.services:

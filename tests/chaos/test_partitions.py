@@ -67,3 +67,4 @@ def test_a_change_of_partitions_loses_and_doubles_nothing(stages: dict[int, Stag
     assert all(csv.stat().st_size > 10_000 for csv in files)
     verdict = check(EVENTS, thread.load.ledger, chain.from_iterable(map(opened, files)))
     assert verdict.holds, str(verdict)
+    assert [*stages[1].misplaced(EVENTS), *stages[4].misplaced(EVENTS)] == []
