@@ -46,6 +46,7 @@ class Load:
         self.ledger = Ledger()
         self.latencies_seconds = array("f")  # of the answers 200
         self.recent_seconds: deque[float] = deque(maxlen=_RECENT)
+        self.slowest_seconds = 0.0  # from an event's first attempt until it was accepted
         self.wrong_answers = 0  # 200 with another event than the one that was sent
         self.gave_up = 0
         self.batches = 0
@@ -98,7 +99,8 @@ class Load:
 
     async def _deliver(self, lines: list["_Line"], number: int, variant: int) -> None:
         key = self._events.key(number) if self._retries else None
-        give_up = time.monotonic() + GIVE_UP_SECONDS
+        began = time.monotonic()
+        give_up = began + GIVE_UP_SECONDS
         for attempt in range(1_000_000):
             line = lines[attempt % len(lines)]
             connection = await line.connected(give_up if len(lines) == 1 else 0.0)
@@ -116,6 +118,8 @@ class Load:
             for answer in answers:
                 self._enter(number, attempt, answer)
             last = answers[-1].status
+            if last == 200:
+                self.slowest_seconds = max(self.slowest_seconds, time.monotonic() - began)
             if not self._retries or not (last == CUT or last >= 500):
                 return
             if time.monotonic() > give_up:
@@ -129,7 +133,8 @@ class Load:
         self.batches += 1
         key, as_lines = self._events.batch_key(numbers[0]), self.batches % 2 == 0
         content_type = "application/x-ndjson" if as_lines else "application/json"
-        give_up = time.monotonic() + GIVE_UP_SECONDS
+        began = time.monotonic()
+        give_up = began + GIVE_UP_SECONDS
         for attempt in range(1_000_000):
             line = lines[attempt % len(lines)]
             connection = await line.connected(give_up if len(lines) == 1 else 0.0)
@@ -152,6 +157,7 @@ class Load:
             for number, status in zip(numbers, statuses, strict=True):
                 self._enter(number, attempt, answer._replace(status=status, body=self._events.id(number)))
             if not any(status == CUT or status >= 500 for status in statuses):
+                self.slowest_seconds = max(self.slowest_seconds, time.monotonic() - began)
                 return
             await _back_off(attempt)
 

@@ -170,7 +170,7 @@ def run(
                 for kind in chain(kinds, _kinds(random.Random(seed), list(play.kinds))):
                     if display.part_done >= 1:
                         break
-                    slowest_seconds = max(slowest_seconds, _round(kind, play, display))
+                    slowest_seconds = max(slowest_seconds, _round(kind, play, load, display))
             except StageError as error:
                 problems.append(str(error))
             display.say("recovering")
@@ -190,12 +190,13 @@ def run(
         play.end()
 
 
-def _round(kind: str, play: Play, display: _Display) -> float:
+def _round(kind: str, play: Play, load: Load, display: _Display) -> float:
     """Makes one trouble and mends it; seconds until all was ready again, 0 when that was not waited for."""
     trouble, name = play.trouble, kind.replace("_", " ")
     display.say(f"round {display.rounds + 1}: {name}")
     # What happened before does not change what is chosen in this round.
     trouble.choose = random.Random(f"{trouble.seed}/{display.rounds}")
+    load.slowest_seconds = 0.0
     play.kinds[kind]()
     play.mend()
     display.rounds += 1
@@ -205,8 +206,11 @@ def _round(kind: str, play: Play, display: _Display) -> float:
     mended = time.monotonic()
     trouble.stage.wait_until_ready()
     seconds = time.monotonic() - mended
-    display.tell(f"{display.rounds:4} {name:22} ready {seconds:.1f} s after the mending")
+    display.tell(
+        f"{display.rounds:4} {name:22} ready {seconds:.1f} s after the mending, slowest event {load.slowest_seconds:.1f} s"
+    )
     trouble.stage.sleep(trouble.choose.uniform(0.2, 1.0))
+    trouble.note(f"an event through {name}", load.slowest_seconds)
     return seconds
 
 

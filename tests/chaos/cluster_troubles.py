@@ -70,8 +70,7 @@ class ClusterTrouble(Trouble):
         began = time.monotonic()
         for service in (*self.stage.producers, *self.stage.consumers):
             self.stage.wait_until(f"{service.name} is ready with {what}", service.is_ready_or_raise, FAILOVER_SECONDS)
-        name = f"ready with {what}"
-        self.slowest_seconds[name] = max(self.slowest_seconds.get(name, 0.0), time.monotonic() - began)
+        self.note(f"ready with {what}", time.monotonic() - began)
 
 
 def kill_node(trouble: ClusterTrouble) -> None:

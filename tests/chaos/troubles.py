@@ -33,6 +33,10 @@ class Trouble:
         self.done: Counter[str] = Counter()
         self.slowest_seconds: dict[str, float] = {}  # of what was waited for while something was away
 
+    def note(self, what: str, seconds: float) -> None:
+        """The longest is in the report."""
+        self.slowest_seconds[what] = max(self.slowest_seconds.get(what, 0.0), seconds)
+
     def stop(self, service: Service) -> None:
         """SIGTERM, once it is up: before it listens to signals, it simply dies of one."""
         self.stage.wait_until(f"{service.name} is up", lambda: service.page("/healthz") is not None, 20)
