@@ -206,9 +206,8 @@ def _round(kind: str, play: Play, load: Load, display: _Display) -> float:
     mended = time.monotonic()
     trouble.stage.wait_until_ready()
     seconds = time.monotonic() - mended
-    display.tell(
-        f"{display.rounds:4} {name:22} ready {seconds:.1f} s after the mending, slowest event {load.slowest_seconds:.1f} s"
-    )
+    slowest = f"slowest event {load.slowest_seconds:.1f} s"
+    display.tell(f"{display.rounds:4} {name:22} ready {seconds:.1f} s after the mending, {slowest}")
     trouble.stage.sleep(trouble.choose.uniform(0.2, 1.0))
     trouble.note(f"an event through {name}", load.slowest_seconds)
     return seconds
