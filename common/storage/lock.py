@@ -12,6 +12,7 @@ from common.errors import StartupError
 from common.storage.files import explain_os_error, make_directory, startup_error
 
 WATCH_SECONDS = 1.0  # a consumer under load commits many times within it
+_PF_EXITING = 0x4  # include/linux/sched.h
 
 
 class Lock:
@@ -147,9 +148,13 @@ def _here() -> str:
 
 
 def _started(pid: int | str) -> str:
-    """Say when a process was started, in ticks since boot; "-" if there is none of that number."""
+    """Say when a process was started, in ticks since boot; "-" if there is none of that number.
+
+    One that is exiting is none: it has given up its files, and stays a zombie for as long as its parent likes.
+    """
     try:
         with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[19]
+            fields = file.read().rpartition(")")[2].split()  # proc(5), from its third field on
     except OSError:
         return "-"
+    return "-" if int(fields[6]) & _PF_EXITING else fields[19]
