@@ -76,6 +76,11 @@ class Process:
         """The most that was ever resident, MB (10**6 bytes)."""
         return self._status_mb("VmHWM")
 
+    def signal(self, number: signal.Signals) -> None:
+        """To the process and its living children."""
+        for pid in self._pids():
+            os.kill(pid, number)
+
     def stop(self, timeout_seconds: float = 20) -> None:
         if self._popen.poll() is None:
             self._popen.send_signal(signal.SIGTERM)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ CLIENT_CONNECTIONS = 64
 CALLS = 1000
 END_TO_END_RATE = 1000
 SETTLE_SECONDS = 0.3
+STILL_SECONDS = 1.0
 LONGEST_BLOCK_SECONDS = 120
 WARM_SECONDS = 1
 
@@ -173,7 +175,7 @@ def blocked(stage: Stage, _: Results) -> Iterator[Record]:
 
 
 def partitions(stage: Stage, _: Results) -> Iterator[Record]:
-    """POST → row with several partitions: what they cost each process."""
+    """POST → confirm, then the drain of what that left, with several partitions: what they cost each process."""
     small = events.small()
     file = load.write_bodies(small, stage.folder / "bodies.jsonl")
     for turn, count in product(range(stage.effort.rounds), PARTITION_COUNTS):
@@ -187,8 +189,8 @@ def partitions(stage: Stage, _: Results) -> Iterator[Record]:
             consuming = stack.enter_context(stage.consumer(PREDLOG, queue, folder / "data.csv", **settings)).process
             for name in names:
                 stage.wait_for_consumer(name, consuming)
-            _pass_through(posting, consuming, folder, file, WARM_SECONDS)
-            values = _pass_through(posting, consuming, folder, file, stage.effort.seconds)
+            _turns(posting, consuming, folder, file, WARM_SECONDS)
+            values = _turns(posting, consuming, folder, file, stage.effort.seconds)
         shutil.rmtree(folder)
         yield Record("partitions", f"{count} partition{'s' if count > 1 else ''}", PREDLOG, values)
 
@@ -204,19 +206,23 @@ def _producers(stage: Stage, *subjects: str) -> Iterator[dict[str, Producer]]:
         yield {s: stack.enter_context(stage.producer(s, queue)) for s, queue in zip(subjects, queues, strict=True)}
 
 
-def _pass_through(posting: Producer, consuming: Process, folder: Path, file: Path, seconds: int) -> dict[str, float]:
-    """wrk on 32 connections, until the last row is in a file of `folder`."""
-    producer_before, consumer_before = posting.process.cpu_seconds(), consuming.cpu_seconds()
-    result = load.Wrk(posting.port, file, 32, seconds).result()
-    size, end = -1, 0.0
-    while time.perf_counter() < end or size < _size(folder):
-        if size < _size(folder):
-            size, end = _size(folder), time.perf_counter() + SETTLE_SECONDS
+def _turns(posting: Producer, consuming: Process, folder: Path, file: Path, seconds: int) -> dict[str, float]:
+    """wrk while the consumer is stopped; then the consumer, until the last row is in a file of `folder`."""
+    before, size = posting.process.cpu_seconds(), _size(folder)
+    consuming.signal(signal.SIGSTOP)
+    result = load.Wrk(posting.port, file, 256, seconds).result()
+    producer_cpu = posting.process.cpu_seconds() - before
+    before, start, end = consuming.cpu_seconds(), time.perf_counter(), 0.0
+    consuming.signal(signal.SIGCONT)
+    while end == 0.0 or time.perf_counter() < end + STILL_SECONDS:
+        if size < (grown := _size(folder)):
+            size, end = grown, time.perf_counter()
         time.sleep(0.01)
     return {
         "rate": result.rate,
-        "producer_cpu_us": (posting.process.cpu_seconds() - producer_before) * 1e6 / result.requests,
-        "consumer_cpu_us": (consuming.cpu_seconds() - consumer_before) * 1e6 / result.requests,
+        "producer_cpu_us": producer_cpu * 1e6 / result.requests,
+        "drain_rate": result.requests / (end - start),
+        "consumer_cpu_us": (consuming.cpu_seconds() - before) * 1e6 / result.requests,
     }
 
 
