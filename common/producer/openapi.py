@@ -189,7 +189,7 @@ def _schemas(max_preds: int) -> Json:
     faults = _array(_ref("schemas", "Fault"), minItems=1, description="Every fault.")
     detail = _text("What is wrong, for people.", minLength=1)
     faulty = _object({"status": {"const": 422}, "detail": faults})
-    failed = _object({"status": {"enum": [503, 504]}, "detail": detail})
+    failed = _object({"status": {"enum": [413, 503, 504]}, "detail": detail})
     return {
         "EventIn": _event(identifier, prob, max_preds, "An event as a device sends it. Other members are dropped."),
         "Event": _event(_STRING, _NUMBER, max_preds, "An event as it was published."),

@@ -39,10 +39,12 @@ class Origins:
             )
         if head.method in _SAFE:
             return b""  # a link leads here from anywhere; what a page reads, the browser decides
-        if origin is None:
-            foreign = head.sec_fetch_site in (b"cross-site", b"same-site")
+        if head.sec_fetch_site is not None:
+            # The browser's own word, which no page can set: right also where a proxy puts another Host in.
+            foreign = head.sec_fetch_site not in (b"same-origin", b"none")
         else:
-            foreign = head.host is None or origin.lower().partition(b"://")[2] != head.host.lower()
+            named = None if origin is None else origin.lower().partition(b"://")[2]
+            foreign = named is not None and (head.host is None or named != head.host.lower())
         if foreign:
             raise HttpError(403, "a page of another origin may not do this unless CORS_ORIGINS lists it")
         return b""

@@ -1,11 +1,18 @@
-"""Parts of the API that need no broker."""
+"""The API without a broker: what is answered, when, and what went out; batches, tokens, origins, partitions."""
 
 from __future__ import annotations
 
 import uuid
 from itertools import islice
+from typing import Any
+
+import pytest
 
 from common.producer.intake import random_uuids
+from tests.support.polling import wait_until
+from tests.support.producer import Answer, FakeProducer, an_event, post
+
+GET_READY = b"GET /readyz HTTP/1.1\r\nHost: h\r\n\r\n"
 
 
 def test_ids_without_a_key_are_random_version_4_uuids() -> None:
@@ -14,3 +21,222 @@ def test_ids_without_a_key_are_random_version_4_uuids() -> None:
     for text in ids:
         made = uuid.UUID(text.decode())
         assert (made.version, made.variant, made.hex.encode()) == (4, uuid.RFC_4122, text)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_an_event_is_answered_when_it_is_confirmed(packed: bool) -> None:
+    producer = FakeProducer()
+    assert producer.send(post("/process", an_event(preds=3), packed=packed)) == []
+    (answer,) = producer.confirm(1)
+    assert (answer.status, answer.content) == (200, an_event(preds=3))
+    assert producer.counters.metrics.values[producer.counters.predictions] == 3
+
+
+def test_pipelined_events_are_answered_in_order() -> None:
+    """A small event, one in slices, and a refusal: confirmed from the last to the first."""
+    producer = FakeProducer()
+    requests = post("/process", an_event("0")), post("/process", an_event("1"), packed=True), post("/process", b"{}")
+    assert producer.send(*requests) == []
+    assert producer.confirm(2) == []
+    answers = producer.confirm(1)
+    assert [answer.status for answer in answers] == [200, 200, 422]
+    assert [answer.content["device_id"] for answer in answers[:2]] == ["0", "1"]
+
+
+def test_a_nack_is_503_and_counted_by_its_reason() -> None:
+    producer = FakeProducer()
+    producer.send(post("/process", an_event()))
+    (answer,) = producer.confirm(1, ok=False)
+    assert (answer.status, answer.fields["retry-after"]) == (503, "1")
+    assert producer.refusals("nacked") == 1
+
+
+def test_without_a_broker_an_event_is_503_that_names_no_address() -> None:
+    producer = FakeProducer()
+    producer.publishers[0].down("no broker at amqp://secret.host:5672")
+    for path, body in (("/process", an_event()), ("/process/batch", [an_event()])):
+        (answer,) = producer.send(post(path, body))
+        assert answer.status == 503
+        assert "secret.host" not in answer.content["detail"]
+    assert producer.refusals("broker_away") == 2
+
+
+# Batches
+
+
+def batch(count: int) -> bytes:
+    return post("/process/batch", [an_event(str(number)) for number in range(count)])
+
+
+def test_a_batch_is_answered_when_its_last_event_is_confirmed() -> None:
+    producer = FakeProducer()
+    assert producer.send(post("/process/batch", [an_event(), {}, an_event()])) == []
+    assert producer.confirm(2) == []
+    (answer,) = producer.confirm(1)
+    assert answer.status == 207
+    assert answer.content["accepted"] == 2
+    assert [result["status"] for result in answer.content["results"]] == [200, 422, 200]
+
+
+def test_a_batch_waits_for_the_window_and_leaves_half_of_it() -> None:
+    producer = FakeProducer(max_unconfirmed=8)
+    assert producer.send(batch(10)) == []
+    assert producer.publishers[0].unconfirmed == 4
+    single = producer.send(post("/process", an_event("single")), GET_READY)
+    assert single == []  # behind the batch on this connection; not refused
+    assert producer.publishers[0].unconfirmed == 5
+    answers = [answer for tag in range(1, 12) for answer in producer.confirm(tag)]
+    assert [answer.status for answer in answers] == [200, 200, 200]
+    assert answers[0].content["accepted"] == 10
+
+
+def test_a_batch_that_finds_no_room_in_time_is_refused() -> None:
+    producer = FakeProducer(confirm_timeout_ms=1)
+    producer.lanes[0].congested = True
+    assert producer.send(batch(3)) == []
+    answers: list[Answer] = []
+
+    def answered() -> bool:
+        producer.api.tick(0)
+        answers.extend(producer.run())
+        return bool(answers)
+
+    wait_until("an answer", answered)
+    assert answers[0].status == 207
+    assert [result["status"] for result in answers[0].content["results"]] == [503] * 3
+    assert producer.refusals("window_full") == 3
+
+
+def test_a_nack_in_a_batch_is_that_events_own() -> None:
+    producer = FakeProducer()
+    producer.send(batch(3))
+    producer.confirm(3)
+    producer.confirm(2, ok=False)
+    (answer,) = producer.confirm(1)
+    assert [result["status"] for result in answer.content["results"]] == [200, 503, 200]
+
+
+def test_an_event_beyond_the_brokers_size_is_413_in_a_batch() -> None:
+    producer = FakeProducer()
+    producer.send(post("/process", an_event("x" * 500)))
+    producer.publishers[0].down("PRECONDITION_FAILED - message size 600 is larger than configured max size 300")
+    (single,) = producer.run()
+    assert single.status == 413
+    producer.publishers[0].down("PRECONDITION_FAILED - message size 600 is larger than configured max size 300")
+    producer.publishers[0].link_up(producer.lanes[0], 131_072)
+    assert producer.send(post("/process/batch", [an_event("x" * 500), an_event()])) == []
+    (answer,) = producer.confirm(1)
+    assert [result["status"] for result in answer.content["results"]] == [413, 200]
+
+
+def test_a_key_gives_each_event_of_a_batch_its_own_lasting_id() -> None:
+    sent = []
+    for _ in range(2):
+        producer = FakeProducer()
+        producer.send(post("/process/batch", [an_event(), an_event()], Idempotency_Key="k"))
+        sent.append(producer.lanes[0].sent)
+    assert sent[0] == sent[1]
+    assert sent[0][0] != sent[0][1]
+
+
+# Partitions
+
+
+def test_a_partition_that_is_down_refuses_its_devices_only() -> None:
+    """`camera-7` is of partition 1 of 4, `17` of 2, "" of 0."""
+    producer = FakeProducer(partitions=4)
+    producer.publishers[1].down("cut")
+    (refused,) = producer.send(post("/process", an_event("camera-7")))
+    assert refused.status == 503
+    assert producer.refusals("partition_down") == 1
+    producer.send(post("/process", an_event("17")))
+    (answer,) = producer.confirm(1, partition=2)
+    assert answer.status == 200
+    producer.send(post("/process/batch", [an_event("camera-7"), an_event("")]))
+    (answer,) = producer.confirm(1, partition=0)
+    assert [result["status"] for result in answer.content["results"]] == [503, 200]
+
+
+# Who may come in
+
+
+@pytest.mark.parametrize(
+    ("given", "status"),
+    [(None, 401), ("Bearer wrong", 401), ("Basic b", 401), ("Bearer one", 200), ("bearer  two", 200)],
+)
+def test_a_token_is_needed_where_one_is_set(given: str | None, status: int) -> None:
+    producer = FakeProducer(api_token="one,two")
+    for path, body in (("/process", an_event()), ("/process/batch", [an_event()])):
+        request = post(path, body) if given is None else post(path, body, Authorization=given)
+        answers = producer.send(request)
+        answers += producer.confirm(1, multiple=True) + producer.confirm(2, multiple=True)
+        assert [answer.status for answer in answers] == [status]
+    assert bool(producer.lanes[0].sent) == (status == 200)
+
+
+def test_a_body_in_pieces_is_refused_by_its_head() -> None:
+    producer = FakeProducer(api_token="one")
+    (answer,) = producer.send(post("/process", an_event())[:-20])
+    assert answer.status == 401
+
+
+ORIGINS: list[tuple[dict[str, str], int]] = [
+    ({}, 200),
+    ({"Origin": "http://h"}, 200),
+    ({"Origin": "http://evil.example"}, 403),
+    ({"Origin": "null"}, 403),
+    ({"Sec_Fetch_Site": "cross-site"}, 403),
+    ({"Sec_Fetch_Site": "same-site"}, 403),
+    ({"Origin": "http://evil.example", "Sec_Fetch_Site": "cross-site"}, 403),
+    ({"Sec_Fetch_Site": "none"}, 200),
+    # A proxy that sends its own Host; the browser knows better, and no page can set this field.
+    ({"Origin": "https://public.example", "Sec_Fetch_Site": "same-origin"}, 200),
+    ({"Origin": "https://dash.example", "Sec_Fetch_Site": "cross-site"}, 200),
+]
+
+
+@pytest.mark.parametrize(("fields", "status"), ORIGINS, ids=str)
+@pytest.mark.parametrize("path", ["/process", "/process/batch"])
+def test_what_a_browser_sends_for_another_site_is_403(path: str, fields: dict[str, str], status: int) -> None:
+    producer = FakeProducer(cors_origins="https://dash.example")
+    body: Any = an_event() if path == "/process" else [an_event()]
+    answers = producer.send(post(path, body, packed=False, **fields)) + producer.confirm(1)
+    assert [answer.status for answer in answers] == [status]
+    assert bool(producer.lanes[0].sent) == (status == 200)
+    allowed = answers[0].fields.get("access-control-allow-origin")
+    assert allowed == ("https://dash.example" if fields.get("Origin") == "https://dash.example" else None)
+
+
+def preflight(origin: str) -> bytes:
+    lines = f"Host: h\r\nOrigin: {origin}\r\nAccess-Control-Request-Method: POST\r\n"
+    return f"OPTIONS /process HTTP/1.1\r\n{lines}\r\n".encode()
+
+
+def test_a_preflight_is_answered_for_a_listed_origin_only() -> None:
+    producer = FakeProducer(cors_origins="https://dash.example", api_token="one")
+    yes, no = producer.send(preflight("https://dash.example"), preflight("https://evil.example"))
+    assert yes.status == 204
+    assert yes.fields["access-control-allow-origin"] == "https://dash.example"
+    assert "Idempotency-Key" in yes.fields["access-control-allow-headers"]
+    assert no.status == 403
+
+
+@pytest.mark.parametrize(("host", "status"), [("a.example", 200), ("A.example:80", 200), ("b.example", 403)])
+def test_a_host_that_is_not_listed_is_403(host: str, status: int) -> None:
+    producer = FakeProducer(allowed_hosts="a.example")
+    answers = producer.send(post("/process", an_event(), Host=host)) + producer.confirm(1)
+    assert [answer.status for answer in answers] == [status]
+    (probe,) = producer.send(b"GET /healthz HTTP/1.1\r\nHost: 10.0.0.1\r\n\r\n")
+    assert probe.status == 200
+
+
+# Readiness
+
+
+def test_a_stop_that_is_announced_is_not_ready_but_takes_events() -> None:
+    producer = FakeProducer()
+    producer.api.announce_stop()
+    (answer,) = producer.send(GET_READY)
+    assert answer.status == 503
+    producer.send(post("/process", an_event()))
+    assert producer.confirm(1)[0].status == 200
