@@ -8,6 +8,7 @@ RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin predlog && in
 COPY requirements.txt .
 RUN python -m venv --without-pip /opt/venv && pip install --require-hashes -r requirements.txt
 COPY common common
+COPY scripts/__init__.py scripts/carry_ids.py scripts/
 COPY producer.py consumer.py deploy/healthcheck.py ./
 RUN python -m compileall -q .
 USER predlog
