@@ -110,7 +110,8 @@ def test_a_right_that_is_revoked_while_running_is_said_at_once(broker: RabbitMQ,
         assert "127.0.0.1" not in detail, "an address in a public answer"
         return status != 200
 
-    wait_until("an event is refused", refused, explain=service.log)  # the channel may have cached the right
+    # A channel caches the right until it has had nothing to do for a second or so, and hibernates.
+    wait_until("an event is refused", refused, explain=service.log, poll_seconds=2.0)
     wait_until("/readyz says why", lambda: "denies access" in not_ready(service), explain=service.log)
     until = time.monotonic() + 2
     while time.monotonic() < until:

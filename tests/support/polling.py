@@ -15,6 +15,7 @@ def wait_until(
     condition: Callable[[], object],
     timeout_seconds: float = TIMEOUT_SECONDS,
     explain: Callable[[], str] = lambda: "",
+    poll_seconds: float = _POLL_SECONDS,
 ) -> None:
     """Poll `condition` until it is true.
 
@@ -23,7 +24,7 @@ def wait_until(
     deadline = time.monotonic() + timeout_seconds
     while not condition():
         assert time.monotonic() < deadline, f"not within {timeout_seconds:.0f} s: {what}\n{explain()}"
-        time.sleep(_POLL_SECONDS)
+        time.sleep(poll_seconds)
 
 
 async def until(what: str, condition: Callable[[], object], timeout_seconds: float = TIMEOUT_SECONDS) -> None:
