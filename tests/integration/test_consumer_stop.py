@@ -138,7 +138,7 @@ async def test_sigterm_keeps_a_message_that_cannot_be_dead_lettered(
         await asyncio.to_thread(service.wait_until_ready)
         proxy.cuts = [0] * 1000  # no new connection is served: that for the dead letters is made with the first one
         await publish(broker.url, queue_name, [b'{"device_id": "poison"}'])
-        await until("it is being buried", lambda: "goes to the dead letters" in service.log())
+        await until("it is on its way", lambda: "goes to the dead letters" in service.log())
         began = time.monotonic()
         assert await stopped(service) == 0, service.log()
         assert time.monotonic() - began < SHUTDOWN_TIMEOUT_MS / 1000 + 2

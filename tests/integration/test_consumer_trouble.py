@@ -114,9 +114,10 @@ def partitioned(consumer: Start) -> Service:
     return consumer(wait=False, PARTITIONS=4)
 
 
-def test_each_partition_has_its_own_csv_and_one_port_tells_of_all(
+def test_each_partition_has_a_csv_and_one_port_tells_of_all(
     broker: RabbitMQ, queue_name: str, partitioned: Service, tmp_path: Path
 ) -> None:
+    """Each partition has its own csv and one port tells of all."""
     partitioned.wait_until_ready()
     for number in range(4):
         publish(broker.url, f"{queue_name}.{number}", [event_of(f"device-{number}")] * (number + 1))

@@ -137,9 +137,8 @@ async def test_a_buried_message_is_whole_and_says_why_and_when(
     }
 
 
-async def test_messages_buried_at_the_same_time_while_connections_break_all_arrive(
-    broker: RabbitMQ, letters: DeadLetters, dead: str
-) -> None:
+async def test_dead_letters_arrive_though_connections_break(broker: RabbitMQ, letters: DeadLetters, dead: str) -> None:
+    """Messages dead-lettered at the same time while connections break all arrive."""
     copying = [asyncio.ensure_future(letters.move(message(b"x", message_id=str(n)), "why")) for n in range(300)]
     for _ in range(3):
         while letters.outbox is None:
@@ -150,9 +149,10 @@ async def test_messages_buried_at_the_same_time_while_connections_break_all_arri
     assert set(ids(await take_all(broker.url, dead))) == {str(n) for n in range(300)}
 
 
-async def test_a_queue_of_dead_letters_that_was_deleted_is_declared_again(
+async def test_a_deleted_queue_of_dead_letters_is_declared_again(
     broker: RabbitMQ, letters: DeadLetters, dead: str
 ) -> None:
+    """A queue of dead letters that was deleted is declared again."""
     await letters.move(message(b"x", message_id="before"), "why")
     async with channel(broker.url) as opened:
         await opened.queue_delete(dead)
@@ -173,13 +173,14 @@ async def test_burying_waits_for_a_broker_that_is_not_there_yet(
     await letters.close()
 
 
-async def test_burying_waits_while_the_queue_has_other_arguments_and_says_so_once(
+async def test_a_queue_with_other_arguments_is_said_and_waited_for(
     broker: RabbitMQ,
     letters: DeadLetters,
     dead: str,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """A move to the dead letters waits while the queue has other arguments and says so once."""
     monkeypatch.setattr(mover, "BACKOFF_SECONDS", 0.01)
     async with channel(broker.url) as opened:
         await opened.queue_declare(dead, durable=True)
@@ -193,9 +194,10 @@ async def test_burying_waits_while_the_queue_has_other_arguments_and_says_so_onc
     assert ids(await take_all(broker.url, dead)) == ["m"]
 
 
-async def test_a_copy_that_the_broker_refuses_for_its_properties_is_buried_without_them(
+async def test_a_refused_copy_goes_without_its_properties(
     broker: RabbitMQ, letters: DeadLetters, dead: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A copy that the broker refuses for its properties is dead-lettered without them."""
     monkeypatch.setattr("common.consumer.dead_letters.message._DROPPED_PROPERTIES", frozenset())
     monkeypatch.setattr(mover, "BACKOFF_SECONDS", 0.01)
     monkeypatch.setattr(link_module, "BACKOFF_FIRST_SECONDS", 0.01)
@@ -291,9 +293,10 @@ async def test_a_replay_moves_everything_back_as_it_was(
     assert len(set(given)) == 2
 
 
-async def test_thousands_of_dead_letters_are_listed_exported_and_replayed_in_order_within_seconds(
+async def test_thousands_of_dead_letters_stay_in_order(
     broker: RabbitMQ, settings: ConsumerSettings, dead: str, capsysbinary: pytest.CaptureFixture[bytes], tmp_path: Path
 ) -> None:
+    """Thousands of dead letters are listed exported and replayed in order within seconds."""
     count = 3000
     await dead_letter_many(broker.url, settings.queue_name, count)
     await commands.show(settings)
@@ -351,9 +354,10 @@ asyncio.run(commands.replay(ConsumerSettings(amqp_url=url, queue_name=queue)))
 
 
 @pytest.mark.parametrize("point", ["read", "publishing", "sent", "confirmed", "acked"])
-async def test_a_replay_that_is_killed_half_way_loses_none_and_a_doubled_one_keeps_its_id(
+async def test_a_replay_that_is_killed_loses_none(
     broker: RabbitMQ, settings: ConsumerSettings, dead: str, point: str
 ) -> None:
+    """A replay that is killed half way loses none and a doubled one keeps its id."""
     count = 600
     await dead_letter_many(broker.url, settings.queue_name, count)
     command = [sys.executable, "-c", KILL_SWITCH, point, broker.url, settings.queue_name]
@@ -375,9 +379,10 @@ async def test_a_replay_that_is_killed_half_way_loses_none_and_a_doubled_one_kee
         assert len(first + second) == count
 
 
-async def test_a_replay_ends_although_each_message_is_dead_lettered_again(
+async def test_a_replay_ends_though_all_is_dead_lettered_again(
     broker: RabbitMQ, settings: ConsumerSettings, dead: str, letters: DeadLetters
 ) -> None:
+    """A replay ends although each message is dead lettered again."""
     await dead_letter_many(broker.url, settings.queue_name, 700)
     again = 0
 
@@ -400,9 +405,10 @@ async def test_a_replay_ends_although_each_message_is_dead_lettered_again(
     assert len(set(ids(await take_all(broker.url, dead)))) == 700
 
 
-async def test_a_replay_into_a_queue_that_refuses_stops_and_keeps_the_rest(
+async def test_a_replay_into_a_full_queue_keeps_the_rest(
     broker: RabbitMQ, settings: ConsumerSettings, dead: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A replay into a queue that refuses stops and keeps the rest."""
     full = {"x-max-length": 10, "x-overflow": "reject-publish"}
     monkeypatch.setattr(commands, "QUEUE_ARGUMENTS", full)
     await dead_letter_many(broker.url, settings.queue_name, 300)
@@ -421,9 +427,11 @@ COMMANDS: list[Callable[[ConsumerSettings], Awaitable[int]]] = [
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=["show", "replay", "export"])
-async def test_what_is_wrong_is_said_in_one_line_and_no_queue_is_no_dead_letters(
+async def test_what_is_wrong_with_a_command_is_one_line(
     broker: RabbitMQ, queue_name: str, command: Callable[[ConsumerSettings], Awaitable[int]], nobodys_port: int
 ) -> None:
+    """What is wrong is said in one line and no queue is no dead letters."""
+
     def at(url: str) -> ConsumerSettings:
         return ConsumerSettings(amqp_url=url, queue_name=queue_name)
 
@@ -491,7 +499,8 @@ async def test_an_export_beside_another_reader_is_not_taken_for_whole(
     assert not (tmp_path / "out").exists()
 
 
-async def test_a_reader_that_has_seen_enough_ends_the_list_without_a_word(broker: RabbitMQ, queue_name: str) -> None:
+async def test_a_reader_that_has_seen_enough_ends_the_list(broker: RabbitMQ, queue_name: str) -> None:
+    """A reader that has seen enough ends the list without a word."""
     await dead_letter_many(broker.url, queue_name, 500)
     command = f"{sys.executable} {ROOT}/consumer.py --dead-letters | head -n 1"
     environment = {"PATH": os.environ["PATH"], "AMQP_URL": broker.url, "QUEUE_NAME": queue_name}

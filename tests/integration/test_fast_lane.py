@@ -21,6 +21,7 @@ from common.amqp.properties import message_id_of
 from common.amqp.topology import QUEUE_ARGUMENTS, declare
 from tests.rabbitmq import RabbitMQ
 from tests.support.lane import Heard
+from tests.support.polling import until
 
 SIZES = [0, 1, 500, 131_063, 131_064, 131_065, 400_000]  # around frame_max - 8, and several frames
 
@@ -52,12 +53,6 @@ async def never(_: object) -> None:
     pytest.fail("aiormq got a delivery that was the lane's")
 
 
-async def until(condition: Any, seconds: float = 15.0) -> None:
-    async with asyncio.timeout(seconds):
-        while not condition():
-            await asyncio.sleep(0.01)
-
-
 def bodies() -> list[bytes]:
     rng = random.Random(3)
     return [rng.randbytes(size) for size in SIZES] * 3
@@ -73,16 +68,17 @@ def confirmed(confirms: list[Confirm]) -> set[int]:
 
 @pytest.mark.parametrize("publish_by", ["lane", "aiormq"])
 @pytest.mark.parametrize("consume_by", ["lane", "aiormq"])
-async def test_messages_of_any_size_arrive_the_same_through_lane_and_stock(
+async def test_messages_of_any_size_arrive_as_through_plain_aiormq(
     broker: RabbitMQ, queue_name: str, publish_by: str, consume_by: str
 ) -> None:
+    """Messages of any size arrive the same through lane and stock."""
     sent = bodies()
     lane = await Lane.open(broker.url, queue_name)
     await declare(lane.link.channel, queue_name, QUEUE_ARGUMENTS)
     if publish_by == "lane":
         for number, body in enumerate(sent, 1):
             lane.publish(body, number)
-        await until(lambda: len(confirmed(lane.confirms)) == len(sent))
+        await until("all is confirmed", lambda: len(confirmed(lane.confirms)) == len(sent))
     got: list[tuple[bytes, str | None]] = []
     async with aiormq.connect(broker.url) as connection:
         channel = await connection.channel()
@@ -96,10 +92,10 @@ async def test_messages_of_any_size_arrive_the_same_through_lane_and_stock(
                 got.append((message.body, message.header.properties.message_id))
 
             await channel.basic_consume(queue_name, take)
-            await until(lambda: len(got) == len(sent))
+            await until("all is delivered", lambda: len(got) == len(sent))
         else:
             await lane.consume(queue_name)
-            await until(lambda: len(lane.deliveries) == len(sent))
+            await until("all is delivered", lambda: len(lane.deliveries) == len(sent))
             for delivery in lane.deliveries:
                 message_id = message_id_of(delivery.header)
                 got.append((delivery.body, message_id.decode() if message_id else None))
@@ -113,12 +109,12 @@ async def test_acks_settle_what_they_cover_and_the_rest_comes_again(broker: Rabb
     for number in range(1, 21):
         lane.publish(b"x", number)
     await lane.consume(queue_name, prefetch=20)
-    await until(lambda: len(lane.deliveries) == 20)
+    await until("all is delivered", lambda: len(lane.deliveries) == 20)
     lane.link.lane.send([ack_frames([(5, True), (7, False), (20, False)])])
     await lane.link.close()
     again = await Lane.open(broker.url, queue_name)
     await again.consume(queue_name)
-    await until(lambda: len(again.deliveries) == 13)
+    await until("all is delivered", lambda: len(again.deliveries) == 13)
     came = {int(message_id_of(delivery.header) or 0) for delivery in again.deliveries}
     assert came == {6, *range(8, 20)}
     assert all(delivery.redelivered for delivery in again.deliveries)
@@ -131,15 +127,17 @@ async def test_a_nack_of_the_broker_arrives_as_one(broker: RabbitMQ, queue_name:
     await lane.link.channel.queue_declare(queue_name, durable=True, arguments=arguments)
     for number in range(1, 11):
         lane.publish(b"x", number)
-    await until(lambda: sum(len(range(1, tag + 1)) if multiple else 1 for tag, multiple, _ in lane.confirms) >= 10)
+    await until(
+        "ten are confirmed",
+        lambda: sum(len(range(1, tag + 1)) if multiple else 1 for tag, multiple, _ in lane.confirms) >= 10,
+    )
     assert {ok for _, _, ok in lane.confirms} == {True, False}
     await lane.link.channel.queue_delete(queue_name)
     await lane.link.close()
 
 
-async def test_a_message_for_a_missing_queue_ends_the_link_and_its_ack_counts_for_nothing(
-    broker: RabbitMQ, queue_name: str
-) -> None:
+async def test_a_message_for_a_missing_queue_ends_the_link(broker: RabbitMQ, queue_name: str) -> None:
+    """A message for a missing queue ends the link and its ack counts for nothing."""
     lane = await Lane.open(broker.url, queue_name)
     lane.publish(b"x", 1)
     async with asyncio.timeout(10):
@@ -148,9 +146,8 @@ async def test_a_message_for_a_missing_queue_ends_the_link_and_its_ack_counts_fo
     await lane.link.close()
 
 
-async def test_a_deleted_queue_a_closed_channel_and_a_cut_connection_are_noticed_at_once(
-    broker: RabbitMQ, queue_name: str
-) -> None:
+async def test_any_end_of_a_link_is_noticed_at_once(broker: RabbitMQ, queue_name: str) -> None:
+    """A deleted queue a closed channel and a cut connection are noticed at once."""
     async with aiormq.connect(broker.url) as connection:
         other = await connection.channel()
         for trouble, words in (("delete", "cancelled"), ("ack", "unknown delivery tag"), ("cut", "closed")):
@@ -182,7 +179,7 @@ async def test_idle_and_busy_connections_outlive_many_heartbeats(broker: RabbitM
         held.link.lane.keep_alive()
         await asyncio.sleep(0.02)
     held.link.lane.hold_back(False)
-    await until(lambda: len(confirmed(busy.confirms)) == number)
+    await until("all is confirmed", lambda: len(confirmed(busy.confirms)) == number)
     for lane in (idle, busy, held):
         assert not lane.lost.done()
         await lane.link.channel.basic_qos(prefetch_count=1)  # answers: the link works
@@ -216,9 +213,8 @@ def tls_broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Rabbi
         yield node, f"amqps://guest:guest@127.0.0.1:{port}/", folder / "ca.pem"
 
 
-async def test_the_lane_works_over_tls_with_its_own_ca_and_never_without_verifying(
-    tls_broker: tuple[RabbitMQ, str, Path], queue_name: str
-) -> None:
+async def test_the_lane_verifies_tls_with_its_own_ca(tls_broker: tuple[RabbitMQ, str, Path], queue_name: str) -> None:
+    """The lane works over tls with its own ca and never without verifying."""
     _, url, ca_file = tls_broker
     with pytest.raises((ssl.SSLError, aiormq.AMQPError)):
         await open_link(url, "test", Heard())
@@ -227,8 +223,8 @@ async def test_the_lane_works_over_tls_with_its_own_ca_and_never_without_verifyi
     sent = bodies()
     for number, body in enumerate(sent, 1):
         lane.publish(body, number)
-    await until(lambda: len(confirmed(lane.confirms)) == len(sent))
+    await until("all is confirmed", lambda: len(confirmed(lane.confirms)) == len(sent))
     await lane.consume(queue_name)
-    await until(lambda: len(lane.deliveries) == len(sent))
+    await until("all is delivered", lambda: len(lane.deliveries) == len(sent))
     assert [delivery.body for delivery in lane.deliveries] == sent
     await lane.link.close()

@@ -19,6 +19,7 @@ import pytest
 
 from tests.conftest import Service, Start
 from tests.integration.test_contract import EVENT, call, post
+from tests.support.polling import wait_until
 
 BODY = json.dumps(EVENT).encode()
 
@@ -54,13 +55,6 @@ def metric(service: Service, name: str) -> float:
     return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(name) and "#" not in line)
 
 
-def wait_for(condition: Any, seconds: float = 15.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.02)
-
-
 @pytest.mark.parametrize(
     ("sent", "setting", "answer"),
     [
@@ -81,9 +75,8 @@ def test_a_client_that_stalls_is_closed_in_time(producer: Start, sent: bytes, se
 
 
 @pytest.mark.parametrize(("token", "body_bytes", "status"), [("right", 9_000_000, 413), ("wrong", 8_000_000, 401)])
-def test_a_client_that_reads_only_when_all_is_sent_gets_its_refusal(
-    producer: Start, token: str, body_bytes: int, status: int
-) -> None:
+def test_a_client_that_reads_last_gets_its_refusal(producer: Start, token: str, body_bytes: int, status: int) -> None:
+    """A client that reads only when all is sent gets its refusal."""
     service = producer(API_TOKEN="right")
     client = http.client.HTTPConnection(service.url.removeprefix("http://"), timeout=20)
     client.request("POST", "/process", b"x" * body_bytes, {"Authorization": f"Bearer {token}"})
@@ -91,7 +84,8 @@ def test_a_client_that_reads_only_when_all_is_sent_gets_its_refusal(
     client.close()
 
 
-def test_what_is_counted_does_not_depend_on_how_a_request_is_cut(producer: Start) -> None:
+def test_counts_do_not_depend_on_how_a_request_is_cut(producer: Start) -> None:
+    """What is counted does not depend on how a request is cut."""
     service = producer(API_TOKEN="right")
     whole = request()
     for cut in (len(whole), whole.index(b"\r\n\r\n") + 4):
@@ -110,7 +104,8 @@ def test_the_answer_to_a_refused_head_has_no_content(producer: Start) -> None:
     assert answer.endswith(b"\r\n\r\n")
 
 
-def test_half_a_request_behind_the_end_of_a_stream_is_not_waited_for(producer: Start) -> None:
+def test_half_a_request_behind_an_end_is_not_waited_for(producer: Start) -> None:
+    """Half a request behind the end of a stream is not waited for."""
     with connected(producer()) as client:
         client.sendall(request() + request()[:-1])
         client.shutdown(socket.SHUT_WR)
@@ -140,10 +135,11 @@ def test_a_client_that_does_not_read_its_answers_is_cut_off(producer: Start) -> 
         with contextlib.suppress(TimeoutError, ConnectionError):  # it stops reading us as well
             while True:
                 client.sendall(b"GET /docs HTTP/1.1\r\nHost: h\r\n\r\n" * 100)
-        wait_for(lambda: metric(service, "predlog_http_connections") == 1)  # the one that asks
+        wait_until("only the one that asks is left", lambda: metric(service, "predlog_http_connections") == 1)
 
 
-def test_connections_above_the_limit_get_503_and_leave_the_others_alone(producer: Start) -> None:
+def test_connections_above_the_limit_get_503(producer: Start) -> None:
+    """Connections above the limit get 503 and leave the others alone."""
     service = producer(MAX_CONNECTIONS=3)
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(connected(service)) for _ in range(3)]
@@ -198,7 +194,8 @@ def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     service.stop()
 
 
-def test_a_refused_client_that_is_still_sending_gets_its_answer_and_no_reset(producer: Start) -> None:
+def test_a_refused_client_gets_its_answer_and_no_reset(producer: Start) -> None:
+    """A refused client that is still sending gets its answer and no reset."""
     service = producer(MAX_BODY_BYTES=1000)
     with connected(service) as client:
         client.sendall(request(b"x" * 500_000))
@@ -273,10 +270,10 @@ def test_clients_that_vanish_leave_nothing_behind(shared: Service) -> None:
         return metric(shared, "predlog_http_connections") == 1 and metric(shared, "predlog_unconfirmed ") == 0
 
     flood(500)
-    wait_for(settled)
+    wait_until("all is settled", settled)
     before, open_files = memory(), len(list(fds.iterdir()))
     flood(2000)
-    wait_for(lambda: settled() and len(list(fds.iterdir())) <= open_files)
+    wait_until("no file is left open", lambda: settled() and len(list(fds.iterdir())) <= open_files)
     assert memory() - before < 4 * 2**20
     assert post(shared, EVENT)[0] == 200
 
@@ -297,7 +294,8 @@ def test_a_reset_in_a_full_pipeline_hangs_nobody(shared: Service) -> None:
     assert post(shared, EVENT)[0] == 200
 
 
-def test_a_stop_answers_every_pipelined_request_and_waits_for_no_half_sent_one(producer: Start) -> None:
+def test_a_stop_answers_every_pipelined_request(producer: Start) -> None:
+    """A stop answers every pipelined request and waits for no half sent one."""
     service = producer(SHUTDOWN_TIMEOUT_MS=30_000)
     with connected(service) as whole, connected(service) as half:
         half.sendall(request()[:-5])
@@ -314,7 +312,7 @@ def test_a_stop_answers_every_pipelined_request_and_waits_for_no_half_sent_one(p
 
 def test_memory_is_bounded_while_the_broker_is_away(producer: Start, nobodys_port: int) -> None:
     service = producer(wait=False, AMQP_URL=f"amqp://127.0.0.1:{nobodys_port}/")
-    wait_for(lambda: call_status(service, b"") == 422)
+    wait_until("there is room again", lambda: call_status(service, b"") == 422)
     body = json.dumps({**EVENT, "client_id": "x" * 200_000}).encode()
     statm = Path(f"/proc/{service.process.pid}/statm")
 

@@ -177,7 +177,8 @@ def test_a_stream_split_at_every_byte_decodes_the_same() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 55, 56, 57, 112, 113, 1000])
-def test_a_published_message_is_what_pamqp_reads_with_no_frame_above_frame_max(size: int) -> None:
+def test_pamqp_reads_a_published_message_of_any_size(size: int) -> None:
+    """A published message is what pamqp reads with no frame above frame max."""
     body = bytes(range(256)) * 4
     encoder = PublishEncoder("predictions", 64 + 64)
     data = b"".join(encoder.encode(body[:size], b"a" * 32, packed_seconds(1_700_000_000)))
@@ -240,7 +241,8 @@ def test_what_is_not_amqp_is_refused_not_guessed(stream: bytes, what: str) -> No
         ((0, commands.Connection.Close(320, "CONNECTION_FORCED", 0, 0)), Notice("closed", "CONNECTION_FORCED")),
     ],
 )
-def test_the_end_of_a_channel_is_noticed_and_still_handed_to_aiormq(frame: Frame, notice: Notice) -> None:
+def test_the_end_of_a_channel_is_noticed_and_handed_on(frame: Frame, notice: Notice) -> None:
+    """The end of a channel is noticed and still handed to aiormq."""
     decoder = FrameDecoder()
     assert decoder.feed(wire(frame)) == wire(frame)
     assert decoder.notices == [notice]

@@ -41,7 +41,8 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_progress_is_a_bar_on_a_terminal_and_plain_lines_elsewhere() -> None:
+def test_progress_is_a_bar_on_a_terminal_only() -> None:
+    """Progress is a bar on a terminal and plain lines elsewhere."""
     terminal, pipe = Terminal(), io.StringIO()
     for stream in (terminal, pipe):
         with Progress(4, stream) as progress:

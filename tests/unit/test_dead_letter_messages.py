@@ -51,7 +51,8 @@ EVERY_PROPERTY = {
 }
 
 
-def test_a_dead_letter_keeps_body_and_properties_and_says_why_when_and_from_where() -> None:
+def test_a_dead_letter_keeps_its_body_and_says_why() -> None:
+    """A dead letter keeps body and properties and says why when and from where."""
     original = delivery(b"\xff not JSON", **EVERY_PROPERTY)
     copy = dead_copy(original, "predictions", "not JSON", NOW, NEW_ID)
     properties = read(copy.header)
@@ -111,7 +112,8 @@ def test_a_replayed_message_is_the_original_again() -> None:
     assert live_copy(bury(original)) == Copy(original.header, original.header, b"x")
 
 
-def test_a_message_without_an_id_gets_one_that_stays_the_same_through_replays() -> None:
+def test_a_message_without_an_id_gets_a_lasting_one() -> None:
+    """A message without an id gets one that stays the same through replays."""
     buried = bury(delivery())
     assert message_id_of(buried.header) == NEW_ID
     back = live_copy(buried)
@@ -120,7 +122,8 @@ def test_a_message_without_an_id_gets_one_that_stays_the_same_through_replays() 
     assert message_id_of(again.header) == NEW_ID
 
 
-def test_a_copy_never_expires_nor_goes_elsewhere_nor_claims_another_user() -> None:
+def test_a_copy_never_expires_nor_goes_elsewhere() -> None:
+    """A copy never expires nor goes elsewhere nor claims another user."""
     headers = {"CC": ["predictions"], "BCC": ["x"], "x-delivery-count": 3, "kept": True}
     buried = bury(delivery(expiration="1", user_id="camera", headers=headers))
     properties = read(buried.header)

@@ -19,7 +19,8 @@ def outbox_of(lane: FakeLane, frame_max: int = 0) -> Outbox:
 A_COPY = Copy(b"header", b"bare", b"body")
 
 
-async def test_a_confirm_settles_its_own_message_and_multiple_every_older_one() -> None:
+async def test_a_confirm_settles_its_own_message_or_all_older() -> None:
+    """A confirm settles its own message and multiple every older one."""
     lane = FakeLane()
     outbox = outbox_of(lane)
     futures = [outbox.publish("q", A_COPY) for _ in range(5)]
@@ -32,7 +33,8 @@ async def test_a_confirm_settles_its_own_message_and_multiple_every_older_one() 
     assert not futures[4].done()
 
 
-async def test_a_lost_link_fails_everything_that_is_unconfirmed_and_all_that_follows() -> None:
+async def test_a_lost_link_fails_everything_unconfirmed() -> None:
+    """A lost link fails everything that is unconfirmed and all that follows."""
     lane = FakeLane()
     outbox = outbox_of(lane)
     before = outbox.publish("q", A_COPY)
@@ -43,7 +45,8 @@ async def test_a_lost_link_fails_everything_that_is_unconfirmed_and_all_that_fol
     assert len(lane.sent) == 1
 
 
-async def test_a_silent_broker_is_given_up_but_not_one_that_says_it_is_blocked(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_silent_broker_is_given_up_but_not_a_blocked_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A silent broker is given up but not one that says it is blocked."""
     monkeypatch.setattr(mover, "CONFIRM_TIMEOUT_SECONDS", 0.05)
     monkeypatch.setattr(mover, "POLL_SECONDS", 0.01)
     lane = FakeLane()
@@ -58,7 +61,8 @@ async def test_a_silent_broker_is_given_up_but_not_one_that_says_it_is_blocked(m
     assert "no confirm" in str(future.exception())
 
 
-async def test_a_large_body_goes_out_in_frames_of_the_negotiated_size_and_a_large_header_without_its_ballast() -> None:
+async def test_a_large_copy_goes_out_in_frames_of_negotiated_size() -> None:
+    """A large body goes out in frames of the negotiated size and a large header without its ballast."""
     lane = FakeLane()
     outbox = outbox_of(lane, frame_max=4096)
     outbox.publish("q", Copy(b"h" * 4089, b"bare", b"x" * 5000))

@@ -83,7 +83,7 @@ def test_every_method_that_the_walk_of_an_event_names_exists() -> None:
     assert named <= methods | {"aiormq.TransportFactory"}
 
 
-def test_the_answers_to_what_pydantic_1_coerced_are_the_documented() -> None:
+def test_what_pydantic_1_coerced_is_answered_as_documented() -> None:
     """Each row of the table in docs/http.md, tried."""
     event = {
         "device_id": "a",

@@ -196,9 +196,8 @@ NUMBER_STRINGS = [
     ],
     ids=lambda template: json.dumps(template)[:60],
 )
-def test_every_kind_of_value_in_every_place_is_answered_as_fastapi_answers_it(
-    reference: Reference, template: dict[str, Any]
-) -> None:
+def test_every_value_in_every_place_is_answered_as_fastapi_does(reference: Reference, template: dict[str, Any]) -> None:
+    """Every kind of value in every place is answered as fastapi answers it."""
     for literal in LITERALS:
         body = one_value(template, literal)
         if literal == "9" * 310 and reference.answer(body)[0] == 200:
@@ -221,9 +220,8 @@ def test_a_number_in_a_string_is_read_as_pydantic_reads_it(reference: Reference,
     ],
     ids=ascii,
 )
-def test_a_body_that_is_no_object_or_no_json_is_answered_as_fastapi_answers_it(
-    reference: Reference, body: bytes
-) -> None:
+def test_a_body_that_is_no_object_is_answered_as_fastapi_does(reference: Reference, body: bytes) -> None:
+    """A body that is no object or no json is answered as fastapi answers it."""
     assert answer(body) == reference.answer(body)
 
 
@@ -320,7 +318,8 @@ def test_every_fault_is_named_at_once() -> None:
     ]
 
 
-def test_normal_form_is_compact_json_of_the_known_members_in_the_contracts_order() -> None:
+def test_normal_form_is_compact_json_in_the_contracts_order() -> None:
+    """Normal form is compact json of the known members in the contracts order."""
     body = b"""{"x": 1, "data": {"preds": [{"tags": [], "y": {}, "prob": 1, "image_frame": "\\u00e9"}],
         "license_id": 7}, "created_at": 1675781809386042, "client_id": -0,
         "device_id": 123456789012345678901234567890}"""
@@ -425,7 +424,8 @@ def test_a_lone_surrogate_in_a_member_is_named() -> None:
     assert faults_of(one_value(an_event(device_id="?"), r'"\ud800"')) == [("body.device_id", "string_unicode")]
 
 
-def test_the_reason_is_one_short_line_without_the_documents_text() -> None:
+def test_the_reason_is_one_short_line_without_the_text() -> None:
+    """The reason is one short line without the documents text."""
     with pytest.raises(InvalidEvent) as caught:
         read_event(b'{"device_id":"secret\\n","client_id":[]}')
     assert describe_faults(caught.value.faults) == "body.client_id: Input should be a valid string (and 2 more)"
@@ -435,7 +435,8 @@ def test_the_reason_is_one_short_line_without_the_documents_text() -> None:
 # --- identity ---
 
 
-def test_a_message_id_is_32_lower_hex_digits_that_depend_on_key_and_event() -> None:
+def test_a_message_id_depends_on_key_and_event() -> None:
+    """A message id is 32 lower hex digits that depend on key and event."""
     ids = [keyed_message_id(key, normal) for key, normal in [(b"k", b"e"), (b"k", b"f"), (b"ke", b""), (b"", b"ke")]]
     assert len(set(ids)) == 4
     assert all(len(one) == 32 and set(one) <= set(b"0123456789abcdef") for one in ids)
@@ -518,7 +519,8 @@ def test_an_image_becomes_a_part_of_its_own() -> None:
     assert f';"{quoted}";' in "".join(parts)
 
 
-def test_rows_are_counted_without_parsing_whatever_the_strings_hold() -> None:
+def test_rows_are_counted_whatever_the_strings_hold() -> None:
+    """Rows are counted without parsing whatever the strings hold."""
     tricky = a_pred(image_frame='"prob":', tags=['{"prob":1}', '\\"prob":', "prob"])
     for preds in [], [tricky], [tricky] * 3:
         assert count_rows(write_json(validate_event(with_preds(*preds)))) == len(preds)
@@ -565,7 +567,8 @@ def test_a_batch_that_cannot_be_taken_is_refused_whole(body: bytes, kind: str) -
     assert [(fault["loc"][0], fault["type"]) for fault in caught.value.faults] == [("body", kind)]  # type: ignore[index]
 
 
-def test_beyond_the_most_faults_an_event_of_a_batch_has_one_that_says_so() -> None:
+def test_beyond_the_most_faults_an_event_has_one_that_says_so() -> None:
+    """Beyond the most faults an event of a batch has one that says so."""
     *bad, good = normalise_batch(b"\n".join([b"{}"] * 2501 + [write_json(an_event())]), True, 10_000)
     assert isinstance(good, NormalEvent)
     faults = [item.faults for item in bad if isinstance(item, InvalidEvent)]
@@ -575,7 +578,8 @@ def test_beyond_the_most_faults_an_event_of_a_batch_has_one_that_says_so() -> No
     assert [own[0]["loc"] for own in faults[500:]] == [["body", position] for position in range(500, 2501)]
 
 
-def test_the_predictions_of_a_batch_are_bounded_for_each_event_only() -> None:
+def test_predictions_are_bounded_for_each_event_of_a_batch() -> None:
+    """The predictions of a batch are bounded for each event only."""
     events = normalise_batch(json.dumps([with_preds(*[a_pred()] * 6)] * 50).encode(), False, MAX_PREDS)
     assert len([event for event in events if isinstance(event, NormalEvent)]) == 50
 
@@ -616,7 +620,8 @@ def test_an_array_is_read_once_and_refused_whole() -> None:
         assert [fault["type"] for fault in caught.value.faults] == ["json_invalid"]
 
 
-def test_lines_beyond_all_measure_are_refused_before_they_are_split() -> None:
+def test_too_many_lines_are_refused_before_they_are_split() -> None:
+    """Lines beyond all measure are refused before they are split."""
     with pytest.raises(InvalidEvent) as caught:
         next(normalise_batch(b"\n" * 1_000_000, True, MAX_PREDS))
     assert [fault["type"] for fault in caught.value.faults] == ["json_too_large"]

@@ -74,9 +74,9 @@ TOO_MANY_VALUES: dict[str, Callable[[], bytes]] = {
 
 
 @pytest.mark.parametrize("make", TOO_MANY_VALUES.values(), ids=TOO_MANY_VALUES)
-def test_a_body_with_too_many_values_is_refused_before_it_is_parsed(
-    make: Callable[[], bytes], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_many_values_are_refused_before_parsing(make: Callable[[], bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A body with too many values is refused before it is parsed."""
+
     def never(body: bytes) -> None:
         raise AssertionError("parsed")
 

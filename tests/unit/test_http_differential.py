@@ -14,7 +14,8 @@ from tests.fuzz import http1_oracle, http1_streams
 
 
 @pytest.mark.parametrize("path", sorted(http1_oracle.CORPUS.glob("*.http")), ids=lambda path: path.stem)
-def test_a_seed_of_the_corpus_means_the_same_to_h11_and_httptools_wherever_it_is_cut(path: Path) -> None:
+def test_a_corpus_stream_means_the_same_to_other_parsers(path: Path) -> None:
+    """A seed of the corpus means the same to h11 and httptools wherever it is cut."""
     stream = path.read_bytes()
     http1_oracle.check(stream)
     whole = http1_oracle.read([stream])
@@ -26,7 +27,6 @@ def test_a_seed_of_the_corpus_means_the_same_to_h11_and_httptools_wherever_it_is
 @pytest.mark.timeout(1800)
 @settings(max_examples=3 * settings().max_examples, deadline=None, suppress_health_check=list(HealthCheck))
 @given(http1_streams.stream, http1_streams.cuts)
-def test_what_is_accepted_h11_accepts_with_the_same_meaning_and_cuts_make_no_difference(
-    stream: bytes, cuts: list[int]
-) -> None:
+def test_what_is_accepted_means_the_same_to_h11(stream: bytes, cuts: list[int]) -> None:
+    """What is accepted h11 accepts with the same meaning and cuts make no difference."""
     http1_oracle.check(stream, cuts)

@@ -361,7 +361,8 @@ def test_accepts(stream: bytes, expected: dict[str, object]) -> None:
 
 
 @pytest.mark.parametrize(("stream", "_"), ACCEPTED)
-def test_no_beginning_of_a_good_request_is_refused_or_taken_for_it(stream: bytes, _: object) -> None:
+def test_no_beginning_of_a_request_is_taken_for_it(stream: bytes, _: object) -> None:
+    """No beginning of a good request is refused or taken for it."""
     for length in range(len(stream)):
         outcome = read([stream[:length]], ROOMY)
         assert (outcome.requests, outcome.status) == ((), None)
@@ -385,7 +386,8 @@ def test_refuses(status: int | None, stream: bytes) -> None:
 
 
 @pytest.mark.parametrize(("status", "stream"), REFUSED)
-def test_requests_before_a_bad_one_are_answered_and_nothing_after_it(status: int | None, stream: bytes) -> None:
+def test_requests_before_a_bad_one_are_answered_none_after(status: int | None, stream: bytes) -> None:
+    """Requests before a bad one are answered and nothing after it."""
     outcome = read([GET, GET + stream + GET, GET], ROOMY)
     assert [values[2] for values in outcome.requests] == [b"/good", b"/good"]
     assert outcome.status == status
@@ -395,11 +397,13 @@ def test_requests_before_a_bad_one_are_answered_and_nothing_after_it(status: int
 @pytest.mark.parametrize(
     "beginning", [b"", b"GET", b"GET / HTTP/1.1\r\n", b"GET / HTTP/1.1\r\nHost: x", b"GET / HTTP/1.1\r\nHost"]
 )
-def test_a_byte_that_no_head_may_have_is_refused_before_the_head_is_complete(beginning: bytes, bad: bytes) -> None:
+def test_a_bad_byte_is_refused_before_the_head_is_complete(beginning: bytes, bad: bytes) -> None:
+    """A byte that no head may have is refused before the head is complete."""
     assert read_in_every_way(beginning + bad) == Outcome((), 400, False)
 
 
-def test_a_bare_line_feed_after_content_that_ends_in_cr_is_no_line_end() -> None:
+def test_a_bare_lf_after_content_that_ends_in_cr_is_refused() -> None:
+    """A bare line feed after content that ends in cr is no line end."""
     first = post(b"Content-Length: 2", body=b"0\r")
     for rest in (b"\n", b"\n\r\n" + GET, b"\n" + GET[:-1], b"\n" + b"a" * 20_000):
         outcome = read([first + rest], ROOMY)
@@ -407,11 +411,13 @@ def test_a_bare_line_feed_after_content_that_ends_in_cr_is_no_line_end() -> None
         assert read(single_bytes(first + rest), ROOMY) == outcome
 
 
-def test_rfc_9112_section_2_2_empty_lines_between_requests_are_counted_for_each() -> None:
+def test_rfc_9112_2_2_empty_lines_are_counted_for_each_request() -> None:
+    """Rfc 9112 section 2 2 empty lines between requests are counted for each."""
     assert len(read_in_every_way((b"\r\n" * 4 + GET) * 5).requests) == 5
 
 
-def test_rfc_9112_section_9_6_nothing_after_a_request_with_close_is_read() -> None:
+def test_rfc_9112_9_6_nothing_after_close_is_read() -> None:
+    """Rfc 9112 section 9 6 nothing after a request with close is read."""
     parser = RequestParser(ROOMY)
     parser.receive_data(get(b"/last", b"Connection: close"))
     assert parser.next_request() is not None
@@ -423,7 +429,8 @@ def test_rfc_9112_section_9_6_nothing_after_a_request_with_close_is_read() -> No
     assert not parser.idle, "the client is still sending"
 
 
-def test_a_cached_head_is_judged_by_the_limits_of_its_own_parser() -> None:
+def test_a_cached_head_is_judged_by_its_own_parsers_limits() -> None:
+    """A cached head is judged by the limits of its own parser."""
     stream = post(b"Content-Length: 5", body=b"hello")
     assert read([stream], Limits()).status is None
     assert read([stream], Limits(body_bytes=4)).status == 413
@@ -553,7 +560,8 @@ def test_no_input_makes_a_pattern_backtrack(stream: bytes) -> None:
     assert min(timed(lambda: read([stream], ROOMY)) for _ in range(3)) < 0.1
 
 
-def test_memory_grows_with_what_has_arrived_not_with_what_was_announced() -> None:
+def test_memory_grows_with_what_has_arrived_only() -> None:
+    """Memory grows with what has arrived not with what was announced."""
     tracemalloc.start()
     try:
         parsers = [RequestParser(ROOMY) for _ in range(100)]
@@ -597,7 +605,8 @@ def progress(parser: RequestParser) -> tuple[object, bool, int]:
     return parser.head, parser.idle, parser.buffered_bytes
 
 
-def test_buffered_bytes_and_head_tell_how_far_a_request_has_come() -> None:
+def test_buffered_bytes_and_head_tell_how_far_it_has_come() -> None:
+    """Buffered bytes and head tell how far a request has come."""
     parser = RequestParser(ROOMY)
     assert parser.idle
     parser.receive_data(b"POST / HTTP/1.1\r\nHost: x\r\n")
@@ -627,7 +636,8 @@ def test_chunks_count_as_buffered_bytes() -> None:
     assert parser.buffered_bytes == 8
 
 
-def test_an_error_is_raised_again_at_each_later_call_and_frees_what_was_stored() -> None:
+def test_an_error_is_raised_again_and_frees_what_was_stored() -> None:
+    """An error is raised again at each later call and frees what was stored."""
     parser = RequestParser(ROOMY)
     parser.receive_data(b"GET / HTTP/3.0\r\n\r\n" + GET)
     for _ in range(3):
@@ -660,11 +670,13 @@ def test_response_is_these_bytes() -> None:
     )
 
 
-def test_rfc_9110_section_9_3_2_the_answer_to_head_has_the_length_and_not_the_body() -> None:
+def test_rfc_9110_9_3_2_an_answer_to_head_has_no_body() -> None:
+    """Rfc 9110 section 9 3 2 the answer to head has the length and not the body."""
     assert encode_response(200, b"{}", head_only=True) == encode_response(200, b"{}")[:-2]
 
 
-def test_rfc_9112_section_9_3_keep_alive_is_said_to_1_0_clients_and_close_to_all() -> None:
+def test_rfc_9112_9_3_keep_alive_is_said_to_1_0_clients() -> None:
+    """Rfc 9112 section 9 3 keep alive is said to 1 0 clients and close to all."""
     for status, http10 in itertools.product((200, 204), (False, True)):
         assert b"\r\nConnection: close\r\n" in encode_response(status, keep_alive=False, http10=http10)
         assert (b"\r\nConnection: keep-alive\r\n" in encode_response(status, http10=http10)) == http10
@@ -678,7 +690,8 @@ def test_rfc_9110_section_8_6_no_content_has_no_length() -> None:
     )
 
 
-def test_rfc_9112_section_4_a_status_without_a_known_reason_keeps_the_space() -> None:
+def test_rfc_9112_4_an_unknown_reason_keeps_the_space() -> None:
+    """Rfc 9112 section 4 a status without a known reason keeps the space."""
     assert encode_response(299).startswith(b"HTTP/1.1 299 \r\n")
 
 

@@ -232,7 +232,8 @@ def test_the_files_of_a_csv_are_live_and_rotated_each_once(tmp_path: Path) -> No
     assert {content for _, content in found} == {b"x"}
 
 
-def test_the_files_of_partitions_are_found_with_the_rotated_ones(tmp_path: Path) -> None:
+def test_files_of_partitions_are_found_with_rotated_ones(tmp_path: Path) -> None:
+    """The files of partitions are found with the rotated ones."""
     names = ["data.0.csv", "data.0-1.csv", "data.10.csv", "data.10-2.csv.gz"]
     for name in [*names, "data.0.csv.journal", "data.old.csv"]:
         (tmp_path / name).write_bytes(gzip.compress(b"x"))

@@ -53,7 +53,8 @@ def resolve(node: dict[str, Any]) -> Any:
     return at if "$ref" in node else node
 
 
-def test_every_reference_leads_somewhere_and_every_component_is_used() -> None:
+def test_every_reference_leads_to_a_component() -> None:
+    """Every reference leads somewhere and every component is used."""
     used = set(references(DOCUMENT))
     for reference in used:
         resolve({"$ref": reference})
@@ -67,7 +68,8 @@ def test_every_schema_is_a_schema() -> None:
         jsonschema_rs.meta.validate(schema)
 
 
-def test_it_names_the_paths_methods_and_statuses_that_the_producer_has() -> None:
+def test_it_names_the_producers_paths_and_statuses() -> None:
+    """It names the paths methods and statuses that the producer has."""
     methods = {
         (path.decode(), method.decode().lower())
         for path, methods in METHODS.items()
@@ -107,7 +109,8 @@ def test_batch_examples_are_what_they_say() -> None:
     assert batch(examples["mixed"]["value"], False) == [True, False]
 
 
-def test_a_refused_example_is_refused_with_the_faults_it_promises() -> None:
+def test_a_refused_example_has_the_faults_it_promises() -> None:
+    """A refused example is refused with the faults it promises."""
     faults = {}
     for name, example in cast(dict[str, Any], openapi.REFUSED_EXAMPLES).items():
         value = example["value"]
@@ -138,7 +141,8 @@ events = st.fixed_dictionaries(
 
 
 @given(events)
-def test_whatever_matches_the_schema_is_accepted_and_answered_as_described(document: dict[str, Any]) -> None:
+def test_whatever_matches_the_schema_is_accepted(document: dict[str, Any]) -> None:
+    """Whatever matches the schema is accepted and answered as described."""
     try:
         answer = read_json(normalise_event(json.dumps(document).encode(), MAX_PREDS).body)
     except InvalidEvent:
@@ -157,7 +161,8 @@ def test_a_numeric_string_by_the_schema_is_a_finite_number(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["", " ", "high", "nan", "inf", "-Infinity", "0x10", "1,5", "1.5.2", "٣", "1e", "--1"])
-def test_what_is_no_number_matches_neither_the_schema_nor_the_validation(text: str) -> None:
+def test_what_is_no_number_matches_neither_schema_nor_code(text: str) -> None:
+    """What is no number matches neither the schema nor the validation."""
     document = {**openapi.EVENT, "data": {"license_id": "", "preds": [{"image_frame": "", "prob": text, "tags": []}]}}
     assert not EVENT_IN.is_valid(document)
     with pytest.raises(InvalidEvent):
@@ -165,7 +170,8 @@ def test_what_is_no_number_matches_neither_the_schema_nor_the_validation(text: s
 
 
 @given(st.from_regex(r'[!-~"\\ é]{0,4}', fullmatch=True) | st.text(st.characters(max_codepoint=0x7F), min_size=250))
-def test_an_idempotency_key_is_accepted_just_when_the_schema_says_so(key: str) -> None:
+def test_a_key_is_accepted_just_when_the_schema_says_so(key: str) -> None:
+    """An idempotency key is accepted just when the schema says so."""
     schema = DOCUMENT["components"]["parameters"]["IdempotencyKey"]["schema"]
     matches = re.fullmatch(schema["pattern"].removeprefix("^").removesuffix("$"), key) is not None
     try:
@@ -176,7 +182,8 @@ def test_an_idempotency_key_is_accepted_just_when_the_schema_says_so(key: str) -
         assert matches
 
 
-def test_security_is_asked_for_just_where_the_settings_ask_for_it() -> None:
+def test_security_follows_the_settings() -> None:
+    """Security is asked for just where the settings ask for it."""
     assert not any("security" in operation for methods in OPEN["paths"].values() for operation in methods.values())
     secured = {path for (path, _), operation in OPERATIONS.items() if "security" in operation}
     assert secured == {"/process", "/process/batch", "/metrics", "/openapi.json", "/docs"}
@@ -217,7 +224,8 @@ def test_page_headers_are_whole_lines() -> None:
     assert b"X-Content-Type-Options: nosniff" in lines
 
 
-def test_the_page_takes_nothing_from_elsewhere_and_parses_no_data_as_html() -> None:
+def test_the_page_takes_nothing_from_elsewhere() -> None:
+    """The page takes nothing from elsewhere and parses no data as html."""
     text = PAGE.decode()
     assert not re.search(r"""(?:src|href|url\(|import)\s*[=(]?\s*["']?(?:https?:)?//""", text)
     assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function", text)

@@ -57,7 +57,8 @@ def test_a_full_batch_does_not_wait() -> None:
     assert large.due_in(0.0) == 0.0
 
 
-def test_a_batch_does_not_wait_for_what_cannot_come_before_an_ack() -> None:
+def test_a_batch_does_not_wait_for_what_cannot_come() -> None:
+    """A batch does not wait for what cannot come before an ack."""
     pending = Pending(batch_max_rows=100, prefetch_count=3, flush_interval_seconds=60)
     pending.add(deliveries(b"", b""), 0.0)
     assert not pending.full
@@ -109,7 +110,8 @@ def test_acks_cover_every_stored_tag_and_no_other(fates: list[str]) -> None:
     ("size", "age", "limit_bytes", "limit_seconds", "due"),
     [(99, 9, 100, 10, False), (100, 0, 100, 0, True), (0, 10, 0, 10, True), (10**9, 10**9, 0, 0, False)],
 )
-def test_a_file_is_rotated_by_size_or_age_and_never_when_both_are_off(
+def test_a_file_is_rotated_by_size_or_age_if_set(
     size: int, age: float, limit_bytes: int, limit_seconds: int, due: bool
 ) -> None:
+    """A file is rotated by size or age and never when both are off."""
     assert rotation_due(size, age, limit_bytes, limit_seconds) is due

@@ -112,7 +112,8 @@ def test_messages_of_others_without_an_id_are_stored_each_time(store: Store) -> 
 
 
 @pytest.mark.parametrize("body", [b"", b"not json", b"[]", b'{"device_id":"d"}', b"\xff", b'{"device_id":null}'])
-def test_what_can_never_become_rows_is_poison_and_takes_no_good_message_with_it(store: Store, body: bytes) -> None:
+def test_poison_takes_no_good_message_with_it(store: Store, body: bytes) -> None:
+    """What can never become rows is poison and takes no good message with it."""
     good = json.dumps(random_event(random.Random(1), 1)).encode()
     prepared = prepare_batch(
         [message(1, good, b"a" * 32), message(2, body or b"x", b"b" * 32), message(3, good, b"c" * 32)],
@@ -135,7 +136,8 @@ def test_a_message_with_a_broken_header_is_poison(store: Store) -> None:
     ]
 
 
-def test_what_is_not_an_event_is_poison_although_its_id_is_known(store: Store) -> None:
+def test_what_is_not_an_event_is_poison_though_its_id_is_known(store: Store) -> None:
+    """What is not an event is poison although its id is known."""
     good = json.dumps(random_event(random.Random(1), 1)).encode()
     prepared = prepare_batch([message(1, good, b"a" * 32), message(2, b"not json", b"a" * 32)], store.seen, 0.25)
     assert (prepared.stored, prepared.duplicates, len(prepared.poison)) == ([1], 0, 1)
@@ -147,7 +149,8 @@ def test_ids_that_differ_in_case_are_two(store: Store) -> None:
     assert (prepared.duplicates, len(set(prepared.ids))) == (0, 2)
 
 
-def test_an_event_without_predictions_is_remembered_though_it_has_no_row(store: Store) -> None:
+def test_an_event_without_predictions_is_remembered(store: Store) -> None:
+    """An event without predictions is remembered though it has no row."""
     empty = {**random_event(random.Random(1), 1), "data": {"license_id": "l", "preds": []}}
     prepared = prepare_batch([message(1, write_json(empty), b"a" * 32)], store.seen, 0.25)
     assert (prepared.data, prepared.rows, len(prepared.ids)) == (b"", 0, 1)

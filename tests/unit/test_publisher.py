@@ -74,9 +74,8 @@ def test_an_event_is_confirmed_only_by_its_own_confirm() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(1, 30), st.booleans(), st.booleans()), max_size=40), st.integers(1, 30))
-def test_every_event_hears_exactly_one_outcome_whatever_the_order_of_confirms(
-    confirms: list[tuple[int, bool, bool]], count: int
-) -> None:
+def test_every_event_hears_exactly_one_outcome(confirms: list[tuple[int, bool, bool]], count: int) -> None:
+    """Every event hears exactly one outcome whatever the order of confirms."""
     bench = Bench()
     events = [bench.publish(number) for number in range(1, count + 1)]
     expected: dict[int, str | int] = {}
@@ -99,7 +98,8 @@ def test_a_nack_is_never_a_200() -> None:
     assert event.outcomes == [503]
 
 
-def test_no_confirm_in_time_is_504_and_a_late_confirm_changes_nothing() -> None:
+def test_no_confirm_in_time_is_unknown_and_stays_so() -> None:
+    """No confirm in time is 504 and a late confirm changes nothing."""
     bench = Bench()
     event = bench.publish()
     bench.wait(9.9)
@@ -109,7 +109,8 @@ def test_no_confirm_in_time_is_504_and_a_late_confirm_changes_nothing() -> None:
     assert event.outcomes == [504]
 
 
-def test_a_link_without_one_confirm_in_the_whole_time_is_given_up() -> None:
+def test_a_link_without_one_confirm_is_given_up() -> None:
+    """A link without one confirm in the whole time is given up."""
     bench = Bench()
     bench.publish()
     bench.time += 5
@@ -130,7 +131,8 @@ def test_a_blocked_broker_is_waited_for_not_given_up() -> None:
     assert (event.outcomes, bench.lane.failed) == ([504], "")
 
 
-def test_events_under_way_when_the_link_goes_down_are_published_again_first_with_the_same_message_id() -> None:
+def test_events_in_flight_at_a_loss_are_published_again_first() -> None:
+    """Events in flight when the link goes down are published again first with the same message id."""
     bench = Bench()
     events = [bench.publish(number) for number in (1, 2, 3)]
     bench.publisher.confirms([Confirm(2, False, True)])
@@ -159,7 +161,8 @@ def test_held_events_keep_their_deadline() -> None:
 
 
 @pytest.mark.parametrize("trouble", ["away", "blocked", "count", "bytes", "congested"])
-def test_what_cannot_be_sent_is_refused_at_once_and_the_refusal_says_why(trouble: str) -> None:
+def test_what_cannot_be_sent_is_refused_with_its_reason(trouble: str) -> None:
+    """What cannot be sent is refused at once and the refusal says why."""
     bench = Bench(max_unconfirmed=2, max_bytes=100)
     publisher = bench.publisher
     assert publisher.trouble() is None
@@ -197,7 +200,8 @@ def test_a_drain_that_takes_too_long_answers_everything() -> None:
     assert bench.publisher.unconfirmed_bytes == 0
 
 
-def test_a_nack_of_an_event_that_was_published_before_leaves_its_outcome_unknown() -> None:
+def test_a_nack_of_a_republished_event_is_unknown() -> None:
+    """A nack of an event that was published before leaves its outcome unknown."""
     bench = Bench()
     event = bench.publish()
     bench.publisher.down("cut")

@@ -48,7 +48,8 @@ def test_a_letter_larger_than_a_page_comes_back(tmp_path: Path, monkeypatch: pyt
     assert bodies(spill) == [b"x" * 1000, b"y"]
 
 
-def test_what_waits_is_there_after_a_restart_but_for_a_torn_line(tmp_path: Path) -> None:
+def test_what_waits_survives_a_restart_but_for_a_torn_line(tmp_path: Path) -> None:
+    """What waits is there after a restart but for a torn line."""
     path = tmp_path / "spill"
     spill = Spill(str(path))
     spill.append(letters(b"1", b"2"))

@@ -179,7 +179,8 @@ def work(index, alive_fd, replaces):
     assert (supervisor.returncode, said) == (3, "")
 
 
-def test_a_replacement_that_does_not_listen_leaves_the_old_worker(supervise: Supervise) -> None:
+def test_a_replacement_that_never_listens_leaves_the_old_one(supervise: Supervise) -> None:
+    """A replacement that does not listen leaves the old worker."""
     supervisor = supervise("""
 def work(index, alive_fd, replaces):
     say(index, os.getpid())
