@@ -12,10 +12,13 @@ NDJSON = b"application/x-ndjson"
 
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]++"
 _PARAMETER = rb'(%b)=(?:(%b)|"((?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*)")' % (_TOKEN, _TOKEN)
+# media-type = type "/" subtype parameters; parameters = *( OWS ";" OWS [ parameter ] ) (RFC 9110 section 8.3.1)
 _MEDIA_TYPE = re.compile(rb"(%b/%b)((?:[ \t]*+;[ \t]*+(?:%b)?)*)" % (_TOKEN, _TOKEN, _PARAMETER))
 _PARAMETERS = re.compile(rb";[ \t]*+%b" % _PARAMETER)
 _QUOTED_PAIR = re.compile(rb"\\(.)", re.DOTALL)
 
+# Bare, as clients send it, or as an sf-string (RFC 8941 section 3.3.3):
+# DQUOTE *( unescaped / "\\" ( DQUOTE / "\\" ) ) DQUOTE
 _KEY = re.compile(rb"[!-~]{1,255}")
 _QUOTED_KEY = re.compile(rb'"((?:[!#-\[\]-~]|\\["\\])*)"')
 

@@ -4,8 +4,10 @@ import json
 import re
 import shutil
 import subprocess
+import threading
 import urllib.request
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
@@ -117,6 +119,31 @@ def url(broker: RabbitMQ, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     service.wait_until_ready()
     yield address
     service.stop()
+
+
+@pytest.fixture
+def other_site() -> Iterator[str]:
+    """A page of another site: for a browser, localhost and 127.0.0.1 are two."""
+
+    class Blank(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.end_headers()
+
+        def log_message(self, *arguments: object) -> None:
+            """Say nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Blank) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://localhost:{server.server_port}"
+        server.shutdown()
+
+
+def count(url: str, sample: str) -> float:
+    with urllib.request.urlopen(f"{url}/metrics") as answer:
+        lines = answer.read().decode().splitlines()
+    return float(next(line for line in lines if line.startswith(f"{sample} ")).rpartition(" ")[2])
 
 
 def post(url: str, body: bytes) -> None:
@@ -391,3 +418,38 @@ def test_the_browser_had_nothing_to_complain_about(page: Page, url: str) -> None
     assert page.send() == "200 OK"
     page.until(lambda: page.text("#broker .value") == "connected")
     assert page.complaints() == []
+
+
+WITHOUT_ASKING = """
+const [url, body, done] = arguments;
+const blob = new Blob([body]);
+fetch(url, {method: "POST", mode: "no-cors", body: blob}).finally(() => {
+  navigator.sendBeacon(url, blob);
+  done();
+});
+"""
+WITH_A_PREFLIGHT = """
+const [url, body, done] = arguments;
+const headers = {"Content-Type": "application/json", "Idempotency-Key": "k"};
+fetch(url, {method: "POST", headers, body}).then(answer => done(answer.status), error => done(String(error)));
+"""
+
+
+def test_a_page_of_another_site_writes_no_row(page: Page, producer: Start, other_site: str) -> None:
+    """Neither with fetch in no-cors mode nor with sendBeacon, which ask nobody; a preflight is refused as well."""
+    service = producer()
+    body = json.dumps(openapi.EVENT)
+    page.driver.get(other_site)
+    page.driver.execute_async_script(WITHOUT_ASKING, f"{service.url}/process", body)
+    refused = 'predlog_http_requests_total{route="/process",status="403"}'
+    page.until(lambda: count(service.url, refused) == 2)
+    assert "TypeError" in page.driver.execute_async_script(WITH_A_PREFLIGHT, f"{service.url}/process", body)
+    assert count(service.url, "predlog_events_total") == 0
+
+
+def test_a_listed_origin_may_post_and_read_the_answer(page: Page, producer: Start, other_site: str) -> None:
+    service = producer(CORS_ORIGINS=other_site)
+    page.driver.get(other_site)
+    body = json.dumps(openapi.EVENT)
+    assert page.driver.execute_async_script(WITH_A_PREFLIGHT, f"{service.url}/process", body) == 200
+    assert page.driver.execute_async_script(WITH_A_PREFLIGHT, f"{service.url}/process", "{}") == 422
