@@ -2,7 +2,7 @@
 
 The way of an event, from the socket to the broker and back:
 
-    Connection.data_received   common/http/server.py        bytes to requests, by RequestParser
+    Connection.data_received   common/http/connection.py    bytes to requests, by RequestParser
     Api.check, Api.handle      common/producer/api.py       who may, and what it means
     normalise_event            common/event/schema.py       JSON to an event in normal form
     Publisher.publish          common/producer/publisher.py into the confirm window of its partition
@@ -10,7 +10,7 @@ The way of an event, from the socket to the broker and back:
     FastLane.data_received     common/amqp/transport.py     the broker's confirm
     Publisher.confirms         common/producer/publisher.py whose it is
     _Post.confirmed            common/producer/api.py       200
-    Exchange.answer            common/http/server.py        in the order of the requests
+    Exchange.answer            common/http/exchange.py      in the order of the requests
 """
 
 from __future__ import annotations

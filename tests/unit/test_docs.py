@@ -67,17 +67,38 @@ def test_every_file_of_the_code_that_a_page_names_exists(page: Path) -> None:
     assert [path for path in named if not (ROOT / path).exists()] == []
 
 
+def defined_in(path: Path) -> set[str]:
+    """Functions, classes, and methods as `Class.method`."""
+    defined = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            defined.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            methods = [each for each in node.body if isinstance(each, ast.FunctionDef | ast.AsyncFunctionDef)]
+            defined |= {f"{node.name}.{method.name}" for method in methods}
+    return defined
+
+
+@pytest.mark.parametrize(
+    ("program", "step"),
+    [
+        ("producer.py", r"^    (\w[\w., ]+?) +(common/[\w/]+\.py) "),
+        ("consumer.py", r"([\w.]+)\s+\((common/[\w/]+\.py)"),
+    ],
+    ids=["producer", "consumer"],
+)
+def test_the_walk_at_the_head_of_a_program_names_what_its_files_define(program: str, step: str) -> None:
+    walk = ast.get_docstring(ast.parse((ROOT / program).read_text()), clean=False)
+    steps = re.findall(step, walk or "", re.MULTILINE)
+    assert len(steps) >= 6
+    for names, path in steps:
+        assert set(names.split(", ")) <= defined_in(ROOT / path), path
+
+
 def test_every_method_that_the_walk_of_an_event_names_exists() -> None:
     """`Class.method` in docs/architecture.md is a method in common/."""
     walk = (ROOT / "docs" / "architecture.md").read_text()
-    methods = {
-        f"{node.name}.{each.name}"
-        for path in (ROOT / "common").rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.ClassDef)
-        for each in node.body
-        if isinstance(each, ast.FunctionDef | ast.AsyncFunctionDef)
-    }
+    methods = set().union(*map(defined_in, (ROOT / "common").rglob("*.py")))
     named = set(re.findall(r"`([A-Z]\w+\.[a-z]\w+)`", walk))
     assert named
     assert named <= methods | {"aiormq.TransportFactory"}
