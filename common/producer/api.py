@@ -199,8 +199,8 @@ class Api:
     def _process_batch(self, request: Request, exchange: Exchange) -> None:
         head, settings = request.head, self._settings
         key = idempotency_key(head.idempotency_key)
-        troubles = [publisher.trouble() for publisher in self._publishers]
-        if all(troubles) and troubles[0] is not None:
+        troubles = self._troubles()
+        if len(troubles) == len(self._publishers):
             raise self._intake.as_http(troubles[0])
         batch = Batch(self._intake, exchange, key, settings.confirm_timeout_ms / 1000)
         lines = is_json_lines(head.content_type)

@@ -10,7 +10,7 @@ from common.event.schema import NormalEvent, normalise_batch
 from common.http.coding import decoded
 from common.http.server import Exchange
 from common.producer.intake import Intake
-from common.producer.publisher import Publication
+from common.producer.publisher import Publication, Publisher
 from common.producer.slices import Job
 
 PARSED_FACTOR = 8  # what a document of small values takes in memory, compared with its JSON
@@ -43,7 +43,7 @@ class Batch:
                         if time.monotonic() >= self._wait_until:
                             break
                         yield publisher.call_when_there_is_room
-                    self._publish(position, event)
+                    self._publish(position, event, publisher)
                 yield None
         except InvalidEvent as error:
             self._exchange.answer(422, write_json({"detail": error.faults}))
@@ -51,10 +51,9 @@ class Batch:
             self._all_read = True
             self._answer_when_done()
 
-    def _publish(self, position: int, event: NormalEvent) -> None:
+    def _publish(self, position: int, event: NormalEvent, publisher: Publisher) -> None:
         # No key has a NUL: this one is no other request's.
         key = None if self._key is None else b"%b\x00%d" % (self._key, position)
-        publisher = self._intake.publisher_for(event)
         try:
             if publisher.trouble() is None and not publisher.has_room_for_batch():
                 raise Unavailable("window_full", "too many events wait for the broker's confirm")
