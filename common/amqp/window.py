@@ -25,9 +25,6 @@ class ConfirmWindow(Generic[T]):
         self._next_tag = 1
         self._settle = settle
 
-    def __len__(self) -> int:
-        return len(self.unconfirmed)
-
     def add(self, item: T) -> None:
         """Note that the next message of the channel is `item`'s."""
         self.unconfirmed[self._next_tag] = item

@@ -26,9 +26,6 @@ class Slices:
         self._jobs: dict[Hashable, deque[Job]] = {}  # by owner, in the order of their turns
         self._due = False
 
-    def __len__(self) -> int:
-        return sum(map(len, self._jobs.values()))
-
     def add(self, owner: Hashable, job: Job) -> None:
         """Run `job` behind the others of its owner. What it raises is logged as a bug."""
         self._jobs.setdefault(owner, deque()).append(job)
