@@ -1,5 +1,6 @@
 """Fixtures: a private RabbitMQ for the session, and producer.py and consumer.py as real processes, one call each."""
 
+import json
 import os
 import signal
 import socket
@@ -69,10 +70,27 @@ class Service:
     def is_ready(self) -> bool:
         """Whether /readyz says 200."""
         try:
-            urllib.request.urlopen(f"{self.url}/readyz", timeout=5).close()
-        except OSError:  # also what urllib raises for 503
+            return self.not_ready() == ""
+        except OSError:
             return False
-        return True
+
+    def not_ready(self) -> str:
+        """Why /readyz says no, in its words; "" when it is ready."""
+        try:
+            urllib.request.urlopen(f"{self.url}/readyz", timeout=5).close()
+        except urllib.error.HTTPError as refusal:
+            return str(json.load(refusal)["detail"])
+        except urllib.error.URLError:
+            return "it does not listen"
+        return ""
+
+    def metric(self, sample: str) -> float:
+        """The value of a sample, such as `predlog_rows_total`, as /metrics has it. `sample` has its labels."""
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=5) as page:
+            lines = page.read().decode().splitlines()
+        values = [line.removeprefix(f"{sample} ") for line in lines if line.startswith(f"{sample} ")]
+        assert len(values) == 1, f"{self.name} has {len(values)} of {sample}"
+        return float(values[0])
 
     def wait_until_ready(self, timeout_seconds: float = READY_TIMEOUT_SECONDS) -> None:
         """Polls /readyz; fails the test with the log when it ends or the time is over."""

@@ -25,25 +25,12 @@ def post(service: Service, device_id: str = "camera-7") -> tuple[int, str]:
     return status, "" if status == 200 else str(answer["detail"])
 
 
-def not_ready(service: Service) -> str:
-    """The words of /readyz; "" when it is ready."""
-    status, _, answer = call(service, "GET", "/readyz")
-    return "" if status == 200 else str(answer["detail"])
-
-
-def metric(service: Service, line: str) -> float:
-    text = call(service, "GET", "/metrics")[2]
-    found = re.search(rf"^{re.escape(line)} (\S+)$", text if isinstance(text, str) else text.decode(), re.MULTILINE)
-    assert found is not None, f"no {line}"
-    return float(found[1])
-
-
 def wait_for_stall(service: Service, device_id: str, words: str) -> None:
     """Post until /readyz tells of it: only events show that a queue takes none."""
 
     def told() -> bool:
         post(service, device_id)
-        return words in not_ready(service)
+        return words in service.not_ready()
 
     wait_until(f"/readyz says {words!r}", told, explain=service.log)
 
@@ -77,15 +64,15 @@ def test_a_reject_publish_policy_comes_and_goes(broker: RabbitMQ, producer: Star
 
     def is_stalled() -> bool:
         post(service)
-        return metric(service, "predlog_stalled") == 1
+        return service.metric("predlog_stalled") == 1
 
     wait_until("the metric says it, too", is_stalled, explain=service.log)
     assert "nack" in service.log()
     broker.ctl("clear_policy", queue_name)
     broker.ctl("purge_queue", queue_name)
     wait_until("an event is accepted", lambda: post(service)[0] == 200, 45, explain=service.log)
-    wait_until("it is ready", lambda: not not_ready(service))
-    assert metric(service, "predlog_stalled") == 0
+    wait_until("it is ready", lambda: not service.not_ready())
+    assert service.metric("predlog_stalled") == 0
 
 
 def test_a_user_who_may_not_write_ends_the_start(broker: RabbitMQ, producer: Start, vhost: str) -> None:
@@ -112,10 +99,10 @@ def test_a_right_that_is_revoked_while_running_is_said_at_once(broker: RabbitMQ,
 
     # A channel caches the right until it has had nothing to do for a second or so, and hibernates.
     wait_until("an event is refused", refused, explain=service.log, poll_seconds=2.0)
-    wait_until("/readyz says why", lambda: "denies access" in not_ready(service), explain=service.log)
+    wait_until("/readyz says why", lambda: "denies access" in service.not_ready(), explain=service.log)
     until = time.monotonic() + 2
     while time.monotonic() < until:
-        assert "denies access" in not_ready(service)
+        assert "denies access" in service.not_ready()
         assert post(service)[0] == 503
     broker.ctl("set_permissions", "-p", vhost, vhost, ".*", ".*", ".*")
     wait_until("an event is accepted", lambda: post(service)[0] == 200, explain=service.log)
@@ -127,7 +114,7 @@ def test_a_connection_during_an_alarm_is_known_to_be_blocked(broker: RabbitMQ, p
     try:
         service = producer(wait=False, CONFIRM_TIMEOUT_MS=60_000)
         wait_until("it listens", lambda: "POST to" in service.log(), explain=service.log)
-        wait_until("/readyz says why", lambda: "takes no messages" in not_ready(service), explain=service.log)
+        wait_until("/readyz says why", lambda: "takes no messages" in service.not_ready(), explain=service.log)
         assert post(service)[0] == 503
     finally:
         broker.ctl("set_vm_memory_high_watermark", "0.4")
@@ -168,7 +155,7 @@ def test_a_partition_without_a_leader_refuses_only_its_devices(
     wait_for_stall(service, lost, "partition 1")
     assert [post(service, other)[0] for _ in range(50)] == [200] * 50
     assert post(service, lost)[0] == 503
-    assert metric(service, 'predlog_refusals_total{reason="partition_down"}') >= 1
+    assert service.metric('predlog_refusals_total{reason="partition_down"}') >= 1
     ra(broker, f"{queue_name}.1", "restart_server")
     wait_until("it takes events again", lambda: post(service, lost)[0] == 200, 45, explain=service.log)
 

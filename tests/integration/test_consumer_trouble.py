@@ -7,8 +7,6 @@ import contextlib
 import csv
 import json
 import subprocess
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,23 +57,6 @@ def devices(csv_file: Path) -> list[str]:
         return [row[0] for row in csv.reader(file, delimiter=";")][1:]
 
 
-def readiness(service: Service) -> str:
-    """What /readyz says is wrong; "" when it is ready."""
-    try:
-        urllib.request.urlopen(f"{service.url}/readyz", timeout=5).close()
-    except urllib.error.HTTPError as error:
-        return str(json.load(error)["detail"])
-    except urllib.error.URLError:
-        return "not listening yet"
-    return ""
-
-
-def metric(service: Service, name: str) -> float:
-    with urllib.request.urlopen(f"{service.url}/metrics", timeout=5) as answer:
-        lines = answer.read().decode().splitlines()
-    return float(next(line for line in lines if line.startswith(name + " ")).split()[1])
-
-
 def test_a_full_queue_of_dead_letters_stops_no_good_event(broker: RabbitMQ, queue_name: str, consumer: Start) -> None:
     """More poison than the prefetch, and a broker that takes 100 of it: the good events behind it are stored.
 
@@ -96,14 +77,14 @@ def test_a_full_queue_of_dead_letters_stops_no_good_event(broker: RabbitMQ, queu
     service = consumer(wait=False)
     wait_until("the good events are stored", lambda: devices(service.csv_file) == good, explain=service.log)
     spill = service.csv_file.with_name("data.csv.dead-letters")
-    wait_until("it is told", lambda: "dead letters do not reach the broker" in readiness(service))
-    wait_until("no poison is unacked", lambda: metric(service, "predlog_unacked") == 0, explain=service.log)
-    assert metric(service, "predlog_dead_letters_spilled_bytes") > 0
+    wait_until("it is told", lambda: "dead letters do not reach the broker" in service.not_ready())
+    wait_until("no poison is unacked", lambda: service.metric("predlog_unacked") == 0, explain=service.log)
+    assert service.metric("predlog_dead_letters_spilled_bytes") > 0
     service.kill()
     again = consumer(wait=False)
     broker.ctl("clear_policy", queue_name)
     wait_until("all reach the dead letters", lambda: not spill.exists(), 40, again.log)
-    wait_until("it is ready", lambda: readiness(again) == "")
+    wait_until("it is ready", lambda: again.not_ready() == "")
     assert messages_in(broker.url, dead) >= len(poison)
     assert messages_in(broker.url, queue_name) == 0
 
@@ -121,12 +102,12 @@ def test_each_partition_has_a_csv_and_one_port_tells_of_all(
     partitioned.wait_until_ready()
     for number in range(4):
         publish(broker.url, f"{queue_name}.{number}", [event_of(f"device-{number}")] * (number + 1))
-    wait_until("all are stored", lambda: metric(partitioned, "predlog_rows_total") == 10, explain=partitioned.log)
+    wait_until("all are stored", lambda: partitioned.metric("predlog_rows_total") == 10, explain=partitioned.log)
     for number in range(4):
         assert devices(tmp_path / f"data.{number}.csv") == [f"device-{number}"] * (number + 1)
         assert (tmp_path / f"data.{number}.csv.journal").exists()
-        assert metric(partitioned, f'predlog_partition_rows_total{{partition="{number}"}}') == number + 1
-    assert metric(partitioned, "predlog_active") == 4
+        assert partitioned.metric(f'predlog_partition_rows_total{{partition="{number}"}}') == number + 1
+    assert partitioned.metric("predlog_active") == 4
     assert partitioned.stop() == 0
 
 
@@ -154,12 +135,14 @@ def test_a_full_disk_of_one_partition_stops_no_other(
         publish(broker.url, f"{queue_name}.{number}", [event_of(f"device-{number}")])
     service = consumer(wait=False, PARTITIONS=2)
     wait_until("the other stores", lambda: devices(csv_files[0]) == ["device-0"], explain=service.log)
-    wait_until("it is named", lambda: readiness(service).startswith("partition 1: cannot store: "), explain=service.log)
-    assert "No space left on device" in readiness(service)
-    assert "partition 0" not in readiness(service)
+    wait_until(
+        "it is named", lambda: service.not_ready().startswith("partition 1: cannot store: "), explain=service.log
+    )
+    assert "No space left on device" in service.not_ready()
+    assert "partition 0" not in service.not_ready()
     (full_disk / "ballast").unlink()
     wait_until("it stores again", lambda: devices(csv_files[1]) == ["device-1"], explain=service.log)
-    wait_until("all is well", lambda: readiness(service) == "")
+    wait_until("all is well", lambda: service.not_ready() == "")
 
 
 async def test_a_service_starts_drains_and_closes_in_process(broker: RabbitMQ, queue_name: str, tmp_path: Path) -> None:
@@ -190,12 +173,12 @@ def test_who_changes_partitions_is_told_what_is_left_over(broker: RabbitMQ, queu
     shrunk = consumer(wait=False)
     said = "messages wait that no consumer takes with PARTITIONS={}: {}"
     told = said.format(1, f"3 in '{queue_name}.0', 2 in '{queue_name}.2'")
-    wait_until("it is told", lambda: readiness(shrunk) == told, explain=shrunk.log)
-    wait_until("it is counted", lambda: metric(shrunk, "predlog_unserved_messages") == 5)
+    wait_until("it is told", lambda: shrunk.not_ready() == told, explain=shrunk.log)
+    wait_until("it is counted", lambda: shrunk.metric("predlog_unserved_messages") == 5)
     assert shrunk.log().count(told) == 1
     assert shrunk.stop() == 0
     publish(broker.url, queue_name, [event_of("device")])
     grown = consumer(wait=False, PARTITIONS=2)
     told = said.format(2, f"1 in '{queue_name}', 2 in '{queue_name}.2'")
-    wait_until("it is told", lambda: told in readiness(grown), explain=grown.log)
-    wait_until("what it serves is stored", lambda: metric(grown, "predlog_rows_total") == 3, explain=grown.log)
+    wait_until("it is told", lambda: told in grown.not_ready(), explain=grown.log)
+    wait_until("what it serves is stored", lambda: grown.metric("predlog_rows_total") == 3, explain=grown.log)

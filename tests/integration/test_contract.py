@@ -357,16 +357,12 @@ def test_workers_share_a_port_and_metrics_and_are_replaced(producer: Start) -> N
     def children(pid: int) -> list[int]:
         return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
-    def metric(service: Service, name: str) -> float:
-        text = call(service, "GET", "/metrics")[2].decode()
-        return float(next(line for line in text.splitlines() if line.startswith(f"{name} ")).split()[1])
-
     def events(service: Service) -> float:
-        return metric(service, "predlog_events_total")
+        return service.metric("predlog_events_total")
 
     service = producer(WORKERS=2)
     # The gauge is the least of all workers.
-    wait_until("both are connected", lambda: metric(service, "predlog_amqp_connected") == 1, explain=service.log)
+    wait_until("both are connected", lambda: service.metric("predlog_amqp_connected") == 1, explain=service.log)
     for _ in range(40):
         assert post(service, EVENT)[0] == 200
     assert {events(service) for _ in range(8)} == {40.0}
@@ -376,7 +372,7 @@ def test_workers_share_a_port_and_metrics_and_are_replaced(producer: Start) -> N
     wait_until("the killed one is reaped", lambda: first[0] not in children(service.process.pid), explain=service.log)
     deadline = time.monotonic() + 15
     answered = 40
-    while answered < 60 or len(children(service.process.pid)) < 2 or metric(service, "predlog_amqp_connected") < 1:
+    while answered < 60 or len(children(service.process.pid)) < 2 or service.metric("predlog_amqp_connected") < 1:
         assert post(service, EVENT)[0] == 200  # a new worker takes none before it has its broker
         answered += 1
         assert time.monotonic() < deadline, service.log()

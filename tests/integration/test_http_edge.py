@@ -50,11 +50,6 @@ def reset(client: socket.socket) -> None:
     client.close()
 
 
-def metric(service: Service, name: str) -> float:
-    text = call(service, "GET", "/metrics")[2].decode()
-    return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(name) and "#" not in line)
-
-
 @pytest.mark.parametrize(
     ("sent", "setting", "answer"),
     [
@@ -92,7 +87,7 @@ def test_counts_do_not_depend_on_how_a_request_is_cut(producer: Start) -> None:
         with connected(service) as client:
             client.sendall(whole[:cut])
             assert read_some(client).startswith(b"HTTP/1.1 401 ")
-    assert metric(service, 'predlog_http_requests_total{route="/process",status="401"}') == 2
+    assert service.metric('predlog_http_requests_total{route="/process",status="401"}') == 2
 
 
 def test_the_answer_to_a_refused_head_has_no_content(producer: Start) -> None:
@@ -135,7 +130,7 @@ def test_a_client_that_does_not_read_its_answers_is_cut_off(producer: Start) -> 
         with contextlib.suppress(TimeoutError, ConnectionError):  # it stops reading us as well
             while True:
                 client.sendall(b"GET /docs HTTP/1.1\r\nHost: h\r\n\r\n" * 100)
-        wait_until("only the one that asks is left", lambda: metric(service, "predlog_http_connections") == 1)
+        wait_until("only the one that asks is left", lambda: service.metric("predlog_http_connections") == 1)
 
 
 def test_connections_above_the_limit_get_503(producer: Start) -> None:
@@ -267,7 +262,7 @@ def test_clients_that_vanish_leave_nothing_behind(shared: Service) -> None:
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
 
     def settled() -> bool:
-        return metric(shared, "predlog_http_connections") == 1 and metric(shared, "predlog_unconfirmed ") == 0
+        return shared.metric("predlog_http_connections") == 1 and shared.metric("predlog_unconfirmed") == 0
 
     flood(500)
     wait_until("all is settled", settled)

@@ -12,8 +12,6 @@ import resource
 import signal
 import subprocess
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -101,29 +99,13 @@ class Traffic:
 until = functools.partial(wait_until, timeout_seconds=RECOVERY_SECONDS)
 
 
-def reason_not_ready(service: Service) -> str:
-    """The words of /readyz; "" when it is ready."""
-    try:
-        urllib.request.urlopen(f"{service.url}/readyz", timeout=5).close()
-    except urllib.error.HTTPError as refusal:
-        return str(json.load(refusal)["detail"])
-    except urllib.error.URLError:
-        return "it does not listen"
-    return ""
-
-
 def until_not_ready(service: Service, reason: str) -> None:
-    until(f"{service.name} says {reason!r}", lambda: reason in reason_not_ready(service))
+    until(f"{service.name} says {reason!r}", lambda: reason in service.not_ready())
 
 
 def until_ready(*services: Service) -> None:
     for service in services:
         until(f"{service.name} is ready", service.is_ready)
-
-
-def metric(service: Service, name: str) -> float:
-    with urllib.request.urlopen(f"{service.url}/metrics", timeout=5) as page:
-        return next(float(line.split()[1]) for line in page.read().decode().splitlines() if line.startswith(f"{name} "))
 
 
 def limit_file_size(service: Service, size_bytes: int) -> None:
@@ -161,8 +143,8 @@ def test_a_full_disk_is_told_and_waited_out(small_disk: Path, producer: Start, c
     filler = filled(small_disk)
     until_not_ready(storing, "No space left on device")
     traffic.wait_for_more()
-    assert metric(storing, "predlog_store_ok") == 0
-    assert metric(storing, "predlog_unacked") >= 50
+    assert storing.metric("predlog_store_ok") == 0
+    assert storing.metric("predlog_unacked") >= 50
     assert storing.log().count("cannot store") == 1
     filler.unlink()
     until_ready(storing)
@@ -202,12 +184,12 @@ def test_while_nothing_can_be_stored_nothing_is_acked(
     until_not_ready(storing, "File too large")
     traffic.wait_for_more()
     traffic.end()
-    stored = metric(storing, "predlog_rows_total")
+    stored = storing.metric("predlog_rows_total")
     committed = storing.csv_file.read_bytes()
     assert committed.endswith(b"\r\n")
     kept = "the broker keeps all that the consumer has"
-    until(kept, lambda: messages(broker, queue_name)["queue"] == metric(storing, "predlog_unacked") >= 50)
-    assert metric(storing, "predlog_rows_total") == stored
+    until(kept, lambda: messages(broker, queue_name)["queue"] == storing.metric("predlog_unacked") >= 50)
+    assert storing.metric("predlog_rows_total") == stored
     limit_file_size(storing, resource.RLIM_INFINITY)
     until_ready(storing)
     traffic.assert_exactly_once()
@@ -227,14 +209,14 @@ def test_an_event_too_large_for_the_broker_disturbs_no_other(producer: Start, co
         assert status == 413
         assert "100000" in detail["detail"]
         until_ready(posting)
-        lost = metric(posting, "predlog_amqp_reconnects_total")
+        lost = posting.metric("predlog_amqp_reconnects_total")
         for _ in range(5):
             assert call(posting, "POST", "/process", large)[0] == 413
         rowless = json.dumps({**EVENT, "data": {"license_id": "l", "preds": []}}).encode()
         batch = b"[%b,%b]" % (large, rowless)
         together = call(posting, "POST", "/process/batch", batch)[2]
         assert [result["status"] for result in together["results"]] == [413, 200]
-        assert metric(posting, "predlog_amqp_reconnects_total") == lost
+        assert posting.metric("predlog_amqp_reconnects_total") == lost
         traffic.wait_for_more()
         traffic.assert_exactly_once()
     finally:
@@ -249,11 +231,11 @@ def test_a_new_connection_takes_nothing_during_disk_trouble(producer: Start, con
     limit_file_size(storing, storing.csv_file.stat().st_size)
     until_not_ready(storing, "File too large")
     node.ctl("close_all_connections", "test")
-    until("the connection is lost", lambda: metric(storing, "predlog_amqp_reconnects_total") == 1)
+    until("the connection is lost", lambda: storing.metric("predlog_amqp_reconnects_total") == 1)
     traffic.wait_for_more()
-    deliveries = metric(storing, "predlog_deliveries_total")
+    deliveries = storing.metric("predlog_deliveries_total")
     traffic.wait_for_more()
-    assert metric(storing, "predlog_deliveries_total") == deliveries
+    assert storing.metric("predlog_deliveries_total") == deliveries
     limit_file_size(storing, resource.RLIM_INFINITY)
     until_ready(storing)
     traffic.assert_exactly_once()
@@ -325,8 +307,8 @@ def test_connections_closed_by_the_broker_come_back(producer: Start, consumer: S
         node.ctl("close_all_connections", "test")
     until_ready(posting, storing)
     traffic.assert_exactly_once()
-    assert metric(storing, "predlog_amqp_reconnects_total") == 2
-    assert metric(posting, "predlog_amqp_reconnects_total") == 2
+    assert storing.metric("predlog_amqp_reconnects_total") == 2
+    assert posting.metric("predlog_amqp_reconnects_total") == 2
 
 
 @pytest.fixture
@@ -345,7 +327,7 @@ def test_a_channel_closed_by_the_broker_comes_back(producer: Start, consumer: St
     traffic = Traffic(posting, storing.csv_file)
     traffic.wait_for_more()
     limit_file_size(storing, storing.csv_file.stat().st_size)
-    until("the broker closes the channel", lambda: metric(storing, "predlog_amqp_reconnects_total") > 0)
+    until("the broker closes the channel", lambda: storing.metric("predlog_amqp_reconnects_total") > 0)
     assert "PRECONDITION_FAILED" in storing.log()
     limit_file_size(storing, resource.RLIM_INFINITY)
     until_ready(storing)
@@ -359,8 +341,8 @@ def test_a_flush_interval_beyond_the_broker_s_patience_stores(
     posting = producer(AMQP_URL=impatient_node.url)
     storing = consumer(AMQP_URL=impatient_node.url, FLUSH_INTERVAL_MS=9000)
     assert call(posting, "POST", "/process", json.dumps(EVENT).encode(), Content_Type="application/json")[0] == 200
-    until("the row is stored", lambda: metric(storing, "predlog_rows_total") > 0)
-    assert metric(storing, "predlog_amqp_reconnects_total") == 0
+    until("the row is stored", lambda: storing.metric("predlog_rows_total") > 0)
+    assert storing.metric("predlog_amqp_reconnects_total") == 0
 
 
 def test_fifty_reconnects_drop_and_dead_letter_no_message(
@@ -395,4 +377,4 @@ def test_fifty_reconnects_drop_and_dead_letter_no_message(
     traffic.csv = storing.csv_file
     traffic.assert_exactly_once()
     assert messages(broker, queue_name)["dead"] == 0
-    assert metric(storing, "predlog_redeliveries_total") >= 100
+    assert storing.metric("predlog_redeliveries_total") >= 100
