@@ -19,7 +19,9 @@ SPARE_VALUES = 10_000
 # aside, it reads no more than this.
 EXACT_READING_BYTES = 1 << 18
 
+_VALUE_CHARS = (b",", b"[", b"{")
 _WINDOW_BYTES = 1 << 16
+_RARE_HITS = 16  # in a window
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -87,18 +89,27 @@ def bound_values(bodies: Sequence[bytes], limit: int) -> None:
 
 
 def _count_values(text: bytes, limit: int) -> int:
-    """Count the values of a document; beyond `limit`, stop soon.
-
-    Where hits are rare, as in images, the processor's own search passes over them: 40 times faster than looking at
-    every byte. Where they are not, the first windows tell.
-    """
+    """Count the values of a document; beyond `limit`, stop soon."""
     count = 0
     for start in range(0, len(text), _WINDOW_BYTES):
-        end = start + _WINDOW_BYTES
-        count += text.count(b",", start, end) + text.count(b"[", start, end) + text.count(b"{", start, end)
+        for char in _VALUE_CHARS:
+            count += _count_char(text, char, start, start + _WINDOW_BYTES)
         if count > limit:
             break
     return count
+
+
+def _count_char(text: bytes, char: bytes, start: int, end: int) -> int:
+    """Count `char` in text[start:end].
+
+    Where hits are rare, as in images, `find` passes over them with the processor's own search, ten times faster than
+    `count`, which looks at every byte. Where they are not, `count` is faster.
+    """
+    for hits in range(_RARE_HITS):
+        start = text.find(char, start, end) + 1
+        if not start:
+            return hits
+    return _RARE_HITS + text.count(char, start, end)
 
 
 def _outside_strings(body: bytes, most_strings: int) -> bytes | None:

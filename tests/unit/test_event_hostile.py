@@ -7,9 +7,11 @@ import time
 from collections.abc import Callable
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from common.errors import InvalidEvent
-from common.event.document import write_json
+from common.event.document import bound_values, write_json
 from common.event.schema import MAX_FAULTS, normalise_batch, normalise_event, read_event
 
 MAX_PREDS = 10_000
@@ -84,6 +86,19 @@ def test_too_many_values_are_refused_before_parsing(make: Callable[[], bytes], m
     kind, seconds = answer(make())
     assert kind == "json_too_large"
     assert seconds < CPU_SECONDS
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from([b",", b"[", b"{", b"A", b",A", b"[{,A"]), st.integers(0, 70_000)), max_size=5)
+)
+def test_values_are_counted_exactly(runs: list[tuple[bytes, int]]) -> None:
+    """The limit on values is exact, be they many or few in a stretch of the document."""
+    body = b"".join(text * count for text, count in runs)
+    values = sum(body.count(char) for char in (b",", b"[", b"{"))
+    bound_values([body], values)
+    if values:
+        with pytest.raises(InvalidEvent):
+            bound_values([body], values - 1)
 
 
 COSTLY: dict[str, tuple[Callable[[], bytes], str]] = {
