@@ -68,21 +68,21 @@ class Service:
         return self._log_path.read_text()
 
     def is_ready(self) -> bool:
-        """Whether /readyz says 200."""
+        """Whether /readyz says 200, and of no partition that it is down."""
         try:
             return self.not_ready() == ""
         except OSError:
             return False
 
     def not_ready(self) -> str:
-        """Why /readyz says no, in its words; "" when it is ready."""
+        """Why /readyz says no, of all or of some partitions, in its words; "" when it is ready."""
         try:
-            urllib.request.urlopen(f"{self.url}/readyz", timeout=5).close()
+            with urllib.request.urlopen(f"{self.url}/readyz", timeout=5) as answer:
+                return str(json.load(answer).get("down", ""))
         except urllib.error.HTTPError as refusal:
             return str(json.load(refusal)["detail"])
         except urllib.error.URLError:
             return "it does not listen"
-        return ""
 
     def metric(self, sample: str) -> float:
         """The value of a sample, such as `predlog_rows_total`, as /metrics has it. `sample` has its labels."""

@@ -88,6 +88,7 @@ class Api:
                 __version__, settings.max_preds, settings.max_body_bytes, bool(self._tokens), settings.protect_pages
             )
         )
+        self._starts = True
         self._stops = False
         self._page = PAGE.read_bytes()
         self._page_headers = openapi.page_headers(self._page)
@@ -144,6 +145,10 @@ class Api:
         detail = "a bearer token is needed" if given is None else "this token is not known"
         challenge = 'Bearer realm="predlog"' + ("" if given is None else ', error="invalid_token"')
         raise HttpError(401, detail, (("WWW-Authenticate", challenge),))
+
+    def end_start(self) -> None:
+        """Wait no longer for every partition: from now on /readyz says 200 while one takes events."""
+        self._starts = False
 
     def announce_stop(self) -> None:
         """From now on /readyz says that the server is shutting down; events are accepted until it has."""
@@ -225,10 +230,13 @@ class Api:
     def _answer_readiness(self, exchange: Exchange) -> None:
         if self._stops:
             raise HttpError(503, "the server is shutting down", (("Retry-After", "1"),))
-        troubles = self._troubles()
-        if troubles:
-            raise HttpError(503, "; ".join(dict.fromkeys(trouble.why for trouble in troubles)), (("Retry-After", "1"),))
-        exchange.answer(200, b'{"status":"ready"}')
+        troubles = [publisher.trouble() for publisher in self._publishers]
+        if not any(troubles):
+            exchange.answer(200, b'{"status":"ready"}')
+        elif self._starts or all(troubles):
+            raise HttpError(503, _named(troubles), (("Retry-After", "1"),))
+        else:  # a load balancer that took this producer out would take it from the devices of all partitions
+            exchange.answer(200, write_json({"status": "ready", "down": _named(troubles)}))
 
     def _troubles(self) -> list[Unavailable]:
         return [trouble for publisher in self._publishers if (trouble := publisher.trouble()) is not None]
@@ -260,5 +268,17 @@ class Api:
         self._counters.metrics.values[self._counters.connections] = connections
         for publisher in self._publishers:
             publisher.sweep()
+        self._starts = self._starts and bool(self._troubles())
         self._counters.metrics.settle()
         self._set_gauges()
+
+
+def _named(troubles: Sequence[Unavailable | None]) -> str:
+    """Say why, and of several partitions which."""
+    by_why: dict[str, list[str]] = {}
+    for number, trouble in enumerate(troubles):
+        if trouble is not None:
+            by_why.setdefault(trouble.why, []).append(str(number))
+    if len(troubles) == 1:
+        return "".join(by_why)
+    return "; ".join(f"partition{'s'[len(ks) < 2 :]} {', '.join(ks)}: {why}" for why, ks in by_why.items())

@@ -206,7 +206,13 @@ def _schemas(max_preds: int) -> Json:
         "Fault": _object(fault),
         "Faults": _object({"detail": faults}),
         "Error": _object({"detail": detail}),
-        "Status": _object({"status": _text("One word.")}),
+        "Status": _object(
+            {
+                "status": _text("One word."),
+                "down": _text("Of several partitions: those that take no events now, and why. Else it is not there."),
+            },
+            required=["status"],
+        ),
     }
 
 

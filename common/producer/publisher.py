@@ -27,7 +27,7 @@ log = logging.getLogger("predlog.producer")
 STALL_SECONDS = 5.0  # without a confirm while events wait for one: not ready, and new events are refused
 # Nacks without one ack between them end the link. RabbitMQ 3.10 never takes a message again on a channel that met a
 # full queue (overflow reject-publish) when the policy is removed meanwhile; a new channel works. If that one only nacks
-# as well, the queue is full, and the next attempt waits twice as long.
+# as well, the queue is full or has no leader (a node was cut off), and the next attempt waits twice as long.
 NACKS_FIRST_SECONDS, NACKS_MOST_SECONDS = 2.0, 30.0
 # A sweep so late finds the answers of that time unread in the socket: it is our own lateness, not the broker's.
 LATE_SWEEP_SECONDS = 0.5
@@ -35,7 +35,7 @@ LATE_SWEEP_SECONDS = 0.5
 # What RabbitMQ (3.8 and later: max_message_size) closes the channel with.
 _TOO_LARGE = re.compile(r"larger than configured max size (\d+)")
 _DENIED = "ACCESS_REFUSED"
-_NACKED = "the broker refuses every event (nack): the queue is full, or limited by a policy"
+_NACKED = "the broker refuses every event (nack): the queue is full, limited by a policy, or has no leader"
 
 
 class Lane(Protocol):
@@ -90,6 +90,7 @@ class Publisher:
         self.was_up = asyncio.Event()  # set once the first link is up
         self._queue_name = queue_name
         self._partition = partition
+        self._log_prefix = "" if partition is None else f"partition {partition}: "
         self._max_unconfirmed = max_unconfirmed
         self._most_of_batches = -(-max_unconfirmed // 2)
         self._most_bytes_of_batches = -(-max_unconfirmed_bytes // 2)
@@ -191,9 +192,7 @@ class Publisher:
             return None
         if self._partition is None:
             return Unavailable(reason, public, why)
-        return Unavailable(
-            "partition_down", "the partition of this device is down", f"partition {self._partition}: {why}"
-        )
+        return Unavailable("partition_down", "the partition of this device is down", why)
 
     # The link
 
@@ -255,10 +254,10 @@ class Publisher:
         self._blocked = reason
         if reason:
             self._is_blocked.set()
-            log.warning("the broker takes no messages: %s", reason)
+            log.warning("%sthe broker takes no messages: %s", self._log_prefix, reason)
         else:
             self._progress_at = self._now()
-            log.info("the broker takes messages again")
+            log.info("%sthe broker takes messages again", self._log_prefix)
         self._judge()
         self._resume_batches()
 
@@ -296,13 +295,13 @@ class Publisher:
         self._nacked_since = None
         self._nacks_seconds = NACKS_FIRST_SECONDS
         if self._stalled:
-            log.info("the broker confirms events again")
+            log.info("%sthe broker confirms events again", self._log_prefix)
             self._stalled = ""
             self._judge()
 
     def _stall(self, reason: str) -> None:
         if not self._stalled:
-            log.warning("%s; new events are refused", reason)
+            log.warning("%s%s; new events are refused", self._log_prefix, reason)
         self._stalled = reason
         self._judge()
 

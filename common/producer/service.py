@@ -24,7 +24,7 @@ from common.producer.tls import Certificate
 log = logging.getLogger("predlog.producer")
 
 SWEEP_SECONDS = 0.1
-REPLACEMENT_LISTENS_SECONDS = 5.0  # after its start at the latest
+ALL_UP_SECONDS = 5.0  # in which every partition gets its connection; after it, the start does not wait for the rest
 FILES_BESIDE_CONNECTIONS = 64
 BUFFERED_BYTES = 256 * 1024 * 1024  # of all requests that are still arriving
 LAST_ANSWERS_SECONDS = 0.1  # for the answers that end a drain to leave
@@ -105,9 +105,10 @@ class Producer:
             asyncio.create_task(self._tick()),
             *map(asyncio.create_task, map(self._keep_up, self._publishers)),
         ]
+        asyncio.get_running_loop().call_later(ALL_UP_SECONDS, self._api.end_start)
         if replaces or self._inherited is not None:
             with suppress(TimeoutError):
-                async with asyncio.timeout(REPLACEMENT_LISTENS_SECONDS):
+                async with asyncio.timeout(ALL_UP_SECONDS):
                     await self._all_up()
         tls = self._certificate.context if self._certificate is not None else None
         wanted = settings.http_port if self._shared_port is None else self._shared_port

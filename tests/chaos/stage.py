@@ -117,7 +117,9 @@ class Service:
             return None
 
     def is_ready(self) -> bool:
-        return self.page("/readyz") is not None
+        """Whether /readyz says 200, and of no partition that it is down."""
+        page = self.page("/readyz")
+        return page is not None and '"down"' not in page
 
     def is_ready_or_raise(self) -> bool:
         """Raises StageError when it has ended."""

@@ -153,6 +153,8 @@ def test_a_partition_without_a_leader_refuses_only_its_devices(
     lost, other = device_of(1, 2), device_of(0, 2)
     ra(broker, f"{queue_name}.1", "stop_server")
     wait_for_stall(service, lost, "partition 1")
+    assert call(service, "GET", "/readyz")[0] == 200, "a load balancer would take it from the other devices, too"
+    assert service.metric('predlog_partition_up{partition="1"}') == 0
     assert [post(service, other)[0] for _ in range(50)] == [200] * 50
     assert post(service, lost)[0] == 503
     assert service.metric('predlog_refusals_total{reason="partition_down"}') >= 1

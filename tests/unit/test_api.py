@@ -240,3 +240,44 @@ def test_a_stop_that_is_announced_is_not_ready_but_takes_events() -> None:
     assert answer.status == 503
     producer.send(post("/process", an_event()))
     assert producer.confirm(1)[0].status == 200
+
+
+def readiness(producer: FakeProducer) -> tuple[int, str]:
+    """The status of /readyz, and what it says of partitions that take no events."""
+    (answer,) = producer.send(GET_READY)
+    return answer.status, answer.content.get("detail") or answer.content.get("down", "")
+
+
+def test_readyz_is_200_while_one_partition_takes_events() -> None:
+    """A load balancer that took the producer out would take it from the healthy partitions as well."""
+    producer = FakeProducer(partitions=4)
+    producer.api.tick(0)
+    assert readiness(producer) == (200, "")
+    for partition, reason in ((0, "cut"), (2, "refused"), (3, "cut")):
+        producer.publishers[partition].down(reason)
+    assert readiness(producer) == (200, "partitions 0, 3: no broker: cut; partition 2: no broker: refused")
+    producer.api.tick(0)
+    assert [producer.counters.metrics.values[up] for up in producer.counters.partitions_up] == [0, 1, 0, 0]
+    producer.publishers[1].blocked("low on memory")
+    status, why = readiness(producer)
+    assert status == 503
+    assert "partition 1: the broker takes no messages now (low on memory)" in why
+    producer.publishers[3].link_up(producer.lanes[3], 131_072)
+    assert readiness(producer)[0] == 200
+
+
+def test_a_start_is_ready_once_every_partition_is() -> None:
+    """Else a rolling restart would answer 503 for a moment. One that stays down does not stop the others for ever."""
+    producer = FakeProducer(partitions=4)
+    producer.publishers[1].down("not connected yet")
+    producer.api.tick(0)
+    assert readiness(producer) == (503, "partition 1: no broker: not connected yet")
+    producer.api.end_start()
+    assert readiness(producer)[0] == 200
+
+
+def test_the_only_partition_that_is_down_is_503_without_a_number() -> None:
+    producer = FakeProducer()
+    producer.api.tick(0)
+    producer.publishers[0].down("cut")
+    assert readiness(producer) == (503, "no broker: cut")

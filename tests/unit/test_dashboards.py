@@ -12,6 +12,7 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 
 from common.consumer import metrics as consumer_metrics
+from common.consumer.processes import Board
 from common.producer import metrics as producer_metrics
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -23,7 +24,11 @@ ALERTS: dict[str, dict[str, Any]] = {
     for group in yaml.safe_load((DEPLOY / "alerts.yaml").read_text())["groups"]
     for rule in group["rules"]
 }
-NAMES = {*producer_metrics.build_metrics().names, *consumer_metrics.build_metrics().names}
+NAMES = {
+    *producer_metrics.Counters(partitions=2).metrics.names,
+    *consumer_metrics.build_metrics().names,
+    *re.findall(r"^# TYPE (\S+)", Board([0, 1]).metrics().decode(), re.MULTILINE),
+}
 PROMTOOL = shutil.which("promtool")
 
 
@@ -103,6 +108,9 @@ WELL = {
     'predlog_http_request_seconds_bucket{job="p", instance="p1", le="0.01"}': "0+6000x40",
     'predlog_http_request_seconds_bucket{job="p", instance="p1", le="2.5"}': "0+6000x40",
     'predlog_http_request_seconds_bucket{job="p", instance="p1", le="+Inf"}': "0+6000x40",
+    'predlog_partition_up{job="p", instance="p1", partition="1"}': "1x10 0 1x40",
+    'predlog_partition_ready{job="c", instance="c1", partition="1"}': "1x40",
+    'predlog_partition_ready{job="c", instance="standby", partition="1"}': "0x40",
     'predlog_store_ok{job="c", instance="c1"}': "1x10 0 1x40",
     'predlog_stalled{job="c", instance="c1"}': "0x10 1 0x30",
     'predlog_oldest_unacked_seconds{job="c", instance="c1"}': "0 2 5 1 1x40",
@@ -114,6 +122,8 @@ TROUBLES = {
     "PredlogNoActiveConsumer": {'predlog_active{job="c", instance="c1"}': "1x20 0x20"},
     "PredlogRestartLoop": {'process_start_time_seconds{job="p", instance="p1"}': "1700000000+90x40"},
     "PredlogBrokerAway": {'predlog_amqp_connected{job="p", instance="p1"}': "1x20 0x20"},
+    "PredlogPartitionDown": {'predlog_partition_up{job="p", instance="p1", partition="1"}': "1x20 0x20"},
+    "PredlogPartitionNotConsumed": {'predlog_partition_ready{job="c", instance="c1", partition="1"}': "1x20 0x20"},
     "PredlogBrokerBlocked": {'predlog_amqp_blocked{job="p", instance="p1"}': "0x20 1x20"},
     "PredlogReconnects": {'predlog_amqp_reconnects_total{job="p", instance="p1"}': "0+1x40"},
     "PredlogServerErrors": {

@@ -312,4 +312,4 @@ def test_the_trouble_of_a_partition_is_its_devices_alone() -> None:
     publisher = Publisher("predictions.3", 10, 1000, 10.0, lambda: 0.0, lambda: 0.0, partition=3)
     trouble = publisher.trouble()
     assert trouble is not None
-    assert (trouble.reason, trouble.why[:11]) == ("partition_down", "partition 3")
+    assert (trouble.reason, str(trouble)[:13]) == ("partition_down", "the partition")
