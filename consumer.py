@@ -1,4 +1,4 @@
-"""The consumer: predictions from RabbitMQ into CSV, each exactly once. Settings → build → run → drain.
+"""The consumer: predictions from RabbitMQ into CSV, each exactly once.
 
 The way of a message: FastLane.data_received (common/amqp/transport.py) → Worker.deliveries → Pending.add
 (common/consumer/pending.py) → Worker.run (common/consumer/worker.py) → in the thread of the store: prepare_batch

@@ -1,4 +1,4 @@
-"""Settings: frozen dataclasses, made of flags and an environment mapping. Pure: reads no environment itself.
+"""Settings as frozen dataclasses, made from flags and an environment mapping. Pure; reads no environment itself.
 
 A field's metadata holds its help text, which names the unit. The environment variable is the field's name in capitals,
 the flag the same with dashes; a flag wins over the variable.
@@ -23,10 +23,10 @@ LOG_FORMATS = ("text", "json")
 SECRETS = frozenset({"amqp_url", "api_token"})
 
 
-# A producer that reconnects publishes all that is unconfirmed (4,096 by default) again; several of them, several times.
+# A producer that reconnects publishes again what is unconfirmed: 4,096 events by default. This covers four producers.
 LEAST_DEDUP_WINDOW = 16_384
 
-_MOST = 2**40  # of any whole number; a test starts and drains with it
+_MOST = 2**40  # the largest whole number; a test starts and drains with it
 
 
 def _setting(
@@ -37,7 +37,7 @@ def _setting(
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What both processes take."""
+    """The settings of both processes."""
 
     amqp_url: str = _setting(
         "",
@@ -56,7 +56,7 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class ProducerSettings(Settings):
-    """What the producer takes besides."""
+    """The settings of the producer."""
 
     http_host: str = _setting("127.0.0.1", "address to listen on")
     http_port: int = _setting(8000, "port to listen on (0: any free one)", low=0, high=65535)
@@ -87,7 +87,7 @@ class ProducerSettings(Settings):
 
 @dataclass(frozen=True, slots=True)
 class ConsumerSettings(Settings):
-    """What the consumer takes besides."""
+    """The settings of the consumer."""
 
     partition: str = _setting("", "partitions to serve: empty for all, or like 2, 0-3 or 0,4")
     csv_file: str = _setting("data/data.csv", "the CSV file; its journal and lock are in the same folder")
@@ -108,7 +108,7 @@ class ConsumerSettings(Settings):
 
 S = TypeVar("S", bound=Settings)
 
-# pamqp, under aiormq, takes fewer characters than RabbitMQ. AMQP allows 255 bytes; ".1023.dead" takes 10.
+# The alphabet is that of pamqp, narrower than RabbitMQ's. AMQP allows 255 bytes; ".1023.dead" takes 10 of them.
 _QUEUE_NAME = re.compile(r"[a-zA-Z0-9\-_.:@#,/+ ]+")
 _MOST_QUEUE_NAME_CHARS = 245
 _HOST_ITEM = re.compile(r"[a-zA-Z0-9.\-]+|\[[0-9a-fA-F:.]+\]")
@@ -119,7 +119,7 @@ _TRUE, _FALSE = frozenset({"1", "true", "yes", "on"}), frozenset({"", "0", "fals
 
 
 def _convert(name: str, kind: type, text: str, meta: Mapping[str, Any]) -> Any:
-    """Text → value of `kind` within the field's bounds; raises SettingError with one line that names the variable."""
+    """Convert `text` to `kind` within the field's bounds. Raise SettingError with one line that names the variable."""
     shown = "***" if name in SECRETS else repr(text)
 
     def bad(wanted: str) -> SettingError:
@@ -148,7 +148,7 @@ _KINDS: dict[str, type] = {"str": str, "int": int, "float": float, "bool": bool}
 
 
 def parser_for(cls: type[Settings], prog: str, description: str) -> argparse.ArgumentParser:
-    """An ArgumentParser with one flag for each setting of `cls`, whose --help prints defaults and units."""
+    """Return an ArgumentParser with one flag for each setting of `cls`. Its --help prints defaults and units."""
     parser = argparse.ArgumentParser(
         prog=prog,
         description=description,
@@ -167,7 +167,7 @@ def parser_for(cls: type[Settings], prog: str, description: str) -> argparse.Arg
 
 
 def load(cls: type[S], flags: argparse.Namespace, environ: Mapping[str, str]) -> S:
-    """Settings from parsed flags and an environment; raises SettingError for the first bad value."""
+    """Return the settings from parsed flags and an environment. Raise SettingError for the first bad value."""
     values: dict[str, Any] = {}
     for item in fields(cls):
         text = getattr(flags, item.name)
@@ -221,7 +221,7 @@ def _check_amqp_url(url: str) -> None:
 
 
 def describe(settings: Settings) -> str:
-    """The effective settings on one line, secrets masked."""
+    """Return the effective settings on one line, secrets masked."""
     shown = []
     for item in fields(settings):
         value = getattr(settings, item.name)
@@ -235,5 +235,5 @@ def describe(settings: Settings) -> str:
 
 
 def parse(cls: type[S], prog: str, description: str, argv: Sequence[str], environ: Mapping[str, str]) -> S:
-    """Flags and environment → settings, for a process without flags of its own beside them."""
+    """Return the settings from `argv` and `environ`, for a process without other flags. Raise SettingError."""
     return load(cls, parser_for(cls, prog, description).parse_args(argv), environ)

@@ -1,4 +1,4 @@
-"""Our exceptions. One that a client sees carries its status; one that ends a process carries its exit code."""
+"""predlog's exceptions. One that a client sees carries its status; one that ends a process carries its exit code."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class InvalidEvent(Exception):
 
 
 class NotConfirmed(Exception):
-    """What became of an event that the broker has not confirmed."""
+    """The outcome of an event that the broker has not confirmed."""
 
 
 class Unavailable(NotConfirmed):
-    """It was not accepted, and a retry may be.
+    """The event was not accepted; a retry may be.
 
     `reason` is one word for metrics. `public` is for clients, and names no address; `why` is for the log and /readyz.
     """
@@ -38,7 +38,7 @@ class Unavailable(NotConfirmed):
 
 
 class TooLarge(NotConfirmed):
-    """It was not accepted, and never will be: the broker takes no message of more than `most_bytes`."""
+    """The event was not accepted and never will be: the broker takes no message of more than `most_bytes`."""
 
     def __init__(self, most_bytes: int) -> None:
         super().__init__(f"the broker takes no event longer than {most_bytes} bytes")
@@ -46,7 +46,7 @@ class TooLarge(NotConfirmed):
 
 
 class OutcomeUnknown(NotConfirmed):
-    """It was sent, and may or may not be stored."""
+    """The event was sent, and may or may not be stored."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -56,24 +56,24 @@ class OutcomeUnknown(NotConfirmed):
 
 
 class Fatal(Exception):
-    """Ends the process with one line for a person and `exit_code`; no traceback."""
+    """An error that ends the process with one line for a person and `exit_code`, without a traceback."""
 
     exit_code = 1
 
 
 class SettingError(Fatal):
-    """A setting has a bad value."""
+    """A setting with a bad value."""
 
     exit_code = 2
 
 
 class StartupError(Fatal):
-    """Something outside (port, folder, broker, password, queue) is not as it must be to start."""
+    """Something outside (port, folder, broker, password, queue) that keeps the process from starting."""
 
 
 class DiskTrouble(Exception):
-    """A disk that is full, or fails. It may be over in a while, so it ends no process: wait and retry."""
+    """A disk that is full or fails. The trouble may end, so it ends no process: wait and retry."""
 
 
 class TakenOver(Fatal):
-    """Another consumer writes our CSV: this one must stop, touch nothing and ack nothing."""
+    """Another consumer writes the same CSV: this one must stop, touch nothing and ack nothing."""

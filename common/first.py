@@ -1,7 +1,7 @@
-"""Imported before all else by producer.py and consumer.py: a SIGTERM that comes during the imports must not be lost.
+"""Signal handling during the imports. producer.py and consumer.py import this first, so that no SIGTERM is lost.
 
 The kernel drops a signal for which PID 1 of a container has no handler (pid_namespaces(7)): without this one, a stop in
-the first third of a second waits for the container engine's SIGKILL. Nothing has been accepted by then.
+the first third of a second waits for the container engine's SIGKILL. By then nothing has been accepted.
 """
 
 import os

@@ -19,12 +19,12 @@ _COLOURS = {
 
 
 def escaped(text: str) -> str:
-    """Text with its control characters spelled out, so that nobody's input can forge a log line or drive a terminal."""
+    """Escape control characters, so that input can neither forge a log line nor drive a terminal."""
     return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 class TextFormatter(logging.Formatter):
-    """One line an event, for people."""
+    """One line for each record, for people."""
 
     def __init__(self, prog: str, colour: bool) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object an event, for machines."""
+    """One JSON object for each record, for machines."""
 
     def __init__(self, prog: str) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def set_up_logging(prog: str, level: str, fmt: str, stream: TextIO | None = None) -> None:
-    """Log to stderr. aiormq's own account of a lost connection is left out: we say it in one line."""
+    """Log to `stream` (stderr). Drop aiormq's records unless `level` is debug: predlog logs a loss in one line."""
     stream = stream or sys.stderr
     handler = logging.StreamHandler(stream)
     handler.setFormatter(JsonFormatter(prog) if fmt == "json" else TextFormatter(prog, stream.isatty()))

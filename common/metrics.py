@@ -1,7 +1,7 @@
 """Counters, gauges and histograms over one flat array of floats, and their text in Prometheus' format.
 
 Pure: no clock, no I/O. The layout is fixed before the first count, so the array can live in memory that several
-worker processes share, one array each; whoever is scraped merges all of them.
+worker processes share, one array each. The worker that is scraped merges all of them.
 """
 
 import re
@@ -39,7 +39,7 @@ class _Family:
 
 
 class Metrics:
-    """A set of metrics. To count is `metrics.values[index] += 1.0`; to set a gauge, `metrics.values[index] = x`."""
+    """A set of metrics. Count with `metrics.values[index] += 1.0`, set a gauge with `metrics.values[index] = x`."""
 
     def __init__(self) -> None:
         self.values: MutableSequence[float] = array("d")
@@ -48,7 +48,7 @@ class Metrics:
 
     @property
     def size(self) -> int:
-        """How many floats one process needs."""
+        """The number of floats that one process needs."""
         return len(self.values)
 
     @property
@@ -57,17 +57,17 @@ class Metrics:
         return list(self._families)
 
     def counter(self, name: str, help: str, /, **labels: str) -> int:
-        """Register a counter, or one more label set of it; its index."""
+        """Register a counter, or another label set of it; return its index."""
         if not name.endswith("_total"):
             raise ValueError(f"{name}: the name of a counter ends in _total")
         return self._register(name, labels, _Family(help, "counter", sum), 1)
 
     def gauge(self, name: str, help: str, merge: Merge = sum, /, **labels: str) -> int:
-        """Register a gauge, or one more label set of it; its index. `merge` is sum, max or min over the processes."""
+        """Register a gauge, or another label set of it; return its index. `merge` (sum, max, min) is over processes."""
         return self._register(name, labels, _Family(help, "gauge", merge), 1)
 
     def histogram(self, name: str, help: str, bounds: Sequence[float], /) -> "Histogram":
-        """Register a histogram with ascending, inclusive upper `bounds`; a bucket for +Inf is added."""
+        """Register a histogram with ascending, inclusive upper `bounds`. A bucket for +Inf is added."""
         if not bounds or sorted(set(bounds)) != list(bounds):
             raise ValueError(f"{name}: the bounds of a histogram ascend")
         start = self._register(name, {}, _Family(help, "histogram", sum, tuple(bounds)), len(bounds) + 2)
@@ -76,15 +76,15 @@ class Metrics:
         return histogram
 
     def settle(self) -> None:
-        """Count what the histograms have noted. Call it a few times a second; until then it is not in `values`."""
+        """Sort what was observed into the buckets in `values`. Call it a few times a second."""
         for histogram in self._histograms:
             histogram.settle(self.values)
 
     def bind(self, values: MutableSequence[float]) -> None:
-        """Go on counting in `values`, of `size` floats. Call it once, after the last registration.
+        """Continue counting in `values`, of `size` floats. Call it once, after the last registration.
 
-        What `values` holds already was counted by a dead predecessor of this process. Counters go on from there, since
-        a total that falls reads as a restart of all processes; gauges start anew.
+        What `values` already holds was counted by a dead predecessor of this process. Counters continue from there,
+        since Prometheus reads a total that falls as a restart of all processes. Gauges start again.
         """
         if len(values) != self.size:
             raise ValueError(f"{len(values)} floats for {self.size} metrics")
@@ -94,7 +94,7 @@ class Metrics:
         self.values = values
 
     def render(self, all_values: Sequence[Sequence[float]] = ()) -> bytes:
-        """The text exposition (format 0.0.4) of the values of all processes; of this one's own without an argument."""
+        """Return the text exposition (format 0.0.4) of the values of all processes, by default of this one only."""
         self.settle()
         columns = list(zip(*(all_values or (self.values,)), strict=True))
         lines: list[str] = []
@@ -126,7 +126,7 @@ class Metrics:
 
 
 class Histogram:
-    """One count per bucket, not cumulative, and after them the sum, from `start` on in the values of its Metrics."""
+    """Counts by bucket, not cumulative, and then the sum, from index `start` in the values of its Metrics."""
 
     __slots__ = ("_bounds", "_noted", "_start", "observe")
 
@@ -134,8 +134,8 @@ class Histogram:
         self._bounds = bounds
         self._start = start
         self._noted: list[float] = []
-        # Of one value, in the unit that the metric's name ends with. Sorting many at once into their buckets costs a
-        # fifth of doing so one by one.
+        # Takes one value, in the unit that the metric's name ends with. Sorting many at once into their buckets costs a
+        # fifth of sorting each as it comes.
         self.observe: Callable[[float], None] = self._noted.append
 
     def settle(self, values: MutableSequence[float]) -> None:

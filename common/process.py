@@ -25,18 +25,18 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # M_… of glibc's ma
 
 
 def tune_collector() -> None:
-    """Let the garbage collector look less often, and never at what lives as long as the process.
+    """Run the garbage collector less often, and never over what lives as long as the process.
 
-    A batch of events is many small objects that hold no cycle: by default the collector would look at them again and
-    again while they live, for a tenth of the consumer's time. A full collection keeps the loop from everyone; without
-    the modules it is shorter by 15 ms.
+    A batch of events is many small objects that form no cycle. With the default thresholds the collector would scan
+    them repeatedly, for a tenth of the consumer's time. A full collection blocks the event loop; without the imported
+    modules it is 15 ms shorter.
     """
     gc.set_threshold(20_000, 20, 50)
     gc.freeze()
 
 
 def run(prog: str, main: Callable[[], Coroutine[Any, Any, int | None]]) -> int:
-    """Run `main` on uvloop to its end; the exit code. A Fatal ends it with its one line on stderr and no traceback."""
+    """Run `main` on uvloop to its end; return the exit code. A Fatal ends it with one line and no traceback."""
     tune_collector()
     keep_freed_memory()
     try:
@@ -49,10 +49,10 @@ def run(prog: str, main: Callable[[], Coroutine[Any, Any, int | None]]) -> int:
 
 
 def keep_freed_memory() -> None:
-    """Let malloc keep what is freed, and all threads share it. Without glibc: nothing.
+    """Make malloc keep freed memory, in one arena for all threads. Do nothing without glibc.
 
-    By default each buffer of 128 KB or more is taken from the kernel, cleared page by page, and given back: for events
-    with images a quarter of the CPU. It keeps 64 MB at most at its end.
+    By default glibc maps each buffer of 128 KB or more, which the kernel clears page by page, and unmaps it: a quarter
+    of the CPU for events with images. At most 64 MB are kept at the top of the heap.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -61,7 +61,7 @@ def keep_freed_memory() -> None:
 
 
 def fail(prog: str, error: Fatal) -> int:
-    """Say why the process ends, on one line; the exit code."""
+    """Print or log on one line why the process ends; return its exit code."""
     if any(isinstance(handler.formatter, JsonFormatter) for handler in logging.getLogger().handlers):
         log.critical("%s", error)
         return error.exit_code
@@ -70,34 +70,34 @@ def fail(prog: str, error: Fatal) -> int:
 
 
 def raise_file_limit() -> int:
-    """Let this process open as many files as it may; how many that is."""
+    """Raise the limit on open files to its hard limit; return the new limit."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return hard if hard != resource.RLIM_INFINITY else sys.maxsize
 
 
 def inherited_socket(environ: Mapping[str, str], pid: int) -> socket.socket | None:
-    """The listening socket that systemd holds for us, or None (sd_listen_fds(3)): it outlives a restart.
+    """Return the listening socket that systemd passes on (sd_listen_fds(3)), which outlives a restart, or None.
 
-    Raise StartupError for what is not one TCP socket that listens.
+    Raise StartupError unless it is exactly one listening TCP socket.
     """
     if environ.get("LISTEN_PID") != str(pid) or environ.get("LISTEN_FDS", "0") == "0":
         return None
     if environ["LISTEN_FDS"] != "1":
-        raise StartupError(f"LISTEN_FDS is {environ['LISTEN_FDS']}, but one socket is taken: see the .socket unit")
+        raise StartupError(f"LISTEN_FDS is {environ['LISTEN_FDS']}, but must be 1: see the .socket unit")
     try:
         found = socket.socket(fileno=_FIRST_INHERITED)
         listens = found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
     except OSError as error:
-        raise StartupError(f"LISTEN_FDS is set, but file 3 is no socket: {error.strerror}") from None
+        raise StartupError(f"LISTEN_FDS is set, but file descriptor 3 is not a socket: {error.strerror}") from None
     if not listens or found.family not in (socket.AF_INET, socket.AF_INET6):
-        raise StartupError("LISTEN_FDS is set, but file 3 is no TCP socket that listens")
+        raise StartupError("LISTEN_FDS is set, but file descriptor 3 is not a listening TCP socket")
     found.set_inheritable(False)
     return found
 
 
 def on_stop(alive_fd: int | None = None) -> asyncio.Event:
-    """An event that SIGTERM and SIGINT set, and the end of the supervisor, when `alive_fd` becomes readable.
+    """Return an event that is set by SIGTERM, SIGINT, and the end of the supervisor (`alive_fd` becomes readable).
 
     A second SIGINT ends the process at once.
     """
@@ -121,14 +121,14 @@ def on_stop(alive_fd: int | None = None) -> asyncio.Event:
 
 
 async def end(*tasks: asyncio.Task[Any]) -> None:
-    """Cancel, and wait until all have ended, however they did."""
+    """Cancel `tasks` and wait until all have ended. Ignore their results and exceptions."""
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def first_of(stop: asyncio.Event, *tasks: asyncio.Task[Any]) -> None:
-    """Wait for `stop`, or for the first of `tasks` to end, and raise its exception: none has an end of its own."""
+    """Wait for `stop`, or until one of `tasks` fails; then raise its exception. The tasks never end by themselves."""
     stopping = asyncio.ensure_future(stop.wait())
     done, _ = await asyncio.wait({stopping, *tasks}, return_when=asyncio.FIRST_COMPLETED)
     stopping.cancel()

@@ -20,7 +20,7 @@ from common.errors import StartupError
 log = logging.getLogger("predlog.workers")
 
 RESTART_SECONDS = 0.5
-EARLY_SECONDS = 10.0  # a worker that fails so soon after the start has a cause that a restart does not mend
+EARLY_SECONDS = 10.0  # a worker that fails this soon after the start has a cause that a restart does not fix
 KILL_GRACE_SECONDS = 2.0
 READY_SECONDS = 30.0  # for a replacement to listen
 ROLLOUT_POLL_SECONDS = 0.05
@@ -28,26 +28,26 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
 
 
 def shared_rows(rows: int, floats: int, fd: int = -1) -> list[MutableSequence[float]]:
-    """Rows of floats that processes forked from this one share; with the `fd` of a `rows_file`, others as well."""
+    """Return rows of floats that this process shares with its forks, and with others by the `fd` of a `rows_file`."""
     view = memoryview(mmap.mmap(fd, rows * floats * 8)).cast("d")
     return [cast(MutableSequence[float], view[row * floats : (row + 1) * floats]) for row in range(rows)]
 
 
 def rows_file(rows: int, floats: int) -> int:
-    """A file in memory for `shared_rows`, which a worker of newer code can inherit."""
+    """Return the descriptor of a file in memory for `shared_rows`, which a replacement worker can inherit."""
     fd = os.memfd_create("predlog-metrics")
     os.ftruncate(fd, rows * floats * 8)
     return fd
 
 
 def reserve_port(host: str, port: int) -> socket.socket:
-    """Bind the port that the workers will share, without listening; raises StartupError when somebody else has it.
+    """Bind the port that the workers share, without listening. Raise StartupError when another process holds it.
 
     Keep the socket: it holds the port (any free one for 0) while workers come and go.
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        # Without SO_REUSEPORT first: nobody may be here, not even another predlog.
+        # Without SO_REUSEPORT first, which fails if any process listens here, another predlog included.
         with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
@@ -57,21 +57,21 @@ def reserve_port(host: str, port: int) -> socket.socket:
         shared.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         shared.bind((host, port))
         return shared
-    except (OSError, UnicodeError) as error:  # UnicodeError: no name at all, to the codec of host names
+    except (OSError, UnicodeError) as error:  # UnicodeError: the idna codec refuses the name
         why = getattr(error, "strerror", None) or error
         raise StartupError(f"cannot listen on {host}:{port}: {why}; stop the other program, or set HTTP_PORT") from None
 
 
 class _Rollout:
-    """Replaces workers one by one: when the new one listens, the old one is told to stop, and then comes the next.
+    """The replacement of all workers, one by one. Each old worker stops once its replacement listens.
 
-    `start(index)` starts a new worker: its pid, and a pipe that it writes to when it listens. `workers` are all that
-    live, by pid, with their index.
+    `start(index)` starts a new worker and returns its pid and a pipe that it writes to when it listens. `workers` maps
+    the pid of each live worker to its index.
     """
 
     def __init__(self, workers: dict[int, int], start: Callable[[int], tuple[int, int]]) -> None:
         self.leaving: set[int] = set()
-        self.index = -1  # that is being replaced
+        self.index = -1  # of the worker that is being replaced
         self.new_pid = 0  # 0 once it listens
         self._workers = workers
         self._start = start
@@ -81,7 +81,7 @@ class _Rollout:
         self._gives_up_at = 0.0
 
     def step(self, now: float) -> bool:
-        """Go on, as far as possible without waiting; False when all are replaced, or one could not be."""
+        """Continue as far as possible without waiting. Return False when all are replaced, or one cannot be."""
         if self.leaving & self._workers.keys():
             return True
         if not self.new_pid:
@@ -101,7 +101,7 @@ class _Rollout:
             ready = b""
         os.close(self._ready_fd)
         if not ready:
-            log.error("the new worker %d does not listen; the workers that are there stay", self.index)
+            log.error("the new worker %d does not listen; the old workers stay", self.index)
             if self.new_pid in self._workers:
                 os.kill(self.new_pid, signal.SIGKILL)
             return False
@@ -119,10 +119,10 @@ def supervise(
 ) -> int:
     """Fork `count` workers, each running `work(index, alive_fd, replaces)` to its exit code, until a signal stops all.
 
-    `alive_fd` becomes readable when the supervisor is gone, however it went. A worker that dies is replaced. One that
-    ends by itself within EARLY_SECONDS of the start ends everything with its exit code. SIGHUP is passed on; with a
-    `replacement(index, alive_fd, ready_fd)`, which runs the program anew in the place of a forked process, it replaces
-    the workers one by one.
+    Return the exit code. `alive_fd` becomes readable when the supervisor has ended, even by SIGKILL. A worker that dies
+    is replaced. One that fails within EARLY_SECONDS of the start ends everything with its exit code. SIGHUP is passed
+    on. With a `replacement(index, alive_fd, ready_fd)`, which executes the program again in a forked process, SIGHUP
+    replaces the workers one by one.
     """
     old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     alive_read, alive_write = os.pipe()
@@ -160,7 +160,7 @@ def supervise(
     rollout: _Rollout | None = None
     failed: set[int] = set()  # replacements that do not listen
     exit_code, kill_at = 0, None
-    due: list[tuple[float, int]] = []  # restarts: when, which
+    due: list[tuple[float, int]] = []  # restarts, each as (time, index)
     while workers or (due and kill_at is None):
         wake = [when for when, _ in due] if kill_at is None else [kill_at]
         if rollout is not None:
@@ -210,9 +210,9 @@ def _tell(workers: dict[int, int], signum: signal.Signals) -> None:
 
 
 def _reap(workers: dict[int, int]) -> list[tuple[int, int, int]]:
-    """Take out of `workers` all that have ended, before any is acted on: a pid that was reaped must not be signalled.
+    """Remove from `workers` all that have ended, before any is acted on: a reaped pid must not be signalled.
 
-    Each as (pid, index, exit code, or minus the signal's number).
+    Return each as (pid, index, exit code). The exit code is minus the signal's number if a signal ended it.
     """
     ended = []
     for pid in list(workers):

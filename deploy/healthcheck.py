@@ -13,7 +13,7 @@ TIMEOUT_SECONDS = 4.0  # shorter than that of HEALTHCHECK in the Dockerfile
 
 
 def is_alive(port: int, tls: bool) -> bool:
-    """Whether an HTTP server answers on this port. Any status will do: even a refusal takes a living event loop."""
+    """Tell whether an HTTP server answers on this port. Any status will do: even a refusal takes a live event loop."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_SECONDS)
     if tls:  # it is our own, by whatever name its certificate calls it
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -30,7 +30,7 @@ def is_alive(port: int, tls: bool) -> bool:
 
 
 def main() -> int:
-    """One of the two listens, and this check need not know which."""
+    """Return 0 if the producer or the consumer answers; the check need not know which one runs here."""
     producer = is_alive(int(os.environ.get("HTTP_PORT") or 8000), bool(os.environ.get("TLS_CERT")))
     return 0 if producer or is_alive(int(os.environ.get("HEALTH_PORT") or 8001), False) else 1
 

@@ -1,8 +1,8 @@
-"""Where the broker is: an AMQP URL that may name several hosts, taken apart and put together. Pure.
+"""The broker's address: an AMQP URL that may name several hosts. Pure.
 
-The form is that of RabbitMQ's URI specification, with a list of hosts as PostgreSQL's libpq and MongoDB have it:
-`amqp://user:password@a:5672,b:5672/vhost?heartbeat=10`. What an error says never holds a part of the URL: a password
-with a raw `/` or `@` makes other parts of it look like hosts.
+The form is that of RabbitMQ's URI specification, with a list of hosts as in PostgreSQL's libpq and in MongoDB:
+`amqp://user:password@a:5672,b:5672/vhost?heartbeat=10`. No error repeats a part of the URL, because a password with a
+raw `/` or `@` makes other parts look like hosts.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from urllib.parse import parse_qsl, quote, unquote
 _PORTS = {"amqp": 5672, "amqps": 5671}
 _EXAMPLE = "amqp://user:password@host:5672/vhost (or amqps://; several hosts: @a:5672,b:5672/)"
 _MOST_HOSTS = 64
-_VHOST_CHARS_MOST = 127  # the domain `path` (AMQP 0-9-1, 1.2), which pamqp holds to
+_VHOST_CHARS_MOST = 127  # of the domain `path` (AMQP 0-9-1, 1.2); pamqp enforces it
 _HEARTBEAT_SECONDS_MOST = 0xFFFF  # connection.tune has 16 bits for it (AMQP 0-9-1, 1.4.2.6)
 
 
 class AddressError(ValueError):
-    """What is wrong with an AMQP URL, as the end of a sentence that begins with the name of the setting."""
+    """A fault in an AMQP URL. Its text completes a sentence that begins with the name of the setting."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,18 +35,18 @@ class Address:
 
     @property
     def shown(self) -> str:
-        """For logs: without the password and the query."""
+        """The URL for logs, without password and query."""
         user = unquote(self.userinfo.partition(":")[0])
         hosts = ",".join(f"{_bracketed(host)}:{port}" for host, port in self.hosts)
         return f"{self.scheme}://{f'{quote(user)}:***@' if user else ''}{hosts}/{self.vhost}"
 
     def only(self, host: str, port: int) -> Address:
-        """The same with one host."""
+        """Return the same address with one host."""
         return replace(self, hosts=((host, port),))
 
     @property
     def url(self) -> str:
-        """The URL, as aiormq takes it when there is one host."""
+        """The URL. aiormq takes it if it has one host."""
         user = f"{self.userinfo}@" if self.userinfo else ""
         user = user.replace("[", "%5B").replace("]", "%5D")  # yarl would take them for those of an IPv6 address
         hosts = ",".join(f"{_bracketed(host)}:{port}" for host, port in self.hosts)
@@ -54,7 +54,7 @@ class Address:
 
 
 def parse_address(url: str) -> Address:
-    """Take an AMQP URL apart. Raise AddressError for what is not one, or could be read in two ways."""
+    """Parse an AMQP URL. Raise AddressError if it is none, or could be read in two ways."""
     scheme, separator, rest = url.partition("://")
     if not separator or scheme.lower() not in _PORTS:
         raise AddressError(f"must look like {_EXAMPLE}")
@@ -80,12 +80,12 @@ def parse_address(url: str) -> Address:
 
 
 def masked_url(url: str) -> str:
-    """A URL that `parse_address` takes, without its password and query, for logs."""
+    """Return a valid URL without its password and query, for logs."""
     return parse_address(url).shown
 
 
 def check_host(host: str) -> None:
-    """Raise AddressError for what is neither a host name nor an address, or has a port."""
+    """Raise AddressError unless `host` is a host name or an IP address, without a port."""
     try:
         host.encode("idna")
         if ":" in host or any(character in "@/?#[] \t\r\n," for character in host):
@@ -95,7 +95,7 @@ def check_host(host: str) -> None:
 
 
 def _host(text: str, default_port: int) -> tuple[str, int]:
-    """Host and port of one item of the list."""
+    """Return host and port of one item of the list. Raise AddressError."""
     if text.startswith("["):
         host, bracket, port = text[1:].partition("]")
         if not bracket or port[:1] not in ("", ":"):
@@ -109,19 +109,19 @@ def _host(text: str, default_port: int) -> tuple[str, int]:
     if not host:
         raise AddressError(f"has a host that is empty; it must look like {_EXAMPLE}")
     if not (port.isascii() and port.isdigit() and 1 <= int(port[:6]) <= 65535):
-        raise AddressError("has a port that is no number from 1 to 65535")
+        raise AddressError("has a port that is not a number from 1 to 65535")
     try:
         check_host(host)
     except AddressError:
-        raise AddressError("has a host that is no host name or address") from None
+        raise AddressError("has a host that is neither a host name nor an address") from None
     return host, int(port)
 
 
 def _check_query(query: str) -> None:
-    """Refuse what aiormq would raise a ValueError for at every attempt to connect."""
+    """Raise AddressError for parameters with which every attempt of aiormq to connect would raise ValueError."""
     for name, value in parse_qsl(query, keep_blank_values=True):
         if name in ("heartbeat", "timeout") and not (value.isascii() and value.isdigit()):
-            raise AddressError(f"has a {name} that is no whole number of seconds")
+            raise AddressError(f"has a {name} that is not a whole number of seconds")
         if name == "heartbeat" and int(value[:6]) > _HEARTBEAT_SECONDS_MOST:
             raise AddressError(f"has a heartbeat above {_HEARTBEAT_SECONDS_MOST} s")
         if name == "auth" and value.lower() not in ("plain", "external"):

@@ -30,11 +30,11 @@ _CONNECTION_CLOSE, _BLOCKED, _UNBLOCKED = b"\x00\x0a\x00\x32", b"\x00\x0a\x00\x3
 
 
 class FrameError(Exception):
-    """The byte stream is not AMQP: a frame is too large, lacks its end octet, or its content does not add up."""
+    """A byte stream that is not AMQP: a frame too large, without its end octet, or with inconsistent content."""
 
 
 class Delivery(NamedTuple):
-    """A message from the broker. `header` is the payload of its content header frame, for `message_id` and pamqp."""
+    """A message from the broker. `header` is the payload of its content header frame."""
 
     delivery_tag: int
     redelivered: bool
@@ -46,7 +46,7 @@ _tuple: Any = tuple.__new__  # a NamedTuple's own constructor takes three times 
 
 
 class Confirm(NamedTuple):
-    """The broker's word on published messages; `multiple` covers every lower delivery tag too."""
+    """A publisher confirm: an ack (`ok`) or a nack. `multiple` covers every lower delivery tag too."""
 
     delivery_tag: int
     multiple: bool
@@ -54,17 +54,17 @@ class Confirm(NamedTuple):
 
 
 class Notice(NamedTuple):
-    """A cold frame that we must know of as well: "blocked", "unblocked", "closed", "cancelled" or "returned"."""
+    """A cold frame that concerns the fast lane too: "blocked", "unblocked", "closed", "cancelled" or "returned"."""
 
     kind: str
     text: str
 
 
 class FrameDecoder:
-    """Cuts the hot frames of channel `HOT_CHANNEL` out of a byte stream that may be split anywhere.
+    """A decoder that separates the hot frames of `HOT_CHANNEL` from a byte stream that may be split anywhere.
 
-    `feed` returns the cold bytes, whole frames only, in their order; hot frames are appended to `deliveries`,
-    `confirms` and `notices`, which the caller empties.
+    `feed` returns the cold bytes, whole frames only, in their order. It appends hot frames to `deliveries`, `confirms`
+    and `notices`, which the caller empties.
     """
 
     __slots__ = (
@@ -94,11 +94,11 @@ class FrameDecoder:
         self._wanted = -1  # body bytes still to come; -1: no content in flight, -2: its header comes next
 
     def feed(self, data: bytes) -> bytes:
-        """Take what the socket gave; return the cold bytes. Raises FrameError."""
+        """Take bytes from the socket; return the cold ones. Raise FrameError."""
         if self._rest:
             data = bytes(self._rest) + data
         if not self._started:
-            if data[:1] == b"A":  # the broker's protocol header: it wants another version (2.2.4); aiormq says so
+            if data[:1] == b"A":  # the broker's protocol header, to say that it wants another version (2.2.4)
                 return data
             self._started = True
         cold: list[bytes] = []
@@ -127,14 +127,14 @@ class FrameDecoder:
         return b"".join(cold)
 
     def _whole_message(self, data: bytes, start: int, stop: int) -> int:
-        """Behind a Deliver: take its header and its only body frame, if both are here. Return where to continue."""
+        """Take the header and the only body frame behind a Deliver, if both are here. Return where to continue."""
         if stop - start < _CONTENT.size:
             return start
         kind, channel, size, _, _, body_size = _CONTENT.unpack_from(data, start)
         body_frame = start + size + _OVERHEAD
         end: int = body_frame + body_size + _OVERHEAD
         if end > stop or kind != _HEADER or channel != HOT_CHANNEL or not body_size:
-            return start  # frame by frame, then
+            return start  # then frame by frame
         if (
             _FRAME.unpack_from(data, body_frame) != (_BODY, HOT_CHANNEL, body_size)
             or data[body_frame - 1] != 0xCE
@@ -148,7 +148,7 @@ class FrameDecoder:
         return end
 
     def _hot(self, kind: int, data: bytes, start: int, stop: int) -> bool:
-        """Take the frame with the payload data[start:stop] if it is hot. Tells whether it was."""
+        """Take the frame with the payload data[start:stop] if it is hot. Tell whether it was."""
         if kind == _METHOD:
             method = data[start : start + 4]
             if method in (_CONFIRM_ACK, _CONFIRM_NACK):
@@ -205,14 +205,14 @@ def _short_string(data: bytes, at: int) -> str:
 
 
 def _publish_method(queue_name: str) -> bytes:
-    """A Basic.Publish frame: through the default exchange, mandatory."""
+    """Return a Basic.Publish frame to the default exchange, mandatory."""
     key = queue_name.encode()
     publish = b"\x00\x3c\x00\x28\x00\x00\x00" + bytes([len(key)]) + key + b"\x01"
     return _FRAME.pack(_METHOD, HOT_CHANNEL, len(publish)) + publish + _END
 
 
 def _body_max(frame_max: int) -> int:
-    """Bytes of a body that fit in one frame (4.2.3); `frame_max` 0: no limit."""
+    """Return how many bytes of a body fit in one frame (4.2.3). A `frame_max` of 0 is no limit."""
     return frame_max - _OVERHEAD if frame_max else 2**31 - 1
 
 
@@ -225,18 +225,18 @@ def _body_frames(body: bytes, body_max: int) -> list[bytes]:
 
 
 def publish_frames(queue_name: str, header: bytes, body: bytes, frame_max: int) -> list[bytes]:
-    """The frames of one message, in parts to be joined. `header`: the payload of its content header frame."""
+    """Return the frames of one message, in parts to be joined. `header` is the payload of its content header frame."""
     parts = [_publish_method(queue_name), _FRAME.pack(_HEADER, HOT_CHANNEL, len(header)), header, _END]
     return parts + _body_frames(body, _body_max(frame_max))
 
 
 class PublishEncoder:
-    """`publish_frames` to one queue for persistent application/json, as fast as can be."""
+    """The fast form of `publish_frames`, for persistent application/json to one queue."""
 
     __slots__ = ("_before_size", "_body_max", "_one_body", "_properties")
 
     def __init__(self, queue_name: str, frame_max: int) -> None:
-        """`frame_max` in bytes, as negotiated; 0 is no limit."""
+        """Prepare what all messages share. `frame_max` is the negotiated one, in bytes; 0 is no limit."""
         # Property flags: content-type, delivery-mode, message-id, timestamp.
         before_id = b"\x90\xc0" + b"\x10application/json" + b"\x02" + bytes([32])
         header_size = 2 + 2 + 8 + len(before_id) + 32 + 8
@@ -247,7 +247,7 @@ class PublishEncoder:
         self._body_max = _body_max(frame_max)
 
     def encode(self, body: bytes, message_id: bytes, timestamp: bytes) -> Sequence[bytes]:
-        """The frames of one message, in parts to be joined. `message_id`: 32 bytes; `timestamp`: `packed_seconds`."""
+        """Return the frames of one message, in parts to be joined. `message_id` has 32 bytes, `timestamp` 8 bytes."""
         size = len(body)
         if 0 < size <= self._body_max:
             return (
@@ -266,15 +266,15 @@ class PublishEncoder:
 
 
 def packed_seconds(seconds: int) -> bytes:
-    """A timestamp property: seconds since 1970, 64 bits (4.2.5.4)."""
+    """Return a timestamp property: Unix time in seconds, 64 bits (4.2.5.4)."""
     return _U64.pack(seconds)
 
 
 def ack_frame(delivery_tag: int, multiple: bool) -> bytes:
-    """A Basic.Ack frame."""
+    """Return a Basic.Ack frame."""
     return _ACK.pack(_METHOD, HOT_CHANNEL, 13, 60, 80, delivery_tag, multiple, 0xCE)
 
 
 def ack_frames(tags: Iterable[tuple[int, bool]]) -> bytes:
-    """Basic.Ack frames for (delivery_tag, multiple) pairs."""
+    """Return Basic.Ack frames for (delivery_tag, multiple) pairs."""
     return b"".join([ack_frame(tag, multiple) for tag, multiple in tags])

@@ -1,6 +1,6 @@
-"""One connection to RabbitMQ, opened in bounded time and kept up for ever, by way of aiormq.
+"""One connection to RabbitMQ through aiormq, opened in bounded time and kept up until cancelled.
 
-Nothing here knows HTTP, CSV or what is in a message. Hot frames are transport.py's, queues are topology.py's.
+Nothing here knows HTTP, CSV or what is in a message. Hot frames are in transport.py, queues in topology.py.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ log = logging.getLogger("predlog.amqp")
 
 RESOLVE_TIMEOUT_SECONDS = 5.0
 HANDSHAKE_TIMEOUT_SECONDS = 5.0  # of TLS and AMQP; the TCP connect before it has a bound of its own
-STAGGER_SECONDS = 1.0  # after which the next address is tried beside one that does not answer (as RFC 8305 has it)
+STAGGER_SECONDS = 1.0  # before the next address is tried as well (RFC 8305)
 CONNECT_TIMEOUT_SECONDS = 10.0  # of one call on an open connection
 CLOSE_TIMEOUT_SECONDS = 1.5
 HEARTBEAT_SECONDS = 10  # aiormq takes the broker for dead after three missed ones
 LAST_WORDS_SECONDS = 0.5
 BACKOFF_FIRST_SECONDS, BACKOFF_MOST_SECONDS = 0.1, 3.0
-SETTLED_SECONDS = 5.0  # a connection that lived so long begins its back-off anew
+SETTLED_SECONDS = 5.0  # after a connection that lived this long, the back-off starts again
 
 # What aiormq, pamqp and the socket raise when a connection fails; AMQPError alone does not cover them.
 CONNECTION_ERRORS = (
@@ -42,8 +42,8 @@ CONNECTION_ERRORS = (
     RuntimeError,
     asyncio.IncompleteReadError,
 )
-# A restart does not fix these: the first connection ends the process with one line. Later ones wait: somebody may be
-# in the middle of changing a password or a right.
+# A restart does not fix these. At the first connection they end the process with one line. Later they are retried, as
+# an operator may be changing a password or a right.
 _HOPELESS = (
     aiormq.exceptions.ProbableAuthenticationError,
     aiormq.exceptions.AuthenticationError,
@@ -53,13 +53,13 @@ _HOPELESS = (
 
 
 class LinkListener(LaneListener, Protocol):
-    """Who uses a connection that is kept up."""
+    """The user of a connection that is kept up."""
 
     async def up(self, link: Link) -> None:
-        """Set a new connection up: declare, consume. What it raises makes this a failed attempt."""
+        """Set up a new connection: declare, consume. An exception makes it a failed attempt."""
 
     def down(self, reason: str) -> None:
-        """Hear that there is no connection, and why: after a loss, and after each failed attempt."""
+        """Take note that there is no connection, and why. Called after a loss and after each failed attempt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +72,11 @@ class Link:
 
     @property
     def frame_max(self) -> int:
-        """Largest frame, bytes; 0: no limit."""
+        """The largest frame, in bytes; 0 is no limit."""
         return int(self.connection.connection_tune.frame_max or 0)
 
     async def close(self) -> None:
-        """Close in order if the broker listens; never wait for one that does not."""
+        """Close in order if the broker answers in time; else abort."""
         try:
             if self.lane.lost is None:
                 await asyncio.wait_for(asyncio.shield(self.connection.close()), CLOSE_TIMEOUT_SECONDS)
@@ -96,7 +96,7 @@ _reapings: set[asyncio.Future[None]] = set()  # the loop itself holds no strong 
 
 
 async def _reap(connection: AbstractConnection) -> None:
-    """End aiormq's tasks of a connection whose transport is aborted; nobody waits for it."""
+    """End aiormq's tasks of a connection whose transport is aborted, in the background."""
     try:
         await asyncio.wait_for(connection.close(), CLOSE_TIMEOUT_SECONDS)
     except (Exception, asyncio.CancelledError) as error:
@@ -104,13 +104,13 @@ async def _reap(connection: AbstractConnection) -> None:
 
 
 async def closed() -> None:
-    """Wait until aiormq's tasks of every closed link have ended. At the end of a process: else asyncio reports them."""
+    """Wait until aiormq's tasks of all closed links have ended, so that asyncio does not report them at the end."""
     if _reapings:
         await asyncio.wait(_reapings)
 
 
 def cancelled() -> bool:
-    """Tell whether the running task really was cancelled: aiormq may report a loss as CancelledError as well."""
+    """Tell whether the running task was cancelled. aiormq may report a loss as CancelledError too."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
 
@@ -120,7 +120,7 @@ def cancelled() -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Candidate:
-    """One address to try: the URL with the host's name, which TLS verifies, and where that name leads."""
+    """One address to try: the URL with the host's name, which TLS verifies, and a socket address of that host."""
 
     address: Address
     family: int
@@ -128,9 +128,9 @@ class _Candidate:
 
 
 async def _candidates(address: Address) -> list[_Candidate]:
-    """Every address of every host, in random order, so that the connections of many processes spread over a cluster.
+    """Return every address of every host, in random order, so that many processes spread over a cluster.
 
-    Raises OSError when no host can be resolved.
+    Raise OSError when no host can be resolved.
     """
     loop = asyncio.get_running_loop()
 
@@ -150,8 +150,8 @@ async def _candidates(address: Address) -> list[_Candidate]:
 async def open_link(url: str, name: str, listener: LaneListener, high_water_bytes: int = 2**20) -> Link:
     """Connect to the first host of `url` that answers, and open the hot channel with confirms.
 
-    Raises one of CONNECTION_ERRORS, or StartupError, in bounded time: an address that does not answer within
-    STAGGER_SECONDS gets company from the next one, and the first to be ready wins.
+    Raise one of CONNECTION_ERRORS, or StartupError, in bounded time. When an address does not answer within
+    STAGGER_SECONDS, the next one is tried as well, and the first to be ready wins.
     """
     untried = await _candidates(parse_address(url))
     trying: set[asyncio.Task[Link]] = set()
@@ -180,7 +180,7 @@ async def open_link(url: str, name: str, listener: LaneListener, high_water_byte
 
 
 def _abort(task: asyncio.Task[Link]) -> None:
-    """One that was cancelled aborts its own connection; but it may have been ready at the same moment."""
+    """Abort a connection that was ready at the moment its task was cancelled."""
     if _error_of(task) is None:
         task.result().lane.fail("another one was ready first")
 
@@ -220,7 +220,7 @@ async def _open_one(candidate: _Candidate, name: str, listener: LaneListener, hi
 
 
 def explain(error: BaseException, url: str) -> str:
-    """Say what is wrong in words, for the errors that a person can fix."""
+    """Return one line for a person that says what is wrong, and what to correct if anything."""
     if isinstance(error, StartupError):
         return str(error)
     shown = masked_url(url)
@@ -240,9 +240,9 @@ def explain(error: BaseException, url: str) -> str:
 
 
 async def keep_up(url: str, name: str, listener: LinkListener, high_water_bytes: int = 2**20) -> None:
-    """Connect, let the listener set the link up, wait until it is lost, and again, until cancelled.
+    """Keep a connection up until cancelled: connect, let the listener set the link up, wait for its loss, repeat.
 
-    Raises StartupError if the first attempt fails for a reason that waiting does not fix.
+    Raise StartupError if the first attempt fails for a reason that waiting does not fix.
     """
     attempt, said, first = 0, "", True
     loop = asyncio.get_running_loop()
@@ -269,7 +269,7 @@ async def keep_up(url: str, name: str, listener: LinkListener, high_water_bytes:
             if cancelled():
                 raise
             trouble = "the connection was cut; reconnecting"
-        except Exception as error:  # a bare one is aiormq's way to report a cut during a call
+        except Exception as error:  # aiormq reports a cut during a call as a bare Exception
             if type(error) is not Exception:
                 log.exception("%s: unexpected", name)
             trouble = "the connection was cut; reconnecting"
@@ -290,12 +290,12 @@ async def keep_up(url: str, name: str, listener: LinkListener, high_water_bytes:
 
 
 async def _up(listener: LinkListener, link: Link) -> None:
-    """Let the listener set the link up; a loss meanwhile ends it, though aiormq may not tell the caller."""
+    """Let the listener set the link up. A loss meanwhile ends that, even if aiormq does not report it."""
     setting_up = asyncio.create_task(listener.up(link))
     try:
         waited: list[asyncio.Future[Any]] = [setting_up, link.lane.gone]
         await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
-        if not setting_up.done():  # the call that met the loss may say more about it
+        if not setting_up.done():  # the call that met the loss may give a better reason
             await asyncio.wait({setting_up}, timeout=LAST_WORDS_SECONDS)
     finally:
         if not setting_up.done():
@@ -309,5 +309,5 @@ async def _up(listener: LinkListener, link: Link) -> None:
 
 
 def _is_hopeless(task: asyncio.Task[None]) -> bool:
-    """Tell whether it failed for a reason that says more than the loss which came with it."""
+    """Tell whether the task failed for a reason that explains the loss better than the loss itself."""
     return not task.cancelled() and isinstance(task.exception(), (*_HOPELESS, StartupError))

@@ -1,4 +1,4 @@
-"""Message properties as they are on the wire, octet by octet (AMQP 0-9-1, 4.2.6). Pure: bytes in, values out."""
+"""Message properties in their wire format (AMQP 0-9-1, 4.2.6). Pure: bytes in, values out."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _CONTENT = Struct(">HHQ")
 
 
 def _size(kind: str, header: bytes, at: int) -> int:
-    """Octets of the value at `at`. Raises IndexError behind the end."""
+    """Return the size of the value at `at`, in octets. Raise IndexError behind the end."""
     if kind == "s":
         return 1 + header[at]
     if kind == "t":
@@ -41,7 +41,7 @@ def _size(kind: str, header: bytes, at: int) -> int:
 
 
 def split_properties(header: bytes) -> tuple[Properties, Headers]:
-    """The properties and, apart from them, the headers of a content header's payload. Raises FrameError."""
+    """Return the properties of a content header's payload, and separately its headers. Raise FrameError."""
     flags, at = int.from_bytes(header[12:14], "big"), 14
     properties: Properties = {}
     try:
@@ -79,7 +79,7 @@ def _table(headers: Headers) -> bytes:
 
 
 def content_header(properties: Properties, headers: Headers, body_bytes: int) -> bytes:
-    """A content header's payload: the inverse of `split_properties`."""
+    """Return the payload of a content header; the inverse of `split_properties`."""
     have = properties | {"headers": _table(headers)} if headers else properties
     flags, values = 0, []
     for index, (name, _) in enumerate(_PROPERTIES):
@@ -90,7 +90,7 @@ def content_header(properties: Properties, headers: Headers, body_bytes: int) ->
 
 
 def long_string(value: bytes) -> bytes:
-    """A header's value: a long string."""
+    """Return a long string as the value of a header."""
     return b"S" + len(value).to_bytes(4, "big") + value
 
 
@@ -99,9 +99,9 @@ _ID_INDEX = [name for name, _ in _PROPERTIES].index("message_id")
 
 
 def message_id_of(header: bytes) -> bytes | None:
-    """The message-id property from a content header's payload; None if the publisher set none. Raises FrameError.
+    """Return the message-id property of a content header's payload; None if the publisher set none. Raise FrameError.
 
-    It is found whatever stands behind it, and in the headers.
+    Only what stands before the message-id must be readable.
     """
     if header[12:33] == _OURS:
         return header[33:65]

@@ -1,4 +1,4 @@
-"""The queues: their names and arguments, how they are declared, and whether they may be published to."""
+"""The queues: names, arguments, declaration, and the check that the user may publish."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from aiormq.abc import AbstractChannel, AbstractConnection
 from common.amqp.link import CONNECT_TIMEOUT_SECONDS
 from common.errors import StartupError
 
-# x-delivery-limit: RabbitMQ 4.x drops a message at its 20th return unless a limit is set, and 3.10 takes the -1 that
-# means "none" to 4.x for zero. The largest number that both take keeps every message through any number of reconnects.
-# x-single-active-consumer: a standby gets nothing, so that it sits on no unacked messages (RabbitMQ 3.8 and later).
+# x-delivery-limit: RabbitMQ 4.x drops a message at its 20th return unless a limit is set, and 3.10 reads -1, which
+# means "no limit" in 4.x, as zero. The largest number that both take keeps a message through any number of reconnects.
+# x-single-active-consumer: a standby is sent nothing, so that it holds no unacked messages (RabbitMQ 3.8 and later).
 QUEUE_ARGUMENTS: Mapping[str, str | int | bool] = {
     "x-queue-type": "quorum",
     "x-delivery-limit": 2**31 - 1,
@@ -22,7 +22,7 @@ QUEUE_ARGUMENTS: Mapping[str, str | int | bool] = {
 DEAD_LETTER_ARGUMENTS: Mapping[str, str | int | bool] = {"x-queue-type": "quorum", "x-delivery-limit": 2**31 - 1}
 
 
-# A name that no queue has: a message to it is returned, or refused if its user may publish nothing.
+# No queue has this name. A message to it is returned, or refused if the user may not publish.
 _NO_QUEUE = "predlog.no-such-queue"
 
 
@@ -36,7 +36,7 @@ def dead_letter_queue(queue_name: str) -> str:
 
 
 async def declare(channel: AbstractChannel, queue_name: str, arguments: Mapping[str, str | int | bool]) -> None:
-    """Declare a durable queue; raises StartupError when it exists with other arguments, naming the difference."""
+    """Declare a durable queue. Raise StartupError, which names the difference, if it exists with other arguments."""
     try:
         async with asyncio.timeout(CONNECT_TIMEOUT_SECONDS):
             await channel.queue_declare(queue_name, durable=True, arguments=dict(arguments))
@@ -48,11 +48,11 @@ async def declare(channel: AbstractChannel, queue_name: str, arguments: Mapping[
 
 
 async def check_may_publish(connection: AbstractConnection) -> None:
-    """Publish what cannot be routed, on a channel of its own, and wait until it is returned.
+    """Publish an unroutable message on a separate channel, and wait until it is returned.
 
-    It meets what the first event of a client would meet. Raises ChannelAccessRefused when the user may not write to the
-    default exchange. During an alarm the broker says connection.blocked because of it, as it does only to connections
-    that publish; the message may then never be returned.
+    It meets what a client's first event would meet. Raise ChannelAccessRefused if the user may not write to the default
+    exchange. During an alarm the broker sends connection.blocked to connections that publish, and may never return the
+    message.
     """
     channel = await connection.channel()
     try:

@@ -1,7 +1,7 @@
 """The fast lane: a protocol under aiormq's reader that takes the hot frames itself and hands aiormq all the others.
 
-aiormq keeps the handshake, TLS, topology, calls and errors. Two rules hold it together. Only this lane publishes and
-acks on the hot channel: a publish of aiormq's there would shift the delivery tags. Only whole frames are written, so
+aiormq keeps the handshake, TLS, topology, calls and errors. Two rules make that safe. Only this lane publishes and acks
+on the hot channel, since a publish of aiormq's there would shift the delivery tags. Only whole frames are written, so
 that the lane and aiormq can share the socket.
 """
 
@@ -28,22 +28,22 @@ HEARTBEAT_FEED_SECONDS = 1.0
 
 
 class LaneListener(Protocol):
-    """Who hears of the hot frames of one connection. Called from the event loop; none may raise."""
+    """The receiver of the hot frames of one connection. It is called from the event loop and must not raise."""
 
     def deliveries(self, deliveries: list[Delivery]) -> None:
-        """Messages for the consumer of the hot channel, in order."""
+        """Take messages for the consumer of the hot channel, in order."""
 
     def confirms(self, confirms: list[Confirm]) -> None:
-        """The broker's word on what was published on the hot channel."""
+        """Take confirms of what was published on the hot channel."""
 
     def blocked(self, reason: str) -> None:
-        """The broker reads nothing more that is published (connection.blocked), and why; "" when it reads again."""
+        """Note why the broker stopped reading what is published (connection.blocked); "" when it reads again."""
 
 
 class FastLane(asyncio.StreamReaderProtocol):
-    """One connection's hot frames.
+    """The hot frames of one connection.
 
-    `gone` is done, with the reason, as soon as the connection or its hot channel is of no more use.
+    The future `gone` is done, with the reason, as soon as the connection or its hot channel can no longer be used.
     """
 
     def __init__(self, listener: LaneListener, reader: asyncio.StreamReader, loop: asyncio.AbstractEventLoop) -> None:
@@ -62,11 +62,11 @@ class FastLane(asyncio.StreamReaderProtocol):
 
     @property
     def lost(self) -> str | None:
-        """Why the lane is of no more use; None while it is."""
+        """The reason why the lane can no longer be used; None while it can."""
         return self.gone.result() if self.gone.done() else None
 
     def negotiated(self, frame_max: int, high_water_bytes: int) -> None:
-        """Tell the lane what the handshake settled, and how much may wait to be written before `congested`."""
+        """Set the negotiated frame size, and how many bytes may wait to be written before the lane is `congested`."""
         self._decoder.frame_max = frame_max
         if self._lane_transport is not None:
             self._lane_transport.set_write_buffer_limits(high=min(high_water_bytes, 2**31 - 1))  # uvloop's int
@@ -74,7 +74,7 @@ class FastLane(asyncio.StreamReaderProtocol):
     # Out
 
     def send(self, parts: Iterable[bytes]) -> None:
-        """Send whole frames, given in parts: one write for all that is sent in one turn of the loop."""
+        """Send whole frames, given in parts, with one write for all that is sent in one turn of the event loop."""
         self._out += parts
         if not self._flush_due:
             self._flush_due = True
@@ -100,7 +100,7 @@ class FastLane(asyncio.StreamReaderProtocol):
             transport.resume_reading()
 
     def keep_alive(self) -> None:
-        """Call now and then while held back: aiormq's liveness clock must not take our own pause for a dead broker."""
+        """Call once a second: aiormq's liveness clock must not take a lane that is held back for a dead broker."""
         if self._held_back and not self.gone.done():
             self._cold_reader.feed_data(HEARTBEAT)
 
@@ -113,7 +113,7 @@ class FastLane(asyncio.StreamReaderProtocol):
         try:
             cold = decoder.feed(data)
         except (FrameError, struct.error, IndexError) as error:
-            self.fail(f"the broker sent what is not AMQP: {error}")
+            self.fail(f"the broker sent invalid AMQP: {error}")
             return
         if cold:
             self._cold_reader.feed_data(cold)
@@ -121,7 +121,7 @@ class FastLane(asyncio.StreamReaderProtocol):
             self._handle_notices()
         if decoder.confirms:
             confirms, decoder.confirms = decoder.confirms, []
-            if not self.gone.done():  # the ack of a returned message is no good news: all is published again
+            if not self.gone.done():  # the broker acks a returned message too, and all are published again
                 self._confirms(confirms)
             self._feed_heartbeat()
         if decoder.deliveries:
@@ -150,7 +150,7 @@ class FastLane(asyncio.StreamReaderProtocol):
     # The end
 
     def fail(self, reason: str) -> None:
-        """Give this connection up, at once."""
+        """Abort the connection, for `reason`."""
         self._lose(reason)
         if self._lane_transport is not None:
             self._lane_transport.abort()
@@ -177,9 +177,9 @@ class FastLane(asyncio.StreamReaderProtocol):
 
 
 class FastLaneFactory(TransportFactory):
-    """Opens the socket for aiormq, to one address, with a FastLane under its reader.
+    """A factory of the socket that aiormq reads and writes, to one address, with a FastLane under its reader.
 
-    One factory makes one connection: `lane`.
+    It makes one connection, whose lane is `lane`.
     """
 
     def __init__(self, listener: LaneListener, family: int, socket_address: tuple[Any, ...]) -> None:
@@ -193,7 +193,7 @@ class FastLaneFactory(TransportFactory):
         reader = asyncio.StreamReader(loop=loop)
         try:
             tls = await kwargs["ssl_context_provider"].get_context() if url.scheme == "amqps" else None
-        except OSError as error:  # also ssl.SSLError; neither names the file
+        except OSError as error:  # includes ssl.SSLError; neither names the file
             files = ", ".join(url.query[key] for key in ("cafile", "certfile", "keyfile") if key in url.query)
             why = error.strerror or error
             raise StartupError(f"AMQP_URL names a file that cannot be used: {files} ({why})") from None
@@ -212,7 +212,7 @@ class FastLaneFactory(TransportFactory):
         return reader, asyncio.StreamWriter(transport, lane, reader, loop)
 
     async def _connect(self) -> socket.socket:
-        """A TCP connection. The kernel itself would wait for minutes for a host that is gone."""
+        """Connect over TCP in bounded time. The kernel alone would wait for minutes for a dead host."""
         connecting = socket.socket(self._family, socket.SOCK_STREAM)
         try:
             connecting.setblocking(False)

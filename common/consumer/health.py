@@ -11,7 +11,7 @@ from common.metrics import CONTENT_TYPE as METRICS_TYPE
 
 
 class Health:
-    """The application behind the health port. `not_ready` is why no event would reach the CSV now, or ""."""
+    """The application of the health port. `not_ready` returns why no event would reach the CSV now, or ""."""
 
     def __init__(self, not_ready: Callable[[], str], metrics: Callable[[], bytes]) -> None:
         self._not_ready = not_ready
@@ -29,7 +29,7 @@ class Health:
             exchange.answer(200, b'{"status":"ready"}')
 
     def check(self, head: Head) -> bytes:
-        """Refuse what is not one of the pages."""
+        """Raise HttpError for anything but a page."""
         if head.path not in (b"/healthz", b"/readyz", b"/metrics"):
             raise HttpError(404, "here are /healthz, /readyz and /metrics")
         if head.method not in (b"GET", b"HEAD"):
@@ -37,7 +37,7 @@ class Health:
         return b""
 
     def answered(self, exchange: Exchange, status: int) -> None:
-        """Nothing is counted here."""
+        """Count nothing: the health port has no metrics of its own."""
 
 
 HEALTH_LIMITS = ServerLimits(

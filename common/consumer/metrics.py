@@ -1,4 +1,4 @@
-"""What the consumer counts."""
+"""The metrics of the consumer."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ class Counters:
         self.store_ok = m.gauge("predlog_store_ok", "1 while batches can be stored.", min)
         self.active = m.gauge("predlog_active", "1 while this consumer owns the CSV, 0 on standby.")
         self.connected = m.gauge("predlog_amqp_connected", "1 while connected to the broker.", min)
-        self.stalled = m.gauge("predlog_stalled", "1 while work waits and none of it gets further.", max)
+        self.stalled = m.gauge("predlog_stalled", "1 while work waits without progress.", max)
         self.spilled_bytes = m.gauge(
-            "predlog_dead_letters_spilled_bytes", "Size of the file of dead letters that the broker does not take."
+            "predlog_dead_letters_spilled_bytes", "Size of the file of dead letters that the broker has not taken."
         )
         self.unserved = m.gauge(
-            "predlog_unserved_messages", "Messages in queues of another number of partitions, that nobody consumes."
+            "predlog_unserved_messages", "Messages in queues of another number of partitions that have no consumer."
         )
         self.start_time = m.gauge("process_start_time_seconds", "Start of the process, Unix time.", max)
         self.reconnects = m.counter("predlog_amqp_reconnects_total", "Connections to the broker lost.")

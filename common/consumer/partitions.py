@@ -1,4 +1,4 @@
-"""Which partitions a consumer serves, and the settings of each: its queue and its CSV. Pure."""
+"""The partitions that a consumer serves, and the settings of each. Pure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _RANGE = re.compile(r"(\d{1,5})(?:-(\d{1,5}))?", re.ASCII)
 
 
 def served(settings: ConsumerSettings) -> dict[int, ConsumerSettings]:
-    """The settings of each partition that PARTITION names, by its number. Raise SettingError."""
+    """Return the settings of each partition that PARTITION names, by its number. Raise SettingError."""
     count = settings.partitions
     numbers = _numbers(settings.partition, count)
     if count == 1:
@@ -29,7 +29,7 @@ def served(settings: ConsumerSettings) -> dict[int, ConsumerSettings]:
 
 
 def csv_file(path: str, number: int) -> str:
-    """data/data.csv → data/data.2.csv"""
+    """Return the CSV of a partition: data/data.2.csv for data/data.csv and 2."""
     stem, suffix = os.path.splitext(path)
     return f"{stem}.{number}{suffix}"
 

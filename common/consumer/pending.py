@@ -1,4 +1,4 @@
-"""When to store, and what to acknowledge, decided without a clock or I/O."""
+"""The decisions when to store and what to ack. Pure: no clock, no I/O."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from math import inf
 from common.amqp.codec import Delivery
 from common.event.rows import count_rows
 
-FULL_BYTES = 16 * 1024 * 1024  # a batch of large events is full long before it has many rows
-COUNTED_BYTES = 8 * 1024  # rows are counted in smaller bodies only: a search through images costs more than it tells
-# Group commit: a batch waits for as long as the last one took, so that the disk is busy with us for half of the time at
-# most; and this long in any case, which bounds the batches to 330 a second (two fsyncs each).
+FULL_BYTES = 16 * 1024 * 1024  # fills a batch of large events long before it has many rows
+COUNTED_BYTES = 8 * 1024  # rows are counted only up to this size: searching images costs too much
+# Group commit: a batch waits for as long as the last one took, so that the disk is busy for half of the time at most.
+# It waits for at least this long, which bounds the batches to 330 a second, with two fsyncs each.
 LEAST_WAIT_SECONDS = 0.003
 
 
 class Pending:
-    """Deliveries that wait for the next batch. Times are seconds of any one clock."""
+    """Deliveries that wait for the next batch. Times are in seconds of one monotonic clock."""
 
     def __init__(self, batch_max_rows: int, prefetch_count: int, flush_interval_seconds: float) -> None:
         self.deliveries: list[Delivery] = []
         self.bytes = 0
         self.rows = 0  # exact for small events of our producer
-        self.since = inf  # when the oldest of them came; inf: there is none
+        self.since = inf  # when the oldest of them came; inf if there is none
         self._batch_max_rows = batch_max_rows
         self._prefetch_count = prefetch_count
         self._flush_interval = flush_interval_seconds
@@ -40,12 +40,12 @@ class Pending:
                 self.rows += count_rows(body)
 
     def stored(self, seconds: float) -> None:
-        """Set the pace: the last batch took the disk so long."""
+        """Take note that the last batch took the disk `seconds`, which sets how long the next one waits."""
         self._wait = min(max(LEAST_WAIT_SECONDS, seconds), self._flush_interval)
 
     @property
     def full(self) -> bool:
-        """No need to wait for more, or nothing more will come before an ack."""
+        """Whether the batch need not grow, or cannot before an ack."""
         return (
             self.rows >= self._batch_max_rows
             or self.bytes >= FULL_BYTES
@@ -53,10 +53,10 @@ class Pending:
         )
 
     def due_in(self, now: float) -> float | None:
-        """Seconds until the batch must be stored; 0 at once, None while there is nothing to store.
+        """Return the seconds until the batch must be stored: 0 for at once, None while there is nothing to store.
 
-        A message that comes again has waited before: a connection that the broker cuts (its consumer_timeout) while a
-        batch waits must not make it wait from the beginning, for ever.
+        A redelivered message has waited before. If the broker cuts the connection while a batch waits (its
+        consumer_timeout), the messages must not wait from the beginning again and again.
         """
         if not self.deliveries:
             return None
@@ -65,9 +65,9 @@ class Pending:
         return max(0.0, self.since + self._wait - now)
 
     def take(self) -> list[Delivery]:
-        """What came while the last batch was stored: all of it, or as much of large events as makes a batch full.
+        """Take all that came while the last batch was stored, or of large events as much as makes a batch full.
 
-        `prefetch_count` bounds the former. The latter is written from several copies, so its bytes are bounded as well.
+        `prefetch_count` bounds the number. Writing a batch takes several copies, so its bytes are bounded as well.
         """
         taken, since = self.deliveries, self.since
         rest: list[Delivery] = []
@@ -88,10 +88,10 @@ class Pending:
 
 
 def ack_ranges(stored: Sequence[int], held: Collection[int]) -> list[tuple[int, bool]]:
-    """The acks for `stored` delivery tags, ascending, as (tag, multiple), that cover no tag in `held`.
+    """Return the acks for ascending `stored` delivery tags, as (tag, multiple), that cover no tag in `held`.
 
-    One ack with multiple=True covers every tag up to its own that is not settled yet; above the lowest held tag each is
-    acked by itself. Every lower tag must be stored already, or be in `held`.
+    One ack with multiple=True covers every unsettled tag up to its own; tags above the lowest held one are acked one by
+    one. Every lower tag must be stored already, or be in `held`.
     """
     lowest_held = min(held, default=None)
     if lowest_held is None:
@@ -101,5 +101,5 @@ def ack_ranges(stored: Sequence[int], held: Collection[int]) -> list[tuple[int, 
 
 
 def rotation_due(csv_bytes: int, age_seconds: float, rotate_bytes: int, rotate_interval_seconds: int) -> bool:
-    """Whether the CSV is to be rotated away; a limit of 0 is off."""
+    """Tell whether the CSV is to be rotated. A limit of 0 is off."""
     return (0 < rotate_bytes <= csv_bytes) or (0 < rotate_interval_seconds <= age_seconds)

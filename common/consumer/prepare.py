@@ -1,4 +1,4 @@
-"""A batch of deliveries made ready for the store: decoded, without duplicates, as rows. Pure."""
+"""The preparation of a batch for the store: decoding, deduplication, rows. Pure."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class Prepared(NamedTuple):
     data: bytes  # whole CSV rows
     rows: int
     ids: list[bytes]  # of the messages in `data`, 16 bytes each
-    stored: list[int]  # delivery tags to ack once `data` is safe, ascending; duplicates are among them
+    stored: list[int]  # delivery tags to ack once `data` is safe, ascending, duplicates included
     duplicates: int
     poison: list[Poison]
 
 
 def prepare_batch(deliveries: Sequence[Delivery], seen: Callable[[bytes], bool], low_prob_threshold: float) -> Prepared:
-    """Decode a batch, drop what was stored already, encode the rest. A message gives all of its rows, or none."""
+    """Decode a batch, drop what is stored already, encode the rest. A message gives all of its rows or none."""
     parts, stored, poison, fresh = list[str](), [], [], dict[bytes, None]()
     duplicates = rows = 0
     for delivery in deliveries:

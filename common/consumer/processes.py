@@ -1,6 +1,6 @@
 """One process for each partition under a supervisor, and one for the health port of all.
 
-They share a Board: a row of metrics and a slot of text each, in memory that is made before they are forked.
+They share a Board, memory that is mapped before they are forked. Each has a row of metrics and a slot of text in it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _SLOT = struct.Struct("<dH1014s")  # when (monotonic, the same clock for all pro
 
 
 class Board:
-    """What the processes of `partitions` tell the one with the health port."""
+    """The memory through which the processes of `partitions` report to the one with the health port."""
 
     def __init__(self, partitions: Sequence[int]) -> None:
         self._partitions = partitions
@@ -56,22 +56,22 @@ class Board:
                     counters.oldest_unacked,
                 ),
                 (metrics.gauge("predlog_partition_csv_bytes", "Size of its CSV.", partition=label), counters.csv_bytes),
-                (metrics.gauge("predlog_partition_ready", "1 while it can go on.", partition=label), -1),
+                (metrics.gauge("predlog_partition_ready", "1 while it can continue.", partition=label), -1),
             ):
                 self._shown.append((place, index, source))
 
     def report(self, index: int, reason: str) -> None:
-        """Why the partition cannot go on, now; "" when it can."""
+        """Note why the partition cannot continue, or "", with the time."""
         text = reason.encode()[:1014]
         _SLOT.pack_into(self._slots, index * _SLOT.size, time.monotonic(), len(text), text)
 
     def not_ready(self) -> str:
-        """Each partition that cannot go on, and why; "" when all can."""
+        """Return each partition that cannot continue, and why; "" when all can."""
         reasons = [(number, self._reason(index)) for index, number in enumerate(self._partitions)]
         return "; ".join(f"partition {number}: {reason}" for number, reason in reasons if reason)
 
     def metrics(self) -> bytes:
-        """The metrics of all partitions added up, and some of each."""
+        """Return the metrics of all partitions added up, and some of each."""
         for place, index, source in self._shown:
             value = self.rows[index][source] if source >= 0 else float(not self._reason(index))
             self._by_partition.values[place] = value
@@ -106,7 +106,7 @@ async def serve(
 
 
 def serve_all(settings: ConsumerSettings, partitions: Mapping[int, ConsumerSettings]) -> int:
-    """Run one process for each partition until a signal; the exit code."""
+    """Run one process for each partition until a signal; return the exit code."""
     by_file: dict[str, int] = {}
     for number, each in partitions.items():
         other = by_file.setdefault(os.path.realpath(each.csv_file), number)
@@ -131,7 +131,7 @@ def serve_all(settings: ConsumerSettings, partitions: Mapping[int, ConsumerSetti
 
 
 async def _serve_health(settings: ConsumerSettings, board: Board, alive_fd: int) -> None:
-    """Serve the health port until a signal; it outlives the partitions that drain."""
+    """Serve the health port until a signal."""
     stop = on_stop(alive_fd)
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, lambda: None)
     server = HttpServer(HEALTH_LIMITS, Health(board.not_ready, board.metrics))

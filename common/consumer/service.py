@@ -1,4 +1,4 @@
-"""The consumer as a service: one queue into one CSV. Its parts wired, started, drained and closed."""
+"""The consumer as a service, from one queue into one CSV: its parts built, started, drained and closed."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ TICK_SECONDS = 1.0
 
 
 class ConsumerService:
-    """Call `start`, `drain` and `close`, each once. `running` is the work in between; it ends early only by an error.
+    """One consumer. Call `start`, `drain` and `close`, each once. Its work, `running`, ends early only by an error.
 
-    `name` is what the broker shows. `report(why it is not ready)` is called once a second. With `base_queue_name`,
-    the name before any partition's number, it also looks for messages that are left over from another PARTITIONS.
+    `name` is what the broker shows. `report` is called once a second with why the service is not ready, or "". With
+    `base_queue_name`, the name without a partition's number, it also looks for messages left by another PARTITIONS.
     """
 
     def __init__(
@@ -55,21 +55,21 @@ class ConsumerService:
         self._store: Store | None = None
         self._spill: Spill | None = None
         self._worker: Worker | None = None
-        self._no_worker = "starting"  # why there is none
+        self._no_worker = "starting"  # the reason, while there is no worker
         self._tasks: list[asyncio.Task[None]] = []
         self.health_port = 0
 
     async def start(self) -> None:
-        """Open the health port, and begin: as a standby, if another consumer owns the CSV."""
+        """Open the health port, and begin to consume, or to wait as a standby."""
         values, counters = self._counters.metrics.values, self._counters
         values[counters.start_time] = time.time()
-        values[counters.store_ok] = 1.0  # on standby nothing speaks against it
+        values[counters.store_ok] = 1.0  # a standby has no trouble
         if self._settings.health_port:
             self.health_port = await self._server.listen(self._settings.health_host, self._settings.health_port)
         self.running = self._task(self._run())
 
     async def drain(self) -> None:
-        """Take nothing new; store and ack what is here, for SHUTDOWN_TIMEOUT_MS at most."""
+        """Take nothing new; store and ack what is in memory, for at most SHUTDOWN_TIMEOUT_MS."""
         self._stop.set()
         await asyncio.wait([self.running], timeout=self._settings.shutdown_timeout_ms / 1000)
         if self._worker is None:
@@ -86,7 +86,7 @@ class ConsumerService:
         await end(*self._tasks)
         if self._worker is not None:
             await self._worker.close()
-        for part in (self._spill, self._store):  # behind whatever their thread still does
+        for part in (self._spill, self._store):  # after what their thread still does
             if part is not None:
                 await asyncio.get_running_loop().run_in_executor(self._thread, part.close)
         self._thread.shutdown(wait=False)
@@ -94,18 +94,18 @@ class ConsumerService:
         self._lock.release()
 
     def reopen(self) -> None:
-        """Somebody moved the CSV. A standby has no file to open again."""
+        """Open the CSV again, after it was moved. A standby has none."""
         if self._worker is not None:
             self._worker.reopen()
 
     def not_ready(self) -> str:
-        """Why no event would reach the CSV now; "" when it would."""
+        """Return why no event would reach the CSV now; "" when it would."""
         if self._worker is None:
             return self._no_worker
         return self._worker.not_ready() or (self._unserved.reason() if self._unserved is not None else "")
 
     def metrics(self) -> bytes:
-        """The metrics as text, with the gauges of this moment."""
+        """Return the metrics as text, with current gauges."""
         if self._worker is not None:
             self._worker.tick()
         return self._counters.metrics.render()
@@ -142,7 +142,7 @@ class ConsumerService:
         return None if self._worker is None else self._worker.link
 
     async def _own(self) -> bool:
-        """Wait as a standby until the CSV is ours; False if stopped before."""
+        """Wait as a standby until this process owns the CSV. Return False if stopped before."""
         waiting = False
         while not self._lock.acquire():
             self._no_worker = "standby: another consumer owns the CSV"
@@ -156,7 +156,7 @@ class ConsumerService:
         return True
 
     async def _past_trouble(self, call: Callable[[], Awaitable[T]]) -> T | None:
-        """What `call` returns, once the disk is fit for it; None if stopped before."""
+        """Retry `call` through disk trouble; return its result, or None if stopped before."""
         delay, in_trouble = RETRY_FIRST_SECONDS, False
         while True:
             try:

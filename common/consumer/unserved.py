@@ -1,4 +1,4 @@
-"""Messages in queues of another number of partitions, which this consumer does not serve, and nobody else does.
+"""Messages in queues of another number of partitions, which no consumer serves.
 
 They are left over when PARTITIONS is changed before the old queues are empty.
 """
@@ -21,7 +21,7 @@ LOOK_AGAIN_SECONDS = 30.0
 
 
 class Unserved:
-    """Looks once for each connection, and again and again while there is something. `link` is the present one."""
+    """A watch for such messages, once for each connection, and repeatedly while there are some."""
 
     def __init__(self, queue_name: str, partitions: int, link: Callable[[], Link | None]) -> None:
         self.messages = 0
@@ -31,11 +31,11 @@ class Unserved:
         self._reason = ""
 
     def reason(self) -> str:
-        """Where messages wait, in words; "" when none do."""
+        """Return where messages wait, as a sentence; "" when none do."""
         return self._reason
 
     async def watch(self) -> None:
-        """Look, until cancelled."""
+        """Look for messages until cancelled."""
         loop, looked_at, looked_on = asyncio.get_running_loop(), 0.0, None
         while True:
             link, now = self._link(), loop.time()
@@ -48,11 +48,11 @@ class Unserved:
                 except (*CONNECTION_ERRORS, asyncio.CancelledError) as error:
                     if cancelled():
                         raise
-                    log.debug("while looking for queues that nobody serves: %r", error)
+                    log.debug("while looking for queues without consumers: %r", error)
             await asyncio.sleep(POLL_SECONDS)
 
     async def _look(self, connection: AbstractConnection) -> dict[str, int]:
-        """The messages in each such queue. Numbers follow one another: the first that is missing is the end."""
+        """Return the number of messages in each such queue that has some. The first missing number ends the search."""
         name, number = self._queue_name, self._partitions
         found: dict[str, int] = {}
         if number == 1:
@@ -68,7 +68,7 @@ class Unserved:
         reason = ""
         if found:
             queues = ", ".join(f"{count} in '{queue}'" for queue, count in found.items())
-            reason = f"messages wait that no consumer takes with PARTITIONS={self._partitions}: {queues}"
+            reason = f"messages wait in queues that no consumer serves with PARTITIONS={self._partitions}: {queues}"
         if reason and not self._reason:
             log.warning("%s; see docs/scaling.md on changing PARTITIONS", reason)
         elif self._reason and not reason:
@@ -77,9 +77,9 @@ class Unserved:
 
 
 async def _abandoned(connection: AbstractConnection, queue_name: str) -> int | None:
-    """The messages in a queue without consumers; None if there is no such queue that we may look at.
+    """Return the number of messages in a queue without consumers; None if it does not exist or is not readable.
 
-    On a channel of its own: a queue that is not there closes it.
+    It takes a separate channel, because a missing queue closes the channel.
     """
     channel = await connection.channel()
     try:

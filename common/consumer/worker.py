@@ -1,8 +1,8 @@
-"""The loop of the consumer: deliveries in, batch after batch into the store, acks out.
+"""The consumer's loop: deliveries in, batches into the store, acks out.
 
-The event loop owns everything here. The store has a thread of its own, one call at a time: it prepares a batch (which
-reads the ids that the journal remembers), appends it, rotates and reopens. The event loop itself only reads the numbers
-that the store shows: committed bytes and age.
+The event loop owns everything here. The store has a thread of its own, one call at a time: prepare a batch, which
+reads the ids that the journal remembers; append it; rotate; reopen. The event loop only reads the committed bytes and
+the age of the store.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ HELD_BACK_BYTES = 64 * 1024 * 1024  # of deliveries in memory; beyond it the bro
 RETRY_FIRST_SECONDS, RETRY_MOST_SECONDS = 0.1, 5.0
 TROUBLE_POLL_SECONDS = 0.25
 IDLE_SECONDS = 1.0
-STALL_SECONDS = 10.0  # work waits, and none of it has got further for so long: say so
+STALL_SECONDS = 10.0  # after so long without progress, waiting work is reported as stalled
 
 
 class Worker:
-    """Takes deliveries, stores them batch by batch, acks. A link calls the first five methods; `run` is the loop."""
+    """The listener of a link, and the loop (`run`) that stores its deliveries batch by batch and acks them."""
 
     def __init__(
         self,
@@ -58,13 +58,13 @@ class Worker:
         self._outgoing = Outgoing(mover, spill, self._in_thread, self._acknowledge, counters)
         self._link: Link | None = None
         self._consumer_tag = ""
-        self._down = "not connected yet"  # why there is no link; "" while there is
-        self._trouble = ""  # why batches cannot be stored now
-        self._stalled = ""  # why work that waits has not got further
+        self._down = "not connected yet"  # the reason while there is no link; "" while there is
+        self._trouble = ""  # the reason while batches cannot be stored
+        self._stalled = ""  # the reason while waiting work makes no progress
         self._storing: tuple[int, float] | None = None  # messages in the batch being stored, and when the oldest came
-        self._calls: dict[asyncio.Future[Any], float] = {}  # that wait for the store's thread, and since when
+        self._calls: dict[asyncio.Future[Any], float] = {}  # waiting for the store's thread, and since when
         self._delivered_at = self._loop.time()
-        self._fruitless_looks = 0  # how often messages waited in the queue, and none was delivered since
+        self._fruitless_looks = 0  # checks that found messages in the queue, since the last delivery
         self._wake = asyncio.Event()
         self._draining = False
         self._reopen_due = False
@@ -72,7 +72,7 @@ class Worker:
 
     @property
     def link(self) -> Link | None:
-        """The one that delivers now."""
+        """The link that delivers now."""
         return self._link
 
     # The link
@@ -82,23 +82,23 @@ class Worker:
         settings = self._settings
         await declare(link.channel, settings.queue_name, QUEUE_ARGUMENTS)
         await declare(link.channel, dead_letter_queue(settings.queue_name), DEAD_LETTER_ARGUMENTS)
-        # RabbitMQ cuts a link that is not read for half a minute: in trouble, the next one takes nothing until it ends.
+        # RabbitMQ cuts a link that is not read for 30 s. During disk trouble a new link consumes nothing until it ends.
         while self._trouble and not self._draining:
             self._down = ""  # there is a link
             await asyncio.sleep(TROUBLE_POLL_SECONDS)
         if self._draining:
-            return  # nothing new; the link is only kept up
+            return  # take nothing new; the link is only kept up
         async with asyncio.timeout(CONNECT_TIMEOUT_SECONDS):
             await link.channel.basic_qos(prefetch_count=settings.prefetch_count)
             self._link, self._down = link, ""
             self._delivered_at = self._loop.time()
             consuming = await link.channel.basic_consume(settings.queue_name, _not_called)
         self._consumer_tag = consuming.consumer_tag or ""
-        if self._draining:  # since a moment ago
+        if self._draining:  # it began during the call
             await link.channel.basic_cancel(self._consumer_tag, nowait=True)
 
     def down(self, reason: str) -> None:
-        """What was not stored yet comes again; acks for this link have no meaning any more."""
+        """Forget what is not stored yet, since it is delivered again. Acks for the lost link are void."""
         if self._link is not None:
             self._counters.metrics.values[self._counters.reconnects] += 1.0
         self._link, self._down = None, reason
@@ -120,10 +120,10 @@ class Worker:
             self._link.lane.hold_back(True)
 
     def confirms(self, confirms: list[Confirm]) -> None:
-        """Nothing is published on this connection."""
+        """Ignore them: nothing is published on this connection."""
 
     def blocked(self, reason: str) -> None:
-        """An alarm of the broker stops publishers only."""
+        """Ignore it: an alarm of the broker stops publishers only."""
 
     # The loop
 
@@ -141,14 +141,14 @@ class Worker:
                 await self._store_until_done(prepared)
             self._storing = None
             self._counters.metrics.values[self._counters.duplicates] += prepared.duplicates
-            if link is self._link:  # else all of it comes again: on another channel the tags mean other messages
+            if link is self._link:  # else it is delivered again, and these tags mean other messages
                 for each in prepared.poison:
                     log.warning("a message that is not an event goes to the dead letters: %s", each.reason)
                 self._outgoing.take(prepared.poison)
                 self._ack(link, prepared.stored)
 
     async def _batch_is_due(self) -> bool:
-        """Wait for the next batch; False once there is nothing more to come."""
+        """Wait for the next batch. Return False when drained."""
         while True:
             await self._between_batches()
             wait = self._pending.due_in(self._loop.time())
@@ -157,12 +157,12 @@ class Worker:
             if self._draining:
                 return False
             self._wake.clear()
-            with suppress(TimeoutError):  # not wait_for: that of Python 3.11 may swallow a cancellation
+            with suppress(TimeoutError):  # not wait_for, which may swallow a cancellation in Python 3.11
                 async with asyncio.timeout(IDLE_SECONDS if wait is None else wait):
                     await self._wake.wait()
 
     async def _between_batches(self) -> None:
-        """What may only happen while no batch is being stored: rotate, reopen, put dead letters into their file."""
+        """Do what must not happen while a batch is stored: rotate, reopen, put dead letters into their file."""
         settings, store = self._settings, self._store
         try:
             if rotation_due(store.committed_bytes, store.age_seconds, settings.rotate_bytes, settings.rotate_interval):
@@ -179,7 +179,7 @@ class Worker:
             self._rotation_failed = True
 
     async def _store_until_done(self, prepared: Prepared) -> None:
-        """Append a batch; in trouble (disk full, I/O error) wait and retry: nothing is acked before it is safe."""
+        """Append a batch. In disk trouble (full, I/O error) wait and retry: nothing is acked before it is safe."""
         counters, delay = self._counters, RETRY_FIRST_SECONDS
         while True:
             try:
@@ -212,7 +212,7 @@ class Worker:
             del self._calls[future]
 
     def _ack(self, link: Link | None, tags: Sequence[int]) -> None:
-        """Ack on the link that delivered, if it still is the one."""
+        """Ack on the link that delivered, if it is still the current one."""
         if link is not None and link is self._link and link.lane.lost is None:
             link.lane.send([ack_frames(ack_ranges(tags, self._outgoing.held))])
 
@@ -222,7 +222,7 @@ class Worker:
     # Watching
 
     def not_ready(self) -> str:
-        """Why no event would reach the CSV now, or something needs a person; "" when all is well."""
+        """Return why no event would reach the CSV now, or what needs an operator; "" when all is well."""
         if self._trouble:
             return f"cannot store: {self._trouble}"
         if self._stalled:
@@ -230,7 +230,7 @@ class Worker:
         return f"no broker: {self._down}" if self._down else self._outgoing.trouble()
 
     def tick(self) -> None:
-        """Once a second: the gauges, whether anything is stalled, and aiormq's liveness clock while we do not read."""
+        """Set the gauges, note a stall, and keep a held-back link alive. Call it once a second."""
         values, counters, now = self._counters.metrics.values, self._counters, self._loop.time()
         if self._link is not None:
             self._link.lane.keep_alive()
@@ -265,10 +265,10 @@ class Worker:
         self._stalled = stalled
 
     async def watch(self) -> None:
-        """Look into the queue when nothing was delivered for a while: if messages wait there, something is wrong.
+        """Check the queue when nothing was delivered for a while; if messages wait there twice, connect again.
 
-        For example acks that the broker has not taken, a lost consumer, or another consumer of the queue (it has a
-        single active one). A new connection cures all but the last, and then does no harm.
+        Possible causes are acks that the broker lost, a consumer that it forgot, or another active consumer of the
+        queue. A new connection fixes the first two. With a second consumer it is not tried.
         """
         while True:
             await asyncio.sleep(STALL_SECONDS / 2)
@@ -276,7 +276,7 @@ class Worker:
             if link is None or self._draining or self._pending.deliveries or self._storing is not None:
                 continue
             if len(self._outgoing.held) >= self._settings.prefetch_count:
-                continue  # no wonder, and told elsewhere
+                continue  # the prefetch is used up; Outgoing reports it
             if self._loop.time() - since < STALL_SECONDS / 2:
                 continue
             try:
@@ -290,7 +290,7 @@ class Worker:
                 link.lane.fail("the broker does not answer")
                 continue
             except CONNECTION_ERRORS:
-                continue  # the link is lost, and whoever keeps it up says why
+                continue  # the link is lost; keep_up reports it
             if link is not self._link or since != self._delivered_at:
                 continue
             self._fruitless_looks = self._fruitless_looks + 1 if queue.message_count else 0
@@ -301,16 +301,16 @@ class Worker:
     # The end
 
     def reopen(self) -> None:
-        """Somebody (logrotate) moved the CSV: begin a new one before the next batch."""
+        """Begin a new CSV before the next batch, after the current one was moved (by logrotate, for example)."""
         self._reopen_due = True
         self._wake.set()
 
     async def drain(self, running: asyncio.Task[None]) -> None:
-        """Take no more deliveries; store and ack what is here, and dead-letter what is poison."""
+        """Take no more deliveries; store and ack what is in memory, and dead-letter poison."""
         link, self._draining = self._link, True
         if link is not None and link.lane.lost is None:
             try:
-                # No answer wanted: it would come behind all deliveries in flight, and not at all while held back.
+                # nowait: the answer would come behind all deliveries in flight, and not at all while held back.
                 async with asyncio.timeout(CLOSE_TIMEOUT_SECONDS):
                     await link.channel.basic_cancel(self._consumer_tag, nowait=True)
             except (Exception, asyncio.CancelledError) as error:
@@ -326,4 +326,4 @@ class Worker:
 
 
 async def _not_called(_: object) -> None:
-    """aiormq wants a callback; the fast lane takes the deliveries before aiormq sees them."""
+    """Satisfy aiormq, which needs a callback. The fast lane takes the deliveries before aiormq sees them."""

@@ -1,4 +1,4 @@
-"""JSON documents within bounds: what one may cost, and what orjson's reading leaves out. Pure."""
+"""JSON documents of bounded cost, and the exact reading of what orjson cannot represent. Pure."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ import orjson
 from common.errors import InvalidEvent
 from common.event.faults import make_fault
 
-# What a document may cost before anything is known about it. A prediction with `n` tags has 4 + n values (counted as
-# commas, brackets and braces that open), so a full batch of `max_preds` predictions may have 8 tags in each.
+# The bound on the values of a document, counted as commas and opening brackets and braces. A prediction with `n` tags
+# has 4 + n of them, so `max_preds` predictions may have 8 tags each.
 VALUES_PER_PRED = 12
 SPARE_VALUES = 10_000
-# The second, exact reading of a refused document is many times slower than the first where numbers are long: strings
-# aside, it reads no more than this.
+# The exact reading of a refused document is many times slower than orjson's where numbers are long. It is not tried on
+# documents with more bytes than this outside strings.
 EXACT_READING_BYTES = 1 << 18
 
 _VALUE_CHARS = (b",", b"[", b"{")
 _WINDOW_BYTES = 1 << 16
-_RARE_HITS = 16  # in a window
+_RARE_HITS = 16  # at most, in a window
 _BOM = b"\xef\xbb\xbf"
 
 
 def write_json(value: object) -> bytes:
-    """Compact JSON, UTF-8."""
+    """Return `value` as compact JSON in UTF-8."""
     return orjson.dumps(value)
 
 
 def read_json(body: bytes) -> Any:
-    """The JSON document in `body`: UTF-8, one byte order mark allowed, the last of equal keys wins, depth up to 1024.
+    """Return the JSON document in `body`: UTF-8, a byte order mark allowed, the last of equal keys wins, depth to 1024.
 
-    Integers beyond 64 bits come as floats; `decode` knows better. Raises InvalidEvent with one fault for an empty body
-    and for what RFC 8259 does not allow (NaN, lone surrogates and numbers beyond a double included).
+    Integers beyond 64 bits become floats; `read_exactly` keeps them. Raise InvalidEvent with one fault for an empty
+    body and for what RFC 8259 does not allow, including NaN, lone surrogates and numbers beyond a double.
     """
     try:
         return orjson.loads(body.removeprefix(_BOM))
@@ -45,6 +45,7 @@ def read_json(body: bytes) -> Any:
 
 
 def unreadable(position: int) -> InvalidEvent:
+    """Return the error of a document that stops being JSON at byte `position`."""
     return InvalidEvent([make_fault(("body", position), "json_invalid")])
 
 
@@ -54,6 +55,10 @@ DIGITS_TO_ZERO = bytes.maketrans(b"123456789", b"000000000")
 
 
 def read_exactly(body: bytes, otherwise: object) -> object:
+    """Read `body` with the standard library, which keeps long integers, NaN and lone surrogates.
+
+    Return `otherwise` where that would cost too much. Raise InvalidEvent with the position of what is not JSON.
+    """
     if len(body) > EXACT_READING_BYTES:
         outside = _outside_strings(body, EXACT_READING_BYTES)
         if outside is None or len(outside) > EXACT_READING_BYTES:
@@ -69,7 +74,7 @@ def read_exactly(body: bytes, otherwise: object) -> object:
 
 
 def bound_values(bodies: Sequence[bytes], limit: int) -> None:
-    """Refuse documents with more than `limit` values in all, at a fraction of what parsing them would cost."""
+    """Raise InvalidEvent when documents have more than `limit` values in all, at a fraction of the cost of parsing."""
     if sum(map(len, bodies)) <= limit:
         return
     count = 0
@@ -102,8 +107,8 @@ def _count_values(text: bytes, limit: int) -> int:
 def _count_char(text: bytes, char: bytes, start: int, end: int) -> int:
     """Count `char` in text[start:end].
 
-    Where hits are rare, as in images, `find` passes over them with the processor's own search, ten times faster than
-    `count`, which looks at every byte. Where they are not, `count` is faster.
+    Where hits are rare, as in images, `find` (memchr) is ten times faster than `count`, which looks at every byte.
+    Where they are frequent, `count` is faster.
     """
     for hits in range(_RARE_HITS):
         start = text.find(char, start, end) + 1
@@ -113,16 +118,16 @@ def _count_char(text: bytes, char: bytes, start: int, end: int) -> int:
 
 
 def _outside_strings(body: bytes, most_strings: int) -> bytes | None:
-    """Return a JSON document without what is in its strings; None when they are too many."""
+    """Return a JSON document without the contents of its strings; None if it has more than `most_strings`."""
     body = body.replace(rb"\\", b"").replace(rb"\"", b"")
     return b"".join(body.split(b'"')[::2]) if body.count(b'"') <= 2 * most_strings else None
 
 
 def array_items(body: bytes) -> list[Any]:
-    """Return the items of a JSON array. Raises InvalidEvent for what is none.
+    """Return the items of a JSON array. Raise InvalidEvent for any other document.
 
-    Unlike an event alone, an array is read once: where orjson refuses one item, it refuses the array. NDJSON is read
-    item by item.
+    Unlike a single event, an array is read once: where orjson refuses one item, it refuses the array. NDJSON is read
+    line by line.
     """
     items = read_json(body)
     if type(items) is not list:
@@ -131,7 +136,7 @@ def array_items(body: bytes) -> list[Any]:
 
 
 def line_items(body: bytes, limit: int) -> list[bytes]:
-    """Return the lines of NDJSON that are not blank. Raises InvalidEvent above `limit` lines of any kind."""
+    """Return the lines of NDJSON that are not blank. Raise InvalidEvent above `limit` lines of any kind."""
     if body.count(b"\n") > limit:
         raise InvalidEvent([make_fault(["body"], "json_too_large", f"Body should hold at most {limit} lines")])
     return [line for line in body.split(b"\n") if line.strip()]

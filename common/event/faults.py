@@ -20,17 +20,18 @@ _MESSAGES = {
 
 
 def make_fault(loc: Iterable[str | int], kind: str, message: str | None = None) -> Fault:
+    """Return a fault at the path `loc`; without a `message`, with pydantic's for the `kind`."""
     return {"loc": list(loc), "msg": message or _MESSAGES[kind], "type": kind}
 
 
 def is_not_json(faults: list[Fault]) -> bool:
-    """Whether these are the faults of a document that is not JSON, or empty."""
+    """Tell whether these are the faults of a document that is empty or not JSON."""
     first = faults[0]
     return first["type"] == "json_invalid" or (first["type"], first["loc"]) == ("missing", ["body"])
 
 
 def describe_faults(faults: list[Fault]) -> str:
-    """One short line for a person: the first fault, and how many there are. It holds nothing of the document's text."""
+    """Return one line for a person: the first fault and the number of others. It repeats no text of the document."""
     first = faults[0]
     loc = first["loc"]
     where = ".".join(map(str, loc)) if isinstance(loc, list) else ""

@@ -1,4 +1,4 @@
-"""Which partition a device belongs to. Pure."""
+"""The partition of a device. Pure."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from zlib import crc32
 
 
 def partition_of(device_id: str, partitions: int) -> int:
-    """Return crc32 of the UTF-8 of a `device_id` in normal form (unsigned, as zlib has it), modulo `partitions`.
+    """Return zlib's unsigned crc32 of the UTF-8 bytes of a `device_id` in normal form, modulo `partitions`.
 
-    Other publishers must do the same: so a device's rows are in one file, and a retry meets the ids of the first try.
+    Other publishers must use the same function: it keeps a device's rows in one file, where a retry meets the ids of
+    the first attempt.
     """
     return crc32(device_id.encode()) % partitions

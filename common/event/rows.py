@@ -11,21 +11,21 @@ from common.event.schema import Event, read_event
 
 CSV_HEADER = b"device_id;client_id;created_at;license_id;image_frame;prob;tags\r\n"
 LOW_PROB_TAG = "low_prob"
-LONG_CHARS = 1000  # a longer text is not copied into its row, but stays a part of its own
+LONG_CHARS = 1000  # a longer frame is not copied into its row; it stays a separate part
 
 
 def count_rows(body: bytes) -> int:
-    """How many rows the event in `body` makes: exact for normal form, where a quote in a string is escaped."""
+    """Return the number of rows of the event in `body`. It is exact for normal form, where quotes are escaped."""
     return body.count(b'"prob":') or body.count(b'"prob"')
 
 
 def csv_rows(body: bytes, low_prob_threshold: float) -> tuple[list[str], int]:
-    """The CSV rows of the event in `body`, one for each prediction, and how many. Raises InvalidEvent.
+    """Return the CSV rows of the event in `body`, one for each prediction, and their number. Raise InvalidEvent.
 
-    The rows are the parts joined: whoever joins those of a whole batch copies an image once. They are what
-    `csv.writer(delimiter=";")` writes. `tags` is a CSV record of its own (delimiter ","), with `low_prob` appended when
-    `prob < low_prob_threshold`. csv.writer itself looks at every character in turn: more than twice the cost for a
-    short row, 13 times for a 20 KB frame.
+    The rows come in parts to be joined: a caller that joins those of a whole batch copies an image once. They are what
+    `csv.writer(delimiter=";")` writes. `tags` is itself a CSV record (delimiter ","), with `low_prob` appended when
+    `prob < low_prob_threshold`. csv.writer, which examines each character, costs twice as much for a short row and 13
+    times as much for a 20 KB frame.
     """
     try:
         rows = _rows_quickly(orjson.loads(body), low_prob_threshold)
@@ -38,7 +38,7 @@ def csv_rows(body: bytes, low_prob_threshold: float) -> tuple[list[str], int]:
 
 
 def _rows_quickly(document: Any, low_prob_threshold: float) -> tuple[list[str], int] | None:
-    """`csv_rows` for a document in normal form (but for unknown members) with nothing to quote; None for any other."""
+    """Do `csv_rows` for a document in normal form, unknown members aside, with nothing to quote. Else return None."""
     try:
         data = document["data"]
         device_id, client_id, created_at = document["device_id"], document["client_id"], document["created_at"]
@@ -68,7 +68,7 @@ def _rows_quickly(document: Any, low_prob_threshold: float) -> tuple[list[str], 
             all_tags += tags
     except (KeyError, TypeError):
         return None
-    # One look at all of it, each with the processor's own search.
+    # One search through all cells at once costs less than one for each cell.
     tag_text = "".join(all_tags)
     if _must_quote("".join(texts) + tag_text) or "," in tag_text:
         return None
@@ -93,7 +93,7 @@ def _rows(event: Event, low_prob_threshold: float) -> str:
 
 
 def _quote(text: str, delimiter: str) -> str:
-    """A cell as csv.writer's QUOTE_MINIMAL writes it in Python 3.11 to 3.13 (not for a row of one empty cell)."""
+    """Quote a cell as csv.writer's QUOTE_MINIMAL does in Python 3.11 to 3.13 (but for a row of one empty cell)."""
     if delimiter in text or '"' in text or "\n" in text or "\r" in text:
         return '"' + text.replace('"', '""') + '"'
     return text

@@ -1,4 +1,4 @@
-"""Validation: a JSON document to an event in normal form, or every fault of it. Pure."""
+"""Validation: from a JSON document to an event in normal form, or to its faults. Pure."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ def _number(value: object) -> float:
     elif type(value) is float or type(value) is int:
         try:
             number = float(value)
-        except OverflowError:  # an integer beyond a double: pydantic's name for it
+        except OverflowError:  # an integer beyond a double; pydantic calls it so
             raise ValueError("float_type") from None
     else:
         raise ValueError("float_type")
-    if number - number != 0.0:  # an infinity or NaN: quicker than math.isfinite
+    if number - number != 0.0:  # true for infinities and NaN; faster than math.isfinite
         raise ValueError("finite_number")
     return number
 
@@ -64,7 +64,7 @@ _WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x20
 
 
 def _parse_number(text: str) -> float:
-    """A float as pydantic reads one from a string: Rust's grammar, which is Python's in ASCII but for underscores."""
+    """Parse a float as pydantic does: by Rust's grammar, which in ASCII is Python's but for underscores."""
     if len(text) <= MAX_NUMBER_CHARS:
         text = text.strip(_WHITE_SPACE)
         if text.isascii() and text.isprintable() and "__" not in text and "_" not in (text[:1], text[-1:]):
@@ -73,7 +73,7 @@ def _parse_number(text: str) -> float:
     raise ValueError("float_parsing")
 
 
-# A document's shape: an object by its members, a list by its only item, a value by what reads it.
+# The shape of a document: a dict for an object, a list of one for an array, a function for a value.
 Shape = dict[str, Any] | list[Any] | Callable[[object], object]
 
 _PREDS: Shape = [{"image_frame": _string, "prob": _number, "tags": [_string]}]
@@ -86,7 +86,7 @@ _EVENT: Shape = {
 
 
 class _Walk:
-    """Reads a document by its shape, and collects every fault on the way."""
+    """A walk through a document by its shape that collects every fault."""
 
     def __init__(self, max_preds: int | None, most_faults: int) -> None:
         self.max_preds = max_preds
@@ -123,7 +123,7 @@ class _Walk:
         return result
 
     def fault(self, kind: str, message: str | None = None) -> Any:
-        """Note a fault at `loc`, and return the value that stands for the faulty one."""
+        """Note a fault at `loc`; return a placeholder for the faulty value."""
         self.faults.append(make_fault(self.loc, kind, message))
         if len(self.faults) == self.most_faults:
             self.faults.append(make_fault(["body"], "too_many_faults", _TOO_MANY_FAULTS))
@@ -144,9 +144,9 @@ def _validate_carefully(document: object, max_preds: int | None, most_faults: in
 
 
 def _validate_quickly(document: Any, max_preds: int | None) -> Event | None:
-    """Return the event in normal form; None when somebody has to look closer.
+    """Return the event in normal form; None if only `_validate_carefully` can tell.
 
-    `document` is orjson's: none of its floats is an infinity or NaN.
+    `document` comes from orjson, so none of its floats is an infinity or NaN.
     """
     try:
         data = document["data"]
@@ -181,16 +181,16 @@ def _validate_quickly(document: Any, max_preds: int | None) -> Event | None:
 
 
 def validate_event(document: object, max_preds: int | None = None, most_faults: int = MAX_FAULTS) -> Event:
-    """Return the event in normal form. `document` is as `read_json` gives it; its lists of tags are shared, not copied.
+    """Return the event in normal form. `document` comes from `read_json`; its lists of tags are shared, not copied.
 
-    Raises InvalidEvent with every fault, up to `most_faults`.
+    Raise InvalidEvent with every fault, up to `most_faults`.
     """
     event = _validate_quickly(document, max_preds)
     return event if event is not None else _validate_carefully(document, max_preds, most_faults)
 
 
 class NormalEvent(NamedTuple):
-    """An event in normal form, as bytes, with what routing and counting want to know of it."""
+    """An event in normal form as bytes, with its device_id for routing and its number of rows for the metrics."""
 
     body: bytes
     device_id: str
@@ -208,9 +208,9 @@ def _normal_event(event: Event) -> NormalEvent:
 def read_event(body: bytes, max_preds: int | None = None, most_faults: int = MAX_FAULTS) -> Event:
     """Read and validate the event in `body`; the work is bounded when `max_preds` is given.
 
-    What orjson cannot tell is read a second time, as FastAPI would (up to EXACT_READING_BYTES outside of strings): so
-    an integer id of more than 64 bits keeps its digits, and NaN, 1e999 or a lone surrogate is named by where it is.
-    What `read_json` refuses is never accepted, though. Raises InvalidEvent with every fault, up to `most_faults`.
+    What orjson cannot represent is read a second time, as FastAPI would (up to EXACT_READING_BYTES outside strings). So
+    an integer id of more than 64 bits keeps its digits, and NaN, 1e999 or a lone surrogate is reported with its path.
+    What `read_json` refuses is never accepted. Raise InvalidEvent with every fault, up to `most_faults`.
     """
     if max_preds is not None:
         bound_values([body], VALUES_PER_PRED * max_preds + SPARE_VALUES)
@@ -230,22 +230,22 @@ def read_event(body: bytes, max_preds: int | None = None, most_faults: int = MAX
 
 
 def normalise_event(body: bytes, max_preds: int) -> NormalEvent:
-    """Return the event in `body` in normal form. Bounded work, whatever `body` is. Raises InvalidEvent."""
+    """Return the event in `body` in normal form. The work is bounded for any `body`. Raise InvalidEvent."""
     event = None
-    if len(body) <= SPARE_VALUES:  # it cannot hold more
+    if len(body) <= SPARE_VALUES:  # so few bytes hold no more values
         try:
             event = _validate_quickly(orjson.loads(body), max_preds)
         except orjson.JSONDecodeError:
-            event = None  # read_event knows more
+            event = None  # read_event finds the fault
     return _normal_event(read_event(body, max_preds) if event is None else event)
 
 
 def normalise_batch(body: bytes, lines: bool, max_preds: int) -> Iterator[NormalEvent | InvalidEvent]:
-    """Yield each event of a JSON array, or of NDJSON when `lines`, in normal form, or its faults.
+    """Yield each event of a JSON array, or of NDJSON when `lines`, in normal form, or the InvalidEvent that it is.
 
-    A fault's `loc` is body, position, …. `max_preds` bounds the events, and the predictions of each. Beyond MAX_FAULTS
-    in all, an event that is refused has one fault that stands for its own, which are not looked for any more. Raises
-    InvalidEvent before the first event when the whole cannot be read, or is too much.
+    A fault's `loc` begins with body and the position. `max_preds` bounds the events, and the predictions of each. Once
+    MAX_FAULTS were found, each further refused event has one fault, `too_many_faults`. Raise InvalidEvent before the
+    first event when the whole body cannot be read or is too large.
     """
     limit = VALUES_PER_PRED * max_preds + SPARE_VALUES
     items: list[Any] = line_items(body, limit) if lines else []

@@ -1,4 +1,4 @@
-"""Content codings: gzip and deflate content without its coding, within bounds. Pure: bytes in, bytes out."""
+"""Content codings: bounded decoding of gzip and deflate. Pure: bytes in, bytes out."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from common.errors import HttpError
 # Content codings by name (RFC 9110 section 8.4.1), with zlib's wbits. "deflate" is the zlib format (RFC 1950).
 _WBITS = {b"gzip": 16 + zlib.MAX_WBITS, b"x-gzip": 16 + zlib.MAX_WBITS, b"deflate": zlib.MAX_WBITS}
 _ACCEPTED = "gzip, deflate"
-_MEMBERS = 1000  # log shippers and bgzip write several; each costs an inflater
+_MEMBERS = 1000  # at most; log shippers and bgzip write several, and each costs an inflater
 _INPUT_BYTES, _OUTPUT_BYTES = 1 << 16, 1 << 20  # of one step
 
 Steps = Generator[None, None, bytes]
 
 
 def require_known_coding(content_encoding: bytes) -> None:
-    """Raise HttpError 415 for a content coding that is not known; it names those that are (RFC 9110 section 12.5.3)."""
+    """Raise HttpError 415 for an unknown content coding, with Accept-Encoding (RFC 9110 section 12.5.3)."""
     name = content_encoding.lower()
     if name not in _WBITS and name != b"identity":
         raise HttpError(415, "the content codings supported are gzip and deflate", (("Accept-Encoding", _ACCEPTED),))
 
 
 def decoded(content_encoding: bytes | None, body: bytes, max_bytes: int) -> Steps:
-    """Return content without its coding, in steps of a few milliseconds. Raises HttpError 400, 413 or 415.
+    """Decode `body` in steps of a few milliseconds; return the content. Raise HttpError 400, 413 or 415.
 
-    A coding has one member or several, and nothing after them (RFC 1952 section 2.2). It is never inflated to more than
-    `max_bytes` + 1.
+    There may be several members, and nothing after the last (RFC 1952 section 2.2). No more than `max_bytes` + 1 bytes
+    are inflated.
     """
     if content_encoding is None or content_encoding.lower() == b"identity":
         return body

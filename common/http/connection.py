@@ -1,7 +1,7 @@
-"""One client's connection: reading, answers in order, time-outs; and what the connections of a server share.
+"""A client's connection (reading, answers in order, time-outs), and what the connections of a server share.
 
-The grammar is parser's, the phases and their times are phases', what a request means is the application's.
-No task, future or timer is made for a request: answers are callbacks, and one sweep looks after all deadlines.
+The grammar is in parser.py, the phases and their times in phases.py, the meaning of a request in the application.
+No task, future or timer is made for a request: answers are callbacks, and one sweep checks all deadlines.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from common.http.response import CONTINUE
 
 log = logging.getLogger("predlog.http")
 
-# One connection's work without a look at the others: beyond it, what is left of its requests waits for its turn.
+# The work of one connection before others get their turn. What is left of its requests then waits.
 SLICE_SECONDS = 0.002
-# Work of all connections that wait for their turn, in one round of the event loop. With the rest of a round it stays
-# well below the 50 ms that the contract grants one client to delay another.
+# The work of all waiting connections in one round of the event loop. With the rest of a round it stays well below the
+# 50 ms by which one client may delay another (docs/http.md).
 TURN_SECONDS = 0.005
-# Without progress for so long, a connection may be evicted in favour of another: longer than a lost packet delays.
+# A connection without progress for this long may be evicted in favour of another. A lost packet delays for less.
 STALL_SECONDS = 1.0
-# Looking for the longest idle of 16,000 connections takes some 5 ms: not for each one that comes.
+# Finding the longest idle of 16,000 connections takes about 5 ms, too long to do for each new one.
 IDLE_SCAN_SECONDS = 0.1
 
 _TRY_AGAIN = (("Retry-After", "1"),)
@@ -54,12 +54,12 @@ def _too_much() -> HttpError:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerLimits:
-    """Bounds on connections and time; parser.Limits has those on one request."""
+    """Bounds on connections and time. Those on one request are in `parser.Limits`."""
 
     request: Limits
     connections: int
-    pipelined: int  # requests of one connection whose answers are due; beyond it we stop reading that connection
-    buffered_bytes: int  # of requests that are not complete and answers that are not read, all connections together
+    pipelined: int  # unanswered requests of one connection; beyond it the connection is not read
+    buffered_bytes: int  # of incomplete requests and unread answers, over all connections
     head_seconds: float
     body_seconds: float  # without progress
     idle_seconds: float
@@ -67,7 +67,7 @@ class ServerLimits:
 
 
 class ServerState:
-    """What the connections of a server share: limits, clock, and the bounds that they keep together."""
+    """The shared state of a server's connections: limits, clock, turns, and the bounds that they keep together."""
 
     def __init__(
         self,
@@ -85,8 +85,8 @@ class ServerState:
         self.draining = False
         self.seconds = self._seconds()
         self._call_soon = call_soon
-        self.turn_ends = math.inf  # of this round of the loop; inf while no connection takes long
-        self._waiting: deque[Connection] = deque()  # for their turn; those that were slow wait behind all others
+        self.turn_ends = math.inf  # the end of this round of the loop; inf while no connection takes long
+        self._waiting: deque[Connection] = deque()  # for their turn; slow ones wait behind all others
         self._waiting_slow: deque[Connection] = deque()
         self._idlest: list[Connection] = []  # the longest idle last
         self._next_scan = 0.0
@@ -98,16 +98,16 @@ class ServerState:
         )
 
     def drain(self) -> None:
-        """From now on each connection ends with the next answer that leaves it idle."""
+        """End each connection with the next answer that leaves it idle."""
         self.draining = True
         self.seconds = self._seconds()
         for connection in list(self.connections):
             connection.drain()
 
-    # Turns: a round of the event loop is shared, so that one client's work delays the others by little
+    # Turns. Connections share a round of the event loop, so that one client delays the others by little.
 
     def took_long(self, began: float) -> None:
-        """A connection has worked for longer than its slice, since `began`."""
+        """Note that a connection has worked since `began`, longer than its slice."""
         if self.turn_ends == math.inf:
             self.turn_ends = began + TURN_SECONDS
             self._call_soon(self._next_turn)
@@ -128,9 +128,9 @@ class ServerState:
     # Bounds over all connections
 
     def has_memory(self) -> bool:
-        """Whether the bound on what all connections hold is kept, once those that make no progress paid for it.
+        """Tell whether all connections together hold no more than they may.
 
-        Who holds most is first.
+        First free what connections without progress hold, the largest first.
         """
         if self.held_bytes <= self.limits.buffered_bytes:
             return True
@@ -147,7 +147,7 @@ class ServerState:
             raise _too_much()
 
     def evict_idle(self) -> bool:
-        """Close the connection that has been idle longest, if one has been for a while. Tell whether one was."""
+        """Close the longest idle connection, if one has been idle for STALL_SECONDS. Tell whether one was closed."""
         now = self.now()
         if not self._idlest and now >= self._next_scan:
             self._next_scan = now + IDLE_SCAN_SECONDS
@@ -163,7 +163,7 @@ class ServerState:
 
 
 class Connection(asyncio.Protocol):
-    """One client."""
+    """The connection of one client."""
 
     __slots__ = (
         "_eof",
@@ -189,11 +189,11 @@ class Connection(asyncio.Protocol):
         self.phase = IDLE
         self.deadline = math.inf  # of the phase; of the client's reading while it is stuck
         self.exchanges: deque[Exchange] = deque()  # whose answers are due, in order
-        self.stuck = False  # the client does not read its answers
-        self.held_bytes = 0  # counted in state.held_bytes: of an incomplete request, and unsent ones
+        self.stuck = False  # while the client does not read its answers
+        self.held_bytes = 0  # of the incomplete request and of unsent answers; counted in state.held_bytes
         self._unsent = 0  # bytes that the client had not taken at the last look, while it is stuck or closing
         self._parser = RequestParser(state.limits.request)
-        self._fields = b""  # what `check` returned for the head whose body is still arriving
+        self._fields = b""  # what `check` returned for a head whose body is still arriving
         self._reading = True
         self._eof = False
         self._pumping = False
@@ -238,17 +238,17 @@ class Connection(asyncio.Protocol):
             else:
                 self._pump()
         elif phase is LAST:
-            self._parser.receive_data(data)  # only to know that there was more
+            self._parser.receive_data(data)  # only to know that more has come
 
     def eof_received(self) -> bool:
-        # A half-close is a client's way to say that this was its last request: it still gets its answers.
+        # A client that half-closes has sent its last request and still gets its answers.
         self._eof = True
         if self.transport is None or self.transport.get_extra_info("sslcontext") is not None:
             return False  # asyncio has no half-closed TLS
         return bool(self.exchanges) or self._waiting
 
     def turn(self) -> None:
-        """Go on with requests that had to wait."""
+        """Continue with requests that had to wait for a turn."""
         self._waiting = self._slow = False
         if self.transport is not None and self.phase < LAST:
             if not self.stuck:
@@ -328,7 +328,7 @@ class Connection(asyncio.Protocol):
         self._set_reading(False)
 
     def _wait_for_more(self) -> None:
-        """Nothing complete is left: enter the phase of what is there in part, once it is this request's turn."""
+        """Enter the phase of an incomplete request, once all requests before it are answered."""
         parser = self._parser
         if parser.idle or self.exchanges:
             return
@@ -337,7 +337,7 @@ class Connection(asyncio.Protocol):
             if self.phase is not HEAD:
                 self._enter(HEAD)
         elif self.phase is not BODY:
-            # What may not come in is refused before its body is read; so is 100 Continue.
+            # A request is refused before its body is read, and before 100 Continue invites the body.
             self._fields = self._check(head)
             self._enter(BODY)
             if head.expect_continue and not parser.buffered_bytes and self.transport is not None:
@@ -355,7 +355,7 @@ class Connection(asyncio.Protocol):
             raise HttpError(500, "internal error; the log has the details") from None
 
     def _refuse(self, error: HttpError) -> None:
-        """Answer what cannot be read, behind the answers still due, and close then."""
+        """Refuse what cannot be read, after the answers still due, and close then."""
         self.exchanges.append(exchange := Exchange(self, self._parser.head, self.state.now(), refused=True))
         self._enter(LAST)
         exchange.fail(error)
@@ -363,14 +363,14 @@ class Connection(asyncio.Protocol):
     # What goes out
 
     def ends_with(self, exchange: Exchange) -> bool:
-        """Whether this is the last answer of a connection that is to end, so that it can say so."""
+        """Tell whether this is the last answer of a draining connection, so that it can say `Connection: close`."""
         if self.phase is ANSWERING and self.exchanges[-1] is exchange and self._parser.idle:
             self._enter(LAST)
             return True
         return False
 
     def flush(self) -> None:
-        """Write the answers that are due; called whenever one has come."""
+        """Write the answers that are due. Called after each answer."""
         if not self._pumping and self._write_answers():
             self._pump()
 
@@ -414,8 +414,11 @@ class Connection(asyncio.Protocol):
         return more
 
     def _finish(self, polite: bool) -> None:
-        """Close. When the client may still be sending, close only our side first, read on and drop what comes: a reset
-        would destroy the answer on its way (RFC 9112 section 9.6)."""
+        """Close the connection after its last answer.
+
+        If the client may still be sending, close only our side first, and read and drop what comes: a reset would
+        destroy the answer on its way (RFC 9112 section 9.6).
+        """
         transport = self.transport
         assert transport is not None
         if polite or self._eof:
@@ -425,7 +428,7 @@ class Connection(asyncio.Protocol):
         self._parser = RequestParser(self.state.limits.request)
         self._account()
         if transport.can_write_eof():
-            transport.write_eof()  # TLS has none in asyncio: there the client closes, or falls silent
+            transport.write_eof()  # without it (TLS in asyncio) the client closes, or LINGER_SECONDS end the connection
         self._set_reading(True)
 
     def _close(self) -> None:
@@ -466,7 +469,7 @@ class Connection(asyncio.Protocol):
     # Memory
 
     def _account(self) -> None:
-        """Keep the sum over all connections of what they hold in memory, and within its bound."""
+        """Update the memory that all connections hold, and keep it within its bound."""
         held_bytes = self._parser.buffered_bytes + (self._unsent if self.stuck else 0)
         more = held_bytes - self.held_bytes
         if not more:
@@ -478,7 +481,7 @@ class Connection(asyncio.Protocol):
             self.give_up_memory()
 
     def is_stalled(self, now: float) -> bool:
-        """Whether it is the client's turn, and nothing has come, or been taken, for a while."""
+        """Tell whether the client has neither sent nor taken anything for STALL_SECONDS, although it is its turn."""
         if self._waiting:
             return False
         if self.stuck:
@@ -486,7 +489,7 @@ class Connection(asyncio.Protocol):
         return self.phase <= BODY and self.deadline - self.state.seconds[self.phase] <= now - STALL_SECONDS
 
     def give_up_memory(self) -> None:
-        """Free what is held; who reads gets an answer."""
+        """Free what is held. A client that reads its answers gets 503; any other is cut off."""
         if self.stuck or self.phase >= LAST:
             self.abort()
         else:
@@ -495,14 +498,14 @@ class Connection(asyncio.Protocol):
     # Time
 
     def _note_taken(self, unsent: int) -> None:
-        """What the client has taken since the last look buys it time."""
+        """Grant time for what the client has taken since the last call."""
         taken = self._unsent - unsent
         self._unsent = unsent
         if taken > 0:
             self.deadline = granted(self.deadline, taken, self.state.now(), self.state.limits.write_seconds)
 
     def sweep(self, now: float) -> None:
-        """Act when the deadline is over."""
+        """Act on a deadline that has passed."""
         transport = self.transport
         if transport is None:
             return
@@ -523,7 +526,7 @@ class Connection(asyncio.Protocol):
             self._refuse(HttpError(408, "the body did not arrive in time"))
 
     def evict(self) -> None:
-        """Close a connection that is idle; a client that never took its last answer loses it."""
+        """Close an idle connection. A client that never took its last answer loses it."""
         transport = self.transport
         if transport is None or transport.is_closing():
             return
@@ -535,7 +538,7 @@ class Connection(asyncio.Protocol):
             self._close()
 
     def drain(self) -> None:
-        """End soon: with the next answer, or when none is asked for within LAST_REQUEST_SECONDS of the last."""
+        """End with the next answer, or when no request comes within LAST_REQUEST_SECONDS of the last answer."""
         state, phase = self.state, self.phase
         if self.stuck or phase is CLOSING:
             return

@@ -1,4 +1,4 @@
-"""One request and its answer, and what an application is to the server."""
+"""A request and its answer, and the protocols between server and application."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ JSON = b"application/json"
 
 
 class Application(Protocol):
-    """What requests mean. The server calls it from the event loop; it must not block."""
+    """The meaning of requests. The server calls it from the event loop; it must not block."""
 
     def check(self, head: Head) -> bytes:
-        """Raise HttpError for what the head alone condemns; return header lines for whatever the answer will be.
+        """Raise HttpError if the head alone decides that; else return header lines for any answer to the request.
 
-        Called once a request, before `handle`, and before the body is read if it is still to come.
+        Called once for each request, before `handle` and before a body that is still to come is read.
         """
 
     def handle(self, request: Request, exchange: Exchange) -> None:
@@ -30,11 +30,11 @@ class Application(Protocol):
 
 
 class State(Protocol):
-    """What an exchange asks of its server."""
+    """The part of a server that an exchange uses."""
 
     application: Application
     now: Callable[[], float]  # a monotonic clock, in seconds
-    date: bytes  # now, as a Date field has it
+    date: bytes  # now, as the value of a Date field
     draining: bool
     held_bytes: int
 
@@ -43,7 +43,7 @@ class State(Protocol):
 
 
 class Client(Protocol):
-    """What an exchange asks of its connection."""
+    """The part of a connection that an exchange uses."""
 
     @property
     def state(self) -> State: ...
@@ -51,7 +51,7 @@ class Client(Protocol):
     def __hash__(self) -> int: ...
 
     def ends_with(self, exchange: Exchange) -> bool:
-        """Whether the connection shall close with this answer, though the client would keep it."""
+        """Tell whether the connection is to close with this answer, though the client would keep it."""
 
     def flush(self) -> None:
         """Write the answers that are due."""
@@ -65,15 +65,15 @@ class Exchange:
     def __init__(self, client: Client, head: Head | None, began: float, refused: bool = False) -> None:
         self.client = client  # the same for all requests of one connection
         self.fields = b""  # header lines for whatever the answer is
-        self.head = head  # None: it could not be read
+        self.head = head  # None if it could not be read
         self.began = began
-        self.refused = refused  # before the request was complete
+        self.refused = refused  # by the server, before the request was complete
         self.close = head is None or refused or not head.keep_alive
         self.response: bytes | None = None
         self._held_bytes = 0
 
     def hold(self, size_bytes: int) -> None:
-        """Account for what the request holds now, until there is an answer.
+        """Count `size_bytes` as memory that the request holds until it is answered.
 
         Raise HttpError 503 when all connections hold too much.
         """
@@ -82,9 +82,9 @@ class Exchange:
         self.client.state.require_memory()
 
     def answer(self, status: int, body: bytes, content_type: bytes = JSON, extra: bytes = b"") -> None:
-        """Answer; `extra` is whole header lines, each with its CRLF. An answer to a client that left goes nowhere.
+        """Answer the request. `extra` is whole header lines, each with its CRLF. Nothing is sent to a client that left.
 
-        Raise RuntimeError when there is an answer already.
+        Raise RuntimeError if it has an answer.
         """
         if self.response is not None:
             raise RuntimeError("an exchange is answered once")
@@ -110,10 +110,10 @@ class Exchange:
         client.flush()
 
     def fail(self, error: HttpError) -> None:
-        """Answer with an error, in the contract's shape."""
+        """Answer with an error, as {"detail": "…"}."""
         body = json.dumps({"detail": error.detail}, ensure_ascii=False, separators=(",", ":")).encode()
         self.answer(error.status, body, extra=error.fields)
 
     def seconds(self) -> float:
-        """The time since the request was complete."""
+        """Return the time since the request was complete."""
         return self.client.state.now() - self.began

@@ -1,4 +1,4 @@
-"""What header fields say about the content of a request: media type and idempotency key. Pure: bytes in, bytes out."""
+"""Header fields about the content of a request: media type and idempotency key. Pure: bytes in, bytes out."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MEDIA_TYPE = re.compile(rb"(%b/%b)((?:[ \t]*+;[ \t]*+(?:%b)?)*)" % (_TOKEN, _TO
 _PARAMETERS = re.compile(rb";[ \t]*+%b" % _PARAMETER)
 _QUOTED_PAIR = re.compile(rb"\\(.)", re.DOTALL)
 
-# Bare, as clients send it, or as an sf-string (RFC 8941 section 3.3.3):
+# A bare key, as clients send it, or an sf-string (RFC 8941 section 3.3.3):
 # DQUOTE *( unescaped / "\\" ( DQUOTE / "\\" ) ) DQUOTE
 _KEY = re.compile(rb"[!-~]{1,255}")
 _QUOTED_KEY = re.compile(rb'"((?:[!#-\[\]-~]|\\["\\])*)"')
@@ -25,7 +25,7 @@ _QUOTED_KEY = re.compile(rb'"((?:[!#-\[\]-~]|\\["\\])*)"')
 
 @lru_cache(64)
 def media_type(content_type: bytes | None) -> bytes | None:
-    """How a Content-Type value asks to be read (RFC 9110 section 8.3.1): as JSON, as NDJSON, or None: not at all.
+    """Return JSON or NDJSON for a Content-Type value (RFC 9110 section 8.3.1), and None for any other type.
 
     JSON is application/json, application/*+json, and no Content-Type. A charset parameter must be UTF-8.
     """
@@ -47,7 +47,7 @@ def media_type(content_type: bytes | None) -> bytes | None:
 
 
 def require_json(content_type: bytes | None, lines: bool = False) -> None:
-    """Raises HttpError 415 for what is not JSON, nor (with `lines`) NDJSON."""
+    """Raise HttpError 415 for what is neither JSON nor, with `lines`, NDJSON."""
     accepted = (JSON, NDJSON) if lines else (JSON,)
     if media_type(content_type) not in accepted:
         names = b", ".join(accepted).decode()
@@ -55,13 +55,14 @@ def require_json(content_type: bytes | None, lines: bool = False) -> None:
 
 
 def is_json_lines(content_type: bytes | None) -> bool:
+    """Tell whether a Content-Type value means NDJSON."""
     return media_type(content_type) == NDJSON
 
 
 def idempotency_key(value: bytes | None) -> bytes | None:
-    """The key of an Idempotency-Key value: 1 to 255 visible ASCII characters.
+    """Return the key of an Idempotency-Key value, 1 to 255 visible ASCII characters; None without the field.
 
-    Bare, or as a string of RFC 8941 section 3.3.3: both are the same key. Raises HttpError 400.
+    A bare key and the same key as a string (RFC 8941 section 3.3.3) are equal. Raise HttpError 400.
     """
     if value is None:
         return None

@@ -1,7 +1,7 @@
-"""HTTP/1.1 message syntax, sans-IO (RFC 9110, RFC 9112): bytes in, requests out; and the bytes of a response.
+"""HTTP/1.1 request syntax, sans-IO (RFC 9110, RFC 9112): bytes in, requests out.
 
-Strict: whatever two servers could read differently is refused, and nothing after it is read. What a parser makes of a
-stream does not depend on how the stream was cut into pieces. No sockets, clock, routes or media types here.
+Strict: what two servers could read differently is refused, and nothing after it is read. The result never depends on
+how a stream is cut into pieces. No sockets, clock, routes or media types here.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from common.errors import HttpError
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Limits:
-    """What one request may cost. The parsers of a server share one instance: heads are cached per instance."""
+    """Bounds on one request. The parsers of a server share one instance, since heads are cached for each instance."""
 
-    target_bytes: int = 8192  # else 414; RFC 9112 section 3 recommends at least 8,000 for a request line
-    head_bytes: int = 16384  # else 431; request line and header section, line ends included
+    target_bytes: int = 8 * 1024  # else 414; RFC 9112 section 3 recommends at least 8,000 for a request line
+    head_bytes: int = 16 * 1024  # else 431; request line and header section, line ends included
     headers: int = 100  # else 431
     body_bytes: int = 8 * 1024 * 1024  # else 413; without the chunked coding
-    chunk_overhead_bytes: int = 16384  # else 413; chunk framing beyond the data that it carried. Trailer section: 431
+    chunk_overhead_bytes: int = 16 * 1024  # else 413; chunk framing beyond what data allows. Trailer section: 431
 
 
 class Head(NamedTuple):
-    """Request line and header section. Immutable: equal heads may be one object."""
+    """A request line and header section. Immutable: equal heads may be one object."""
 
     method: bytes
     target: bytes  # as received
@@ -37,12 +37,12 @@ class Head(NamedTuple):
     keep_alive: bool
     content_length: int  # 0 without the field
     chunked: bool
-    expect_continue: bool  # there is content, and the client may wait for a 100 before it sends it
+    expect_continue: bool  # there is content, and the client may wait for 100 Continue before it sends it
     content_type: bytes | None
     content_encoding: bytes | None
     host: bytes | None  # None in HTTP/1.0 only
-    origin: bytes | None  # which a browser adds to a request that a page makes (Fetch standard, 3.2)
-    sec_fetch_site: bytes | None  # how the page is related to us, as the browser says (Fetch Metadata, 2.3)
+    origin: bytes | None  # of the page that makes a browser send the request (Fetch standard, 3.2)
+    sec_fetch_site: bytes | None  # the relation of that page to this server, set by the browser (Fetch Metadata, 2.3)
     idempotency_key: bytes | None
     authorization: bytes | None
     headers: tuple[tuple[bytes, bytes], ...]  # in order; names in lower case, values trimmed
@@ -59,11 +59,11 @@ class Request:
 
 
 _TCHAR = b"!#$%&'*+-.^_`|~0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-# The same twice: what a whole head matches, and the first fault, which ends where it shows.
+# One rule as two patterns: a whole valid head, and the first fault, which ends at the byte that shows it.
 _HEAD_LINES = re.compile(rb"(?:[\t -~\x80-\xff]*+\r\n)+")
 _NOT_IN_HEAD = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f](?:(?<![\r\n])|(?<=\n)(?<!\r\n)|(?<=\r)[^\n])")
 
-# No input makes these patterns backtrack far: what may follow a part never begins like the part. Only runs of one
+# No input makes these patterns backtrack far: what may follow a part never begins like that part. Only runs of one
 # character class are possessive (*+, ++): CPython before 3.11.5 gets groups wrong (gh-106052); Debian 12 has 3.11.2.
 # token = 1*tchar (RFC 9110 section 5.6.2)
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]++"
@@ -72,12 +72,12 @@ _QUOTED_STRING = rb'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'
 # pchar = unreserved / pct-encoded / sub-delims / ":" / "@" (RFC 3986 section 3.3), and the slash between segments
 _PCHARS = rb"A-Za-z0-9\-._~!$&'()*+,;=:@/"
 _ESCAPE = rb"%[0-9A-Fa-f]{2}"
-# Without the comma that RFC 3986 allows in a host: it would be two hosts joined by an intermediary.
+# Without the comma that RFC 3986 allows in a host, since an intermediary may join two Host fields with one.
 _HOST = rb"(?:\[[0-9A-Fa-f:.]++\]|(?:[A-Za-z0-9\-._~!$&'()*+;=]++|" + _ESCAPE + rb")+)"
 
 # request-line = method SP request-target SP HTTP-version (RFC 9112 section 3)
 _REQUEST_LINE = re.compile(rb"(%b) ([!-~]++) HTTP/([0-9])\.([0-9])" % _TOKEN)
-# RFC 3986 has no []{}|\^` in a query, but browsers send them unencoded (URL Standard) and they mislead nobody.
+# RFC 3986 has no []{}|\^` in a query, but browsers send them unencoded (URL Standard), and they are unambiguous.
 # origin-form = absolute-path [ "?" query ] (RFC 9112 section 3.2.1)
 _ORIGIN_FORM = re.compile(
     rb"(/(?:[%b]++|%b)*)(?:\?((?:[%b?\[\]{}|\\^`]++|%b)*))?" % (_PCHARS, _ESCAPE, _PCHARS, _ESCAPE)
@@ -94,25 +94,28 @@ _CHUNK_LINE = re.compile(
     rb"([0-9A-Fa-f]{1,16})(?:[ \t]*+;[ \t]*+%b(?:[ \t]*+=[ \t]*+(?:%b|%b))?)*\r\n" % (_TOKEN, _TOKEN, _QUOTED_STRING)
 )
 
-# Fields that change what a request means here: two of one name are ambiguous. (Connection is a list, and may repeat.)
+# Fields that change what a request means here, so two of one name are ambiguous. Connection is a list and may repeat.
 _ONCE = frozenset(
     b"host content-length transfer-encoding expect content-type content-encoding idempotency-key authorization origin "
     b"sec-fetch-site".split()
 )
 _NOT_IN_TRAILERS = frozenset(b"host content-length transfer-encoding".split())  # RFC 9110 section 6.5.1
 
-_METHOD_AND_VERSION_BYTES = 64  # their room in a request line beside the target
-_EMPTY_LINES = 8  # in front of a request line; RFC 9112 section 2.2 asks for at least one
-# Each chunk costs some 2 µs, be it ever so small. Beyond `chunk_overhead_bytes`, chunks of 48 bytes are the smallest.
+_METHOD_AND_VERSION_BYTES = 64  # in a request line, besides the target
+_EMPTY_LINES = 8  # at most, before a request line; RFC 9112 section 2.2 asks for at least one
+# Each chunk costs about 2 µs, however small. Beyond `chunk_overhead_bytes`, chunks need 48 bytes of data.
 _DATA_PER_FRAMING_BYTE = 8
-_LINES_PER_CALL = 1000  # some 2 ms
+_LINES_PER_CALL = 1000  # about 2 ms
 _CACHED_HEADS = 1024
 _CACHED_HEAD_BYTES = 1024
 
 
 @lru_cache(256)
 def _field(line: bytes) -> tuple[bytes, bytes]:
-    """One field line without CR, LF and control characters (RFC 9112 section 5): lower-case name, trimmed value."""
+    """Split a field line (RFC 9112 section 5) into lower-case name and trimmed value. Raise HttpError 400.
+
+    The caller has excluded CR, LF and control characters.
+    """
     name, colon, value = line.partition(b":")
     if not colon or not name or name.translate(None, _TCHAR):
         if line[:1] in (b" ", b"\t"):
@@ -123,7 +126,10 @@ def _field(line: bytes) -> tuple[bytes, bytes]:
 
 @lru_cache(64)
 def _request_line(line: bytes, target_bytes: int) -> tuple[bytes, bytes, bytes, bytes, bool]:
-    """Method, target, path, query, and whether the version is 1.0 (RFC 9112 section 3)."""
+    """Return method, target, path, query, and whether the version is 1.0 (RFC 9112 section 3).
+
+    Raise HttpError 400, 414, 501 or 505.
+    """
     match = _REQUEST_LINE.fullmatch(line)
     if match is None:
         raise HttpError(400, "malformed request line")
@@ -133,11 +139,14 @@ def _request_line(line: bytes, target_bytes: int) -> tuple[bytes, bytes, bytes, 
     if len(target) > target_bytes:
         raise HttpError(414, f"request target longer than {target_bytes} bytes")
     path, query = _target(method, target)
-    return method, target, path, query, minor == b"0"  # a minor version above 1 is read as 1 (RFC 9110 section 6.2)
+    return method, target, path, query, minor == b"0"  # a higher minor version is read as 1.1 (RFC 9110 section 6.2)
 
 
 def _target(method: bytes, target: bytes) -> tuple[bytes, bytes]:
-    """Path and query of a request target in one of its four forms (RFC 9112 section 3.2)."""
+    """Return path and query of a request target in one of its four forms (RFC 9112 section 3.2).
+
+    Raise HttpError 400, and 501 for CONNECT.
+    """
     if method == b"CONNECT":
         if _AUTHORITY_FORM.fullmatch(target):
             raise HttpError(501, "CONNECT is not implemented")
@@ -160,9 +169,9 @@ def _target(method: bytes, target: bytes) -> tuple[bytes, bytes]:
 
 
 def parse_head(raw: bytes, limits: Limits) -> Head:
-    """The head of a request from its bytes, including the empty line at their end.
+    """Parse the head of a request, including the empty line at its end.
 
-    The caller has checked `head_bytes`. Raises HttpError 400, 413, 414, 417, 431, 501 or 505.
+    The caller has checked `head_bytes`. Raise HttpError 400, 413, 414, 417, 431, 501 or 505.
     """
     if not _HEAD_LINES.fullmatch(raw):
         raise HttpError(400, "control character or bare line feed in the request head")
@@ -219,7 +228,10 @@ def parse_head(raw: bytes, limits: Limits) -> Head:
 
 
 def _content(fields: dict[bytes, bytes], http10: bool, limits: Limits) -> tuple[int, bool]:
-    """Length of the content, and whether it is chunked instead (RFC 9112 section 6.3, without its leniencies)."""
+    """Return the length of the content, and whether it is chunked instead (RFC 9112 section 6.3, strictly).
+
+    Raise HttpError 400, 413 or 501.
+    """
     coding = fields.get(b"transfer-encoding")
     length = fields.get(b"content-length")
     if coding is not None:
@@ -253,14 +265,14 @@ class _ChunkedContent:
     def __init__(self, limits: Limits) -> None:
         self.data = bytearray()
         self.complete = False
-        self.has_more = False  # of what was given, not read yet
+        self.has_more = False  # of the buffer, not read yet
         self._limits = limits
         self._expects = "size line"  # or "data", "data end", "trailer line"
         self._chunk_bytes = 0  # still to come of the current chunk
         self._framing_bytes = limits.chunk_overhead_bytes  # still allowed; data allows more
 
     def receive(self, buffer: bytes | bytearray, start: int) -> int:
-        """Read from `start` on, _LINES_PER_CALL lines at most. Return where it is dealt with up to.
+        """Read `buffer` from `start` on, at most _LINES_PER_CALL lines. Return the offset of what is not consumed.
 
         Raise HttpError 400, 413 or 431.
         """
@@ -332,11 +344,11 @@ class _ChunkedContent:
 
 
 class RequestParser:
-    """The requests of one connection, in order.
+    """A parser of the requests of one connection, in order.
 
-    `receive_data` only stores: who leaves requests in the parser must also stop reading, by `buffered_bytes`. Once
-    `next_request` returned None, one incomplete request at most is stored, within the limits.
-    After an error, and after a request without keep-alive (RFC 9112 section 9.6), everything more is dropped.
+    `receive_data` only stores. A caller that leaves requests in the parser must stop reading, by `buffered_bytes`. Once
+    `next_request` returned None, at most one incomplete request is stored, within the limits. After an error, and after
+    a request without keep-alive (RFC 9112 section 9.6), all further bytes are dropped.
     """
 
     __slots__ = (
@@ -359,9 +371,9 @@ class RequestParser:
         self._limits = limits
         self._request_line_bytes = min(limits.target_bytes + _METHOD_AND_VERSION_BYTES, limits.head_bytes - 2)
         self._quick_head_bytes = min(_CACHED_HEAD_BYTES, self._request_line_bytes)
-        self._buffer: bytes | bytearray = b""  # one piece as it came, or a bytearray of several
-        self._start = 0  # the buffer before it is dealt with
-        self._searched_bytes = 0  # from _start on, without the end of a head
+        self._buffer: bytes | bytearray = b""  # one piece as received, or a bytearray of several
+        self._start = 0  # the buffer before it is consumed
+        self._searched_bytes = 0  # from _start on, in which no head ends
         self._empty_lines = 0
         self._chunked: _ChunkedContent | None = None
         self._ended = False
@@ -370,20 +382,21 @@ class RequestParser:
 
     @property
     def buffered_bytes(self) -> int:
-        """What is stored for requests not returned yet."""
+        """The number of bytes stored for requests not returned yet."""
         return len(self._buffer) - self._start + (len(self._chunked.data) if self._chunked else 0)
 
     @property
     def has_more(self) -> bool:
-        """`next_request` returned None only because it had done enough at once: call it again."""
+        """Whether `next_request` returned None only because it had done enough at once: call it again."""
         return self._chunked is not None and self._chunked.has_more
 
     @property
     def idle(self) -> bool:
-        """Nothing has arrived after the requests returned."""
+        """Whether nothing has arrived after the requests returned."""
         return not self._buffer and self.head is None and not self._dropped
 
     def receive_data(self, data: bytes) -> None:
+        """Store bytes from the socket."""
         if not self._buffer:
             if self._ended:
                 self._dropped |= bool(data)
@@ -397,9 +410,9 @@ class RequestParser:
         buffer += data
 
     def next_request(self) -> Request | None:
-        """The next complete request; None when it takes more data, or another call (`has_more`).
+        """Return the next complete request; None if that takes more data, or another call (`has_more`).
 
-        Raises HttpError 400, 413, 414, 417, 431, 501 or 505, and again at each later call: the connection must close.
+        Raise HttpError 400, 413, 414, 417, 431, 501 or 505, and again at each later call: the connection must close.
         """
         buffer = self._buffer
         if not buffer:
@@ -408,7 +421,7 @@ class RequestParser:
             return None
         try:
             if type(buffer) is bytes and not self._start and self.head is None:
-                # What nearly all clients send: one request, whole, alone and in one piece. The rest does the same.
+                # The fast path, for one whole request in one piece. The general code below does the same.
                 end = buffer.find(b"\r\n\r\n") + 4
                 if 4 < end <= self._quick_head_bytes and buffer[0] > 13:
                     whole = _parse_head_cached(buffer[:end], self._limits)
@@ -464,13 +477,13 @@ class RequestParser:
             if self._empty_lines > _EMPTY_LINES:
                 raise HttpError(400, "too many empty lines before a request")
             self._advance(self._start + 2)
-        if self._buffer.startswith(b"\n", self._start):  # and what lies before it may be a CR that is content
+        if self._buffer.startswith(b"\n", self._start):  # a CR before it may have belonged to the content
             raise HttpError(400, "bare line feed before a request")
 
     def _refuse_early(self, stop: int) -> None:
-        """Refuse a head by what lies before `stop`, be it complete or not: too long, or a byte that none may have.
+        """Refuse a head, complete or not, that is too long or has an invalid byte before `stop`.
 
-        Of several reasons the one that shows first in the stream counts: so the pieces it comes in make no difference.
+        Of several faults the first in the stream counts, so the pieces it comes in make no difference.
         """
         start, limits = self._start, self._limits
         bad = _NOT_IN_HEAD.search(self._buffer, start + max(0, self._searched_bytes - 1), stop)
@@ -488,7 +501,7 @@ class RequestParser:
         end = start + size
         if end > len(buffer):
             return None
-        # One copy, also out of a bytearray.
+        # A single copy, also for a bytearray.
         data = buffer[start:end] if isinstance(buffer, bytes) else bytes(memoryview(buffer)[start:end])
         self._advance(end)
         return data
@@ -509,7 +522,7 @@ class RequestParser:
         self._start = start
 
     def _release(self) -> None:
-        """Free what is dealt with, so that a small rest does not hold a large piece."""
+        """Free what is consumed, so that a small rest does not keep a large piece alive."""
         if self._start:
             if isinstance(self._buffer, bytearray):
                 del self._buffer[: self._start]

@@ -44,20 +44,20 @@ def encode_response(
     head_only: bool = False,
     http10: bool = False,
 ) -> bytes:
-    """A whole response.
+    """Return a whole response.
 
-    `date`: now as an IMF-fixdate (RFC 9110 section 5.6.7), left out when empty. `extra_headers`: field lines, each with
-    its CRLF. `head_only`: the answer to HEAD, with the length that the body would have. `http10`: of the request.
+    `date` is an IMF-fixdate (RFC 9110 section 5.6.7), left out when empty. `extra_headers` are field lines, each with
+    its CRLF. `head_only` makes the answer to HEAD, with the Content-Length of `body`. `http10` is that of the request.
     """
     prefix = _response_prefix(status, content_type, date, keep_alive, http10)
-    if status == 204:  # has no content, and no Content-Length (RFC 9110 section 8.6)
+    if status == 204:  # has neither content nor Content-Length (RFC 9110 section 8.6)
         return b"%b%b\r\n" % (prefix, extra_headers)
     return b"".join((prefix, b"%d\r\n" % len(body), extra_headers, b"\r\n", b"" if head_only else body))
 
 
 @lru_cache(64)
 def _response_prefix(status: int, content_type: bytes, date: bytes, keep_alive: bool, http10: bool) -> bytes:
-    """A response up to the value of Content-Length. It says HTTP/1.1 to 1.0 clients too (RFC 9110 section 2.5)."""
+    """Return a response up to the value of Content-Length, as HTTP/1.1 for 1.0 clients too (RFC 9110 section 2.5)."""
     prefix = b"HTTP/1.1 %d %b\r\n" % (status, _REASONS.get(status, b""))
     if date:
         prefix += b"Date: %b\r\n" % date

@@ -1,4 +1,4 @@
-"""An HTTP server: it listens, owns the connections, sweeps their deadlines, and stops without refusing anyone."""
+"""An HTTP server, which listens, owns the connections, sweeps their deadlines, and stops without refusing a client."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ UNSENT_BYTES_IN_KERNEL = 128 * 1024
 
 
 class HttpServer:
-    """Listens, and owns the connections. Made inside of a running event loop."""
+    """A listener and its connections. Make it inside a running event loop."""
 
     def __init__(self, limits: ServerLimits, application: Application) -> None:
         self._loop = asyncio.get_running_loop()
-        # uvloop's own clock stands still while callbacks run, and counts whole milliseconds
+        # uvloop's clock stands still while callbacks run, and counts whole milliseconds
         self.state = ServerState(limits, application, time.monotonic, self._loop.call_soon)
         self.state.date = formatdate(usegmt=True).encode()
         self._tls: ssl.SSLContext | None = None
@@ -50,9 +50,9 @@ class HttpServer:
         reuse_port: bool = False,
         inherited: socket.socket | None = None,
     ) -> int:
-        """Begin, and return the port. `inherited` is a socket bound already, in place of `host` and `port`.
+        """Start listening; return the port. `inherited` is a bound socket to use in place of `host` and `port`.
 
-        Raise StartupError when the address cannot be had.
+        Raise StartupError if the address cannot be bound.
         """
         self._tls = tls
         handshake_seconds = HANDSHAKE_SECONDS if tls else None
@@ -92,7 +92,7 @@ class HttpServer:
         state = self.state
         state.date = formatdate(usegmt=True).encode()
         seconds = DRAIN_SWEEP_SECONDS if state.draining else SWEEP_SECONDS
-        # Late by a stall of our own: what clients sent in it was not read yet, and is first.
+        # A sweep that the loop delayed is skipped: what clients sent meanwhile is not read yet.
         if self._loop.time() - due < seconds:
             now = state.now()
             for connection in list(state.connections):
@@ -137,7 +137,7 @@ class HttpServer:
             await asyncio.sleep(0.01)
 
     def abort(self) -> None:
-        """Cut what is left."""
+        """Cut off the connections that are left, and stop listening."""
         if self._sweeper is not None:
             self._sweeper.cancel()
         if self._server is not None:

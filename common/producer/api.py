@@ -1,4 +1,4 @@
-"""What each request to the producer means, its answer, and what is counted. Knows no socket and no broker.
+"""The producer's API: what each request means, its answer, and what is counted. Knows no socket and no broker.
 
 `Api` is the HTTP server's application. An accepted event goes to its partition's publisher, whose confirm answers the
 exchange.
@@ -33,7 +33,7 @@ log = logging.getLogger("predlog.http")
 
 HTML = b"text/html; charset=utf-8"
 PAGE = Path(__file__).parent / "page.html"
-# A body of this size that is neither coded nor a batch costs less than a slice, whatever is in it.
+# A plain event of this size costs less than a slice, whatever is in it.
 WHOLE_BYTES = 16 * 1024
 _KNOWN_METHODS = frozenset(
     {b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS", b"TRACE", b"CONNECT", b"QUERY"}
@@ -62,7 +62,7 @@ class _Post(Publication):
 
 
 class Api:
-    """What each request means. `rows` are the metrics of every worker."""
+    """The application of the HTTP server. `rows` are the metrics of every worker."""
 
     def __init__(
         self,
@@ -96,7 +96,7 @@ class Api:
     # Requests
 
     def check(self, head: Head) -> bytes:
-        """Refuse what its head alone condemns; raises HttpError. Return header lines for whatever the answer is."""
+        """Raise HttpError if the head alone decides that; else return header lines for any answer to the request."""
         if (
             head.origin is None
             and head.sec_fetch_site is None
@@ -106,7 +106,7 @@ class Api:
             and head.path == b"/process"
             and self._is_open
         ):
-            return b""  # what nearly all devices send; the rest does the same
+            return b""  # the fast path, for what nearly all devices send
         cors = self._origins.check(head)
         try:
             self._check(head, cors)
@@ -151,11 +151,11 @@ class Api:
         self._starts = False
 
     def announce_stop(self) -> None:
-        """From now on /readyz says that the server is shutting down; events are accepted until it has."""
+        """Let /readyz say that the server is shutting down. Events are accepted until it stops listening."""
         self._stops = True
 
     def handle(self, request: Request, exchange: Exchange) -> None:
-        """Answer a request, now or when its events have their outcome. Raises HttpError."""
+        """Answer a request, now or when its events have their outcome. Raise HttpError."""
         head = request.head
         path = head.path
         if path == b"/process" and head.method == b"POST":
@@ -190,7 +190,7 @@ class Api:
         except InvalidEvent as error:
             exchange.answer(422, write_json({"detail": error.faults}))
         except NotConfirmed as error:
-            # Its frames hold the event; with a frame that holds the error it is a cycle: memory until a gc.
+            # The traceback's frames hold the event and the error: a cycle that would keep both until a collection.
             error.__traceback__ = None
             exchange.fail(self._intake.as_http(error))
 
@@ -217,7 +217,7 @@ class Api:
         self._slices.add(exchange.client, self._answered(job, exchange))
 
     def _answered(self, job: Job, exchange: Exchange) -> Job:
-        """The job, with an answer whatever happens in it, as the server gives one to `handle`."""
+        """Run the job; answer 500 if it fails, as the server does for `handle`."""
         try:
             yield from job
         except HttpError as error:
@@ -264,7 +264,7 @@ class Api:
             values[index] = publisher.trouble() is None
 
     def tick(self, connections: int) -> None:
-        """Ten times a second: time-outs, and the gauges that another worker may be asked for."""
+        """Act on time-outs, and set the gauges for whichever worker is scraped. Call it ten times a second."""
         self._counters.metrics.values[self._counters.connections] = connections
         for publisher in self._publishers:
             publisher.sweep()

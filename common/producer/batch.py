@@ -1,4 +1,4 @@
-"""POST /process/batch: events published as the window has room for them, and one result for each. Knows no socket."""
+"""POST /process/batch: events published as the window has room, and one result for each. Knows no socket."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from common.producer.intake import Intake
 from common.producer.publisher import Publication, Publisher
 from common.producer.slices import Job
 
-PARSED_FACTOR = 8  # what a document of small values takes in memory, compared with its JSON
+PARSED_FACTOR = 8  # the memory of a document of small values, compared with its JSON
 
 
 class Batch:
-    """One request: its events are read, published and answered for, in the order they came in."""
+    """One batch request. Its events are read and published in their order, and answered together."""
 
     def __init__(self, intake: Intake, exchange: Exchange, key: bytes | None, wait_seconds: float) -> None:
         self._intake = intake
@@ -29,7 +29,7 @@ class Batch:
         self._all_read = False
 
     def steps(self, body: bytes, content_encoding: bytes | None, lines: bool, max_bytes: int, max_preds: int) -> Job:
-        """Read the events and publish each, waiting for room in the window; answer when the last has its outcome."""
+        """Read the events and publish each once the window has room. Answer when the last has its outcome."""
         try:
             content = yield from decoded(content_encoding, body, max_bytes)
             self._exchange.hold(PARSED_FACTOR * len(content))
@@ -52,7 +52,7 @@ class Batch:
             self._answer_when_done()
 
     def _publish(self, position: int, event: NormalEvent, publisher: Publisher) -> None:
-        # No key has a NUL: this one is no other request's.
+        # No client's key has a NUL, so this key is that of no other request.
         key = None if self._key is None else b"%b\x00%d" % (self._key, position)
         try:
             if publisher.trouble() is None and not publisher.has_room_for_batch():
@@ -71,7 +71,7 @@ class Batch:
         self._answer_when_done()
 
     def failed(self, position: int, error: NotConfirmed) -> None:
-        """Note that an event that was published is not accepted, or its outcome is unknown."""
+        """Note that a published event was not accepted, or that its outcome is unknown."""
         self._refuse(position, error)
         self._in_flight -= 1
         self._answer_when_done()

@@ -1,4 +1,4 @@
-"""What a valid event gets on its way to the broker: an id, a partition, a place in the counts, an outcome in HTTP.
+"""The way of a valid event to the broker: its id, its partition, its metrics, and its outcome in HTTP.
 
 Shared by single events (api.py) and batches (batch.py). Knows no socket.
 """
@@ -17,7 +17,7 @@ from common.producer.publisher import Publisher
 
 
 class Intake:
-    """The publishers, one for each partition, and the account of what went to them."""
+    """The publishers, one for each partition, and the metrics of what they publish."""
 
     def __init__(self, publishers: Sequence[Publisher], counters: Counters) -> None:
         self._publishers = publishers
@@ -42,7 +42,7 @@ class Intake:
         counters.confirm_seconds.observe(seconds)
 
     def as_http(self, error: NotConfirmed) -> HttpError:
-        """Return what a client is told of an event that was not confirmed; count it by its reason."""
+        """Return the answer for an event that was not confirmed; count a refusal by its reason."""
         if isinstance(error, Unavailable):
             self._counters.metrics.values[self._counters.refusals[error.reason]] += 1.0
             return HttpError(503, str(error), (("Retry-After", "1"),))
@@ -53,7 +53,7 @@ class Intake:
 
 
 def random_uuids() -> Iterator[bytes]:
-    """Yield version 4 UUIDs as 32 hex digits (RFC 9562 section 5.4), made many at once."""
+    """Yield version 4 UUIDs as 32 hex digits (RFC 9562 section 5.4), made 256 at a time."""
     while True:
         block = bytearray(os.urandom(16 * 256))
         block[6::16] = block[6::16].translate(_VERSION_4)

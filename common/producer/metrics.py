@@ -1,4 +1,4 @@
-"""What the producer counts."""
+"""The metrics of the producer."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ METHODS = {
     b"/openapi.json": (b"GET", b"HEAD"),
     b"/docs": (b"GET", b"HEAD"),
 }
-OTHER = b"other"  # what stands for every other path
+OTHER = b"other"  # stands for every other path
 STATUSES = (200, 204, 207, 400, 401, 403, 404, 405, 408, 413, 414, 415, 417, 422, 431, 500, 501, 503, 504, 505)
 _REFUSALS = ("broker_away", "broker_blocked", "window_full", "nacked", "stalled", "partition_down")
 
 
 class Counters:
-    """The producer's metrics. The layout is fixed, so that workers can share memory."""
+    """The producer's metrics. Their layout is fixed, so that workers can share memory."""
 
     def __init__(self, partitions: int = 1) -> None:
         self.metrics = m = Metrics()

@@ -1,4 +1,4 @@
-"""What GET /openapi.json says, and the headers that GET /docs needs. Pure: makes dicts and bytes of its arguments.
+"""The OpenAPI document of GET /openapi.json, and the headers of GET /docs. Pure: dicts and bytes from arguments.
 
 The document is the contract for machines. It says neither more nor less than the producer does: a test tries every
 statement of it on a live one.
@@ -12,8 +12,8 @@ from hashlib import sha256
 
 Json = dict[str, object]
 
-# Whatever matches is accepted. The producer takes a few more, such as three-digit exponents, where no pattern could
-# tell a finite number from an infinite one.
+# Every match is accepted. The producer also accepts strings such as those with three-digit exponents, where no pattern
+# can tell a finite number from an infinite one.
 NUMERIC_STRING = r"^[ \t\r\n]*[+-]?([0-9]{1,100}(\.[0-9]{0,100})?|\.[0-9]{1,100})([eE][+-]?[0-9]{1,2})?[ \t\r\n]*$"
 LARGEST_DOUBLE = 1.7976931348623157e308
 
@@ -58,7 +58,7 @@ BATCH_EXAMPLES: Json = {
 LINES_EXAMPLES: Json = {
     "lines": {"summary": "Two events, one a line", "value": f"{json.dumps(EVENT)}\n{json.dumps(LAX_EVENT)}\n"},
 }
-# OpenAPI has no place for examples that are refused: its own must be valid.
+# OpenAPI's own examples must be valid, so those that are refused have a field of ours.
 REFUSED_EXAMPLES: Json = {
     "faults": {"summary": "Several faults at once", "value": FAULTY_EVENT},
     "not_json": {"summary": "Not JSON", "value": '{"device_id": "camera-17", "client_id":'},
@@ -72,9 +72,9 @@ def document(
     secured: bool = False,
     secured_pages: bool = False,
 ) -> Json:
-    """The OpenAPI 3.1 document of a producer with these settings.
+    """Return the OpenAPI 3.1 document of a producer with these settings.
 
-    `secured`: events want a bearer token; `secured_pages`: /metrics, /docs and this document want it as well.
+    With `secured`, events need a bearer token; with `secured_pages`, /metrics, /docs and this document do too.
     """
     status = _ref("schemas", "Status")
     pages = {
@@ -113,7 +113,7 @@ def document(
 
 
 def page_headers(page: bytes) -> bytes:
-    """Header lines for the page. Only the styles and scripts that are in it may run: the policy names their digests."""
+    """Return header lines for the page. Its policy allows only the page's own styles and scripts, by their digests."""
 
     def digests(tag: bytes) -> str:
         blocks = re.findall(rb"<%b>(.*?)</%b>" % (tag, tag), page, re.DOTALL)
@@ -235,18 +235,18 @@ def _header(description: str, schema: Json) -> Json:
 
 def _responses(max_body_bytes: int) -> Json:
     return {
-        "400": _error("Not a request as RFC 9112 has it, or a bad `Idempotency-Key`."),
-        "401": _error("No token, or not one of ours.", "WWW-Authenticate"),
+        "400": _error("Not a valid request (RFC 9112), or a bad `Idempotency-Key`."),
+        "401": _error("No token, or an unknown one.", "WWW-Authenticate"),
         "403": _error(
-            "A browser sent it for a page of another origin (CORS_ORIGINS), or to a Host that is not served "
-            "(ALLOWED_HOSTS)"
+            "A browser sent it for a page of another origin (`CORS_ORIGINS`), or to a `Host` that is not served "
+            "(`ALLOWED_HOSTS`)."
         ),
         "405": _error("The path has no such method.", "Allow"),
         "408": _error("The request did not arrive in time."),
         "413": _error(f"The body has more than {_size(max_body_bytes)}, as sent or inflated."),
         "414": _error("The request target is too long."),
-        "415": _error("`Content-Type` or `Content-Encoding` is none that is taken here."),
-        "417": _error("`Expect` asks for something else than 100-continue."),
+        "415": _error("`Content-Type` or `Content-Encoding` is not supported."),
+        "417": _error("`Expect` asks for something other than 100-continue."),
         "422": {
             "description": "Not an event: every fault, and nothing was published.",
             "content": _json("Faults", example={"detail": [FAULT]}),
@@ -254,7 +254,7 @@ def _responses(max_body_bytes: int) -> Json:
         "431": _error("The header section is too large."),
         "501": _error("An unknown transfer coding."),
         "503": _error(
-            "Not accepted: the broker is away or blocked, too much is under way, or the producer is stopping. "
+            "Not accepted: the broker is away or blocked, too much is in flight, or the producer is stopping. "
             "A retry is safe.",
             "Retry-After",
         ),
@@ -287,7 +287,7 @@ def _size(size_bytes: int) -> str:
 
 
 def _operation(name: str, summary: str, own: Json, shared: tuple[str, ...], secured: bool, **more: object) -> Json:
-    """An operation with responses of its `own`, and beside them what the components say about the `shared` ones."""
+    """Return an operation with its `own` responses, and references to the `shared` ones by status."""
     statuses = sorted({*shared, "401"} if secured else shared)
     responses = {**own, **{status: _ref("responses", status) for status in statuses}}
     operation: Json = {"operationId": name, "summary": summary, **more, "responses": responses}
@@ -317,7 +317,7 @@ def _process(max_body_bytes: int, secured: bool) -> Json:
 
 
 def _process_batch(max_preds: int, secured: bool) -> Json:
-    # Each item is judged alone, so that any array is a batch.
+    # Each item is validated alone, so any array is a batch.
     events = _array({"anyOf": [_ref("schemas", "EventIn"), {}]}, maxItems=max_preds)
     results = [{"status": 200}, {"status": 422, "detail": [FAULT]}]
     return _operation(
@@ -329,7 +329,7 @@ def _process_batch(max_preds: int, secured: bool) -> Json:
                 "content": _json("BatchOut", example={"accepted": 1, "results": results[:1]}),
             },
             "207": {
-                "description": "Some were not: each result tells.",
+                "description": "Some were not accepted. Each result says which, and why.",
                 "content": _json("BatchOut", example={"accepted": 1, "results": results}),
             },
         },

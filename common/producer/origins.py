@@ -1,7 +1,7 @@
-"""Who a browser says it acts for: which pages may make requests, and by which names we may be called. Pure.
+"""Which web pages may make a browser send requests, and which Host values are served. Pure.
 
-A page of another site can make a visitor's browser send a POST without asking first, as long as it looks like a form's
-(Fetch standard, "CORS-safelisted"): so a request that comes across sites is refused unless its origin is listed.
+A page of another site can make a visitor's browser send a POST without a preflight, as long as it looks like a form's
+(Fetch standard, "CORS-safelisted"). So a request across sites is refused unless its origin is listed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _PREFLIGHT = (
 
 
 class Origins:
-    """`allowed_hosts` and `cors_origins` are lists separated by commas, as the settings have them."""
+    """The policy of ALLOWED_HOSTS and CORS_ORIGINS, both lists separated by commas."""
 
     preflight = _PREFLIGHT
 
@@ -28,9 +28,9 @@ class Origins:
         self._origins = frozenset(origin.lower().encode() for origin in cors_origins.split(",") if origin)
 
     def check(self, head: Head) -> bytes:
-        """Return the header lines that let a listed origin read the answer. Raises HttpError 403."""
+        """Return the header lines that let a listed origin read the answer. Raise HttpError 403."""
         if self._hosts and head.path not in _PROBES and _name(head.host) not in self._hosts:
-            raise HttpError(403, "this server is not called by that Host (ALLOWED_HOSTS)")
+            raise HttpError(403, "this Host is not served (ALLOWED_HOSTS)")
         origin = head.origin
         if origin is not None and origin.lower() in self._origins:
             return (
@@ -38,9 +38,9 @@ class Origins:
                 % origin
             )
         if head.method in _SAFE:
-            return b""  # a link leads here from anywhere; what a page reads, the browser decides
+            return b""  # links may lead here from anywhere, and the browser lets no other page read the answer
         if head.sec_fetch_site is not None:
-            # The browser's own word, which no page can set: right also where a proxy puts another Host in.
+            # The browser sets this field and no page can. It holds also behind a proxy that changes Host.
             foreign = head.sec_fetch_site not in (b"same-origin", b"none")
         else:
             named = None if origin is None else origin.lower().partition(b"://")[2]
@@ -51,7 +51,7 @@ class Origins:
 
 
 def _name(host: bytes | None) -> bytes:
-    """A Host value in lower case, without its port."""
+    """Return a Host value in lower case, without its port."""
     if host is None:
         return b""
     name, colon, port = host.lower().rpartition(b":")

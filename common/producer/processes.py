@@ -19,7 +19,7 @@ from common.producer.tls import Certificate
 log = logging.getLogger("predlog.producer")
 
 WORKER = "PREDLOG_WORKER"
-"""The environment variable by which a supervisor tells a worker that replaces another what it has inherited."""
+"""The environment variable that tells a replacement worker which descriptors it has inherited."""
 
 
 async def serve(
@@ -51,9 +51,9 @@ async def serve(
 
 
 def serve_all(settings: ProducerSettings, inherited: socket.socket | None, command: Sequence[str]) -> int:
-    """Run WORKERS producers until a signal; the exit code. On SIGHUP, `command` starts a replacement for each."""
+    """Run WORKERS producers until a signal; return the exit code. On SIGHUP, `command` starts a replacement of each."""
     counters = Counters(settings.partitions)
-    Certificate.load(settings.tls_cert, settings.tls_key)  # a bad one is said once, not by each worker
+    Certificate.load(settings.tls_cert, settings.tls_key)  # so that a bad one is reported once, not by each worker
     port = inherited or workers.reserve_port(settings.http_host, settings.http_port)
     rows_fd = workers.rows_file(settings.workers, counters.metrics.size)
     rows = workers.shared_rows(settings.workers, counters.metrics.size, rows_fd)
@@ -75,7 +75,7 @@ def serve_all(settings: ProducerSettings, inherited: socket.socket | None, comma
 
 
 def serve_as_replacement(settings: ProducerSettings, told: str) -> int:
-    """Take the place of a worker, in its supervisor's words: the exit code."""
+    """Run in the place of a worker; return the exit code. `told` is the value of PREDLOG_WORKER."""
     index, shared_port, alive_fd, ready_fd, rows_fd, listener_fd = map(int, told.split())
     counters = Counters(settings.partitions)
     rows: list[Sequence[float]] = []
@@ -85,6 +85,6 @@ def serve_as_replacement(settings: ProducerSettings, told: str) -> int:
         counters.metrics.bind(shared[index])
         rows += shared
     else:
-        log.warning("other metrics than the supervisor's: /metrics has only this worker's until a restart")
+        log.warning("its metrics are not those of the supervisor: /metrics has only this worker until a restart")
     inherited = None if listener_fd < 0 else socket.socket(fileno=listener_fd)
     return run("producer", lambda: serve(settings, counters, rows, shared_port, alive_fd, True, inherited, ready_fd))

@@ -1,8 +1,7 @@
-"""Publishes the events of one queue: every event in flight to the broker, until its confirm, nack, or time-out.
+"""The publisher of one queue, which owns each event in flight until its confirm, nack or time-out.
 
-Nothing here knows HTTP or sockets: a lane sends bytes, a publication hears its outcome. Events that were in flight when
-the link went down are held and published again, with the same message_id, on the next; the consumer drops the
-duplicate.
+Nothing here knows HTTP or sockets: a lane sends bytes, and a publication is told its outcome. Events in flight on a
+lost link are held and published again on the next, with the same message_id. The consumer drops the duplicate.
 """
 
 from __future__ import annotations
@@ -24,22 +23,22 @@ from common.errors import NotConfirmed, OutcomeUnknown, TooLarge, Unavailable
 
 log = logging.getLogger("predlog.producer")
 
-STALL_SECONDS = 5.0  # without a confirm while events wait for one: not ready, and new events are refused
-# Nacks without one ack between them end the link. RabbitMQ 3.10 never takes a message again on a channel that met a
-# full queue (overflow reject-publish) when the policy is removed meanwhile; a new channel works. If that one only nacks
-# as well, the queue is full or has no leader (a node was cut off), and the next attempt waits twice as long.
+STALL_SECONDS = 5.0  # after so long without a confirm, new events are refused and /readyz is 503
+# Nacks without an ack between them end the link after this long. RabbitMQ 3.10 never again takes a message on a channel
+# that met a full queue (overflow reject-publish) if the policy is then removed; a new channel works. If that one only
+# nacks as well, the queue is full or has no leader (a node was cut off), and the next attempt waits twice as long.
 NACKS_FIRST_SECONDS, NACKS_MOST_SECONDS = 2.0, 30.0
-# A sweep so late finds the answers of that time unread in the socket: it is our own lateness, not the broker's.
+# After a sweep this late, confirms may be unread in the socket: the process was late, not the broker.
 LATE_SWEEP_SECONDS = 0.5
 
-# What RabbitMQ (3.8 and later: max_message_size) closes the channel with.
+# The reason with which RabbitMQ 3.8 and later closes the channel (max_message_size).
 _TOO_LARGE = re.compile(r"larger than configured max size (\d+)")
 _DENIED = "ACCESS_REFUSED"
 _NACKED = "the broker refuses every event (nack): the queue is full, limited by a policy, or has no leader"
 
 
 class Lane(Protocol):
-    """What the publisher needs of a connection."""
+    """The part of a connection that the publisher uses."""
 
     congested: bool
 
@@ -48,29 +47,29 @@ class Lane(Protocol):
 
 
 class Publication(ABC):
-    """An event in flight, and who hears of its outcome: exactly one of the two methods is called, once."""
+    """An event in flight. Exactly one of the two methods is called, once."""
 
     __slots__ = ("body", "message_id", "sent_before", "since")
 
     body: bytes
     message_id: bytes
-    # The publisher's own:
+    # Set by the publisher:
     since: float  # when it was first sent
     sent_before: bool  # on a link that was lost
 
     @abstractmethod
     def confirmed(self, seconds: float) -> None:
-        """The broker has it on disk, `seconds` after it was first sent."""
+        """Take note that the broker has the event on disk, `seconds` after it was first sent."""
 
     @abstractmethod
     def failed(self, error: NotConfirmed) -> None:
-        """It was not accepted, or nobody knows."""
+        """Take note that the event was not accepted, or that its outcome is unknown."""
 
 
 class Publisher:
-    """Publishes to one queue, over one link whose listener it is. `now` is a monotonic clock, `wall` the time of day.
+    """The publisher of one queue, and the listener of its link. `now` is a monotonic clock, `wall` the Unix time.
 
-    `partition` is None for the only queue; else the trouble of this queue is that of one partition.
+    `partition` is None for the only queue; otherwise trouble with the queue is reported as that of one partition.
     """
 
     def __init__(
@@ -103,19 +102,19 @@ class Publisher:
         self._waiting: deque[Callable[[], None]] = deque()  # batches that wait for room
         self._lane: Lane | None = None
         self._encoder: PublishEncoder
-        self._down = "not connected yet"  # why there is no link, while there is none
+        self._down = "not connected yet"  # the reason, while there is no link
         self._blocked = ""  # the broker's reason while it reads nothing that is published
         self._is_blocked = asyncio.Event()
-        self._stalled = ""  # why events that are published get no further
+        self._stalled = ""  # the reason, while published events are not confirmed
         self._confirms_at = 0.0
-        self._acked = self._nacked = False  # by the confirms that are being settled
-        self._progress_at = 0.0  # the last ack, or the beginning of the link
-        self._nacked_since: float | None = None  # the first nack after the last ack
+        self._acked = self._nacked = False  # whether the confirms being settled had an ack, a nack
+        self._progress_at = 0.0  # of the last ack, or of the start of the link
+        self._nacked_since: float | None = None  # time of the first nack after the last ack
         self._nacks_seconds = NACKS_FIRST_SECONDS
-        self._most_body_bytes = sys.maxsize  # that the broker takes, as far as it has said so
+        self._most_body_bytes = sys.maxsize  # that the broker takes, once it has said so
         self._swept_at = now()
         self._was_late = False
-        self._stamp = packed_seconds(int(wall()))  # as new as the last sweep
+        self._stamp = packed_seconds(int(wall()))  # of the last sweep
         self._trouble: Unavailable | None
         self._judge()
 
@@ -137,19 +136,19 @@ class Publisher:
         return bool(self._stalled)
 
     def trouble(self) -> Unavailable | None:
-        """Return why no event can be accepted now; None if one can, once there is room for it in the window."""
+        """Return why no event can be accepted now; None if one can be, given room in the window."""
         return self._trouble
 
     def _is_full(self) -> bool:
         return (
-            self._lane is None  # then there is trouble, too
+            self._lane is None  # then there is trouble too
             or self._lane.congested
             or self.unconfirmed_bytes >= self.max_unconfirmed_bytes
             or len(self._sent) >= self._max_unconfirmed  # nothing is held while there is a lane
         )
 
     def has_room_for_batch(self) -> bool:
-        """Tell whether an event of a batch may be published: half of the window is for single events alone."""
+        """Tell whether an event of a batch may be published now. Half of the window is kept for single events."""
         return (
             self._trouble is None
             and self._lane is not None
@@ -159,14 +158,14 @@ class Publisher:
         )
 
     def call_when_there_is_room(self, resume: Callable[[], None]) -> None:
-        """Call `resume` once, soon after there may be room for a batch, or trouble, or a tenth of a second has gone."""
+        """Call `resume` once, when a batch may have room, when there is trouble, or at the next sweep."""
         self._waiting.append(resume)
 
     def publish(self, event: Publication) -> None:
-        """Send one event; it hears the outcome. Raises Unavailable or TooLarge, and then has sent nothing."""
+        """Send one event, which is then told its outcome. Raise Unavailable or TooLarge if nothing was sent."""
         lane, body_bytes = self._lane, len(event.body)
         if self._trouble is not None or body_bytes > self._most_body_bytes or lane is None or self._is_full():
-            raise self._refusal(body_bytes)  # no variable of this frame: it would hold the event in a cycle
+            raise self._refusal(body_bytes)  # not in a local variable, which would keep the event alive in a cycle
         self.unconfirmed_bytes += body_bytes
         event.since, event.sent_before = self._now(), False
         lane.send(self._encoder.encode(event.body, event.message_id, self._stamp))
@@ -178,7 +177,7 @@ class Publisher:
         return self._trouble or _window_full()
 
     def _judge(self) -> None:
-        """Settle what `trouble` says. Call it after any change of what it depends on."""
+        """Update `trouble`. Call it after any change of what it depends on."""
         self._trouble = self._find_trouble()
 
     def _find_trouble(self) -> Unavailable | None:
@@ -197,7 +196,7 @@ class Publisher:
     # The link
 
     async def up(self, link: Link) -> None:
-        """Declare the queue, and see whether an event could be published now."""
+        """Declare the queue, and check that an event could be published."""
         self._blocked = ""
         self._is_blocked.clear()
         await declare(link.channel, self._queue_name, QUEUE_ARGUMENTS)
@@ -214,7 +213,7 @@ class Publisher:
         self.link_up(link.lane, link.frame_max)
 
     def link_up(self, lane: Lane, frame_max: int) -> None:
-        """Begin with a new channel: its tags count from 1, and what is held goes out again first."""
+        """Begin with a new channel, whose tags count from 1. Publish what is held again, before anything new."""
         self._lane = lane
         self._encoder = PublishEncoder(self._queue_name, frame_max)
         self._progress_at = self._now()
@@ -227,10 +226,10 @@ class Publisher:
         self._judge()
 
     def down(self, reason: str) -> None:
-        """Hold what the lost channel would have confirmed for the next one.
+        """Hold what is unconfirmed for the next channel.
 
-        But not what the broker closed the channel for, which would close the next one too: an event that is too large,
-        and all of them when their user may not publish.
+        Fail what the broker closed the channel for, since it would close the next one too: an event that is too large,
+        and every event if the user may not publish.
         """
         self.links_lost += self._lane is not None
         self._lane, self._down, self._stalled, self._nacked_since = None, reason, "", None
@@ -250,7 +249,7 @@ class Publisher:
         self._resume_batches()
 
     def blocked(self, reason: str) -> None:
-        """Refuse events while the broker reads none (a memory or disk alarm)."""
+        """Refuse events while the broker reads none, during a memory or disk alarm."""
         self._blocked = reason
         if reason:
             self._is_blocked.set()
@@ -262,7 +261,7 @@ class Publisher:
         self._resume_batches()
 
     def deliveries(self, deliveries: list[Delivery]) -> None:
-        """Nothing is consumed on this link."""
+        """Ignore them: nothing is consumed on this link."""
 
     def confirms(self, confirms: Sequence[Confirm]) -> None:
         """Tell each event its outcome."""
@@ -273,7 +272,7 @@ class Publisher:
             self._note_progress(now)
         elif self._nacked and self._nacked_since is None:
             self._nacked_since = now
-            if self._nacks_seconds > NACKS_FIRST_SECONDS:  # the new link is no better than the last
+            if self._nacks_seconds > NACKS_FIRST_SECONDS:  # the last link had only nacks too
                 self._stall(_NACKED)
         if self._waiting:
             self._resume_batches()
@@ -285,7 +284,7 @@ class Publisher:
             event.confirmed(self._confirms_at - event.since)
             return
         self._nacked = True
-        # What became of the first copy of an event that was sent before is not known.
+        # Of an event that was sent before, the first copy may be stored.
         self._fail(
             event, OutcomeUnknown() if event.sent_before else Unavailable("nacked", "the broker refused the event")
         )
@@ -318,9 +317,9 @@ class Publisher:
     # Time, and the end
 
     def sweep(self) -> None:
-        """Give up on what waits too long; call it ten times a second."""
+        """Fail events that wait too long, and leave a link that does not confirm. Call it ten times a second."""
         now = self._now()
-        # Twice in a row is our lot, and no reason to give up on nothing any more.
+        # If every sweep is late, the time-outs must hold all the same.
         late = now - self._swept_at > LATE_SWEEP_SECONDS and not self._was_late
         self._swept_at, self._was_late = now, late
         self._stamp = packed_seconds(int(self._wall()))
@@ -338,7 +337,7 @@ class Publisher:
             return
         waiting = self._window.oldest()
         if expired and self._progress_at <= oldest:
-            # Not one ack in all that time: this link is of no use. A new one may reach a live broker.
+            # Not one ack in all that time. A new link may reach a live broker.
             self._lane.fail(f"no confirm for {self._confirm_timeout:g} s")
         elif self._nacked_since is not None and now - self._nacked_since >= self._nacks_seconds:
             self._nacks_seconds = min(2 * self._nacks_seconds, NACKS_MOST_SECONDS)
@@ -347,7 +346,7 @@ class Publisher:
             self._stall(f"the broker has confirmed nothing for {STALL_SECONDS:g} s")
 
     def fail_all(self) -> None:
-        """End a drain that took too long: everything in flight gets its outcome, which is unknown."""
+        """Fail everything in flight with OutcomeUnknown, at the end of a drain that took too long."""
         for event in [*self._held, *self._window.take()]:
             self._fail(event, OutcomeUnknown())
         self._held.clear()

@@ -24,10 +24,10 @@ from common.producer.tls import Certificate
 log = logging.getLogger("predlog.producer")
 
 SWEEP_SECONDS = 0.1
-ALL_UP_SECONDS = 5.0  # in which every partition gets its connection; after it, the start does not wait for the rest
-FILES_BESIDE_CONNECTIONS = 64
-BUFFERED_BYTES = 256 * 1024 * 1024  # of all requests that are still arriving
-LAST_ANSWERS_SECONDS = 0.1  # for the answers that end a drain to leave
+ALL_UP_SECONDS = 5.0  # for every partition to get its connection; then the start stops waiting for the rest
+FILES_BESIDES_CONNECTIONS = 64
+BUFFERED_BYTES = 256 * 1024 * 1024  # of incomplete requests and unread answers, over all connections
+LAST_ANSWERS_SECONDS = 0.1  # for sending the answers that end a drain
 
 
 def _limits(settings: ProducerSettings, most_connections: int) -> ServerLimits:
@@ -50,14 +50,14 @@ def _limits(settings: ProducerSettings, most_connections: int) -> ServerLimits:
 
 
 def _most_connections(settings: ProducerSettings) -> int:
-    most = raise_file_limit() - FILES_BESIDE_CONNECTIONS
+    most = raise_file_limit() - FILES_BESIDES_CONNECTIONS
     if most < settings.max_connections:
         log.warning("the limit on open files allows %d connections, not %d (ulimit -n)", most, settings.max_connections)
     return most
 
 
 class Producer:
-    """One producer process: `start`, `run` until something ends it, `drain`, `close`.
+    """One producer process. Call `start`, `run` until something ends it, `drain` and `close`.
 
     `rows` are the metrics of every worker, its own among them. `shared_port` is one reserved for several workers.
     `inherited` is a listening socket that outlives the process.
@@ -95,10 +95,10 @@ class Producer:
         counters.metrics.values[counters.start_time] = time.time()
 
     async def start(self, replaces: bool = False) -> int:
-        """Connect and listen; return the port. Raises StartupError.
+        """Connect and listen; return the port. Raise StartupError.
 
-        One that `replaces` another listens once it has its broker: the other workers are there for the clients. So does
-        one with an inherited socket: its clients wait in the queue.
+        A worker that `replaces` another listens only once it has its broker, as others serve the clients meanwhile. So
+        does one with an inherited socket, whose clients wait in the queue.
         """
         settings = self._settings
         self._tasks = [
@@ -119,7 +119,7 @@ class Producer:
         return port
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Wait for `stop`. Raises StartupError when the first connection fails for what waiting does not fix."""
+        """Wait for `stop`. Raise StartupError if the first connection fails for a reason that waiting does not fix."""
         await first_of(stop, *self._tasks)
 
     async def drain(self) -> None:
@@ -142,7 +142,7 @@ class Producer:
             await asyncio.sleep(LAST_ANSWERS_SECONDS)
 
     async def close(self) -> None:
-        """End everything, whatever state it is in."""
+        """End everything, in any state."""
         self._server.abort()
         await end(*self._tasks)
         log.info("stopped")

@@ -1,7 +1,7 @@
-"""Long work done in slices, so that no request keeps the event loop from the others.
+"""Long work in slices, so that no request blocks the event loop.
 
-A job is a generator that yields at least every few milliseconds. It yields None to go on soon, or a function that takes
-its `resume` and calls it when there is something to go on for.
+A job is a generator that yields at least every few milliseconds. It yields None to continue soon, or a function that
+takes a `resume` callback and calls it when the job can continue.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Job = Generator[Callable[[Callable[[], None]], None] | None, None, None]
 
 
 class Slices:
-    """Runs jobs: those of one owner one after the other, the owners in turns, a slice in each turn of the loop."""
+    """A scheduler of jobs. The jobs of one owner run in order, the owners take turns, one slice for each loop turn."""
 
     def __init__(self, call_soon: Callable[[Callable[[], None]], object]) -> None:
         self._call_soon = call_soon
@@ -47,7 +47,7 @@ class Slices:
         self._schedule()
 
     def _advance(self, owner: Hashable, job: Job, end: float, jobs: deque[Job]) -> bool:
-        """Run a job until it ends, waits, or the slice is over; tell whether it is. The next owner is next."""
+        """Run a job until it ends, waits, or the slice is over; tell whether the slice is. Then the owner goes last."""
         over = False
         try:
             while not over:

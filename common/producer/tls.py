@@ -14,20 +14,20 @@ class Certificate:
     """A certificate chain with its key, in a TLS context for servers. TLS 1.2 and 1.3 with Python's default ciphers."""
 
     def __init__(self, cert_file: str, key_file: str) -> None:
-        """Load both; raises StartupError."""
+        """Load both files. Raise StartupError."""
         self._cert_file = cert_file
         self._key_file = key_file
         self.context = self._load()
 
     @classmethod
     def load(cls, cert_file: str, key_file: str) -> Certificate | None:
-        """Return None when there is none to load. Raises StartupError."""
+        """Load the certificate that is configured; return None without one. Raise StartupError."""
         return cls(cert_file, key_file) if cert_file else None
 
     def reload(self) -> None:
-        """Load both again for new connections. If they do not fit, say so and keep the old ones."""
+        """Load both files again for new connections. If they cannot be used, log that and keep the old ones."""
         try:
-            self._load()  # first into another context: OpenSSL takes a certificate before it looks at the key
+            self._load()  # into another context first, as OpenSSL replaces a certificate before it checks the key
             self.context.load_cert_chain(self._cert_file, self._key_file, _no_passphrase)
             log.info("TLS certificate loaded again")
         except (OSError, StartupError) as error:
@@ -46,4 +46,4 @@ class Certificate:
 
 
 def _no_passphrase() -> str:
-    raise OSError("the key has a passphrase, and nobody to ask for it: store it without one")
+    raise OSError("the key has a passphrase; store it without one")

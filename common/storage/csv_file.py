@@ -1,7 +1,7 @@
 """The CSV file on disk: append, sync, find where its rows end, set bytes aside.
 
-Knows what a row is. Which bytes are committed, and what becomes of the others, is decided in recovery.py and store.py.
-Every function raises OSError.
+Knows what a row is. recovery.py and store.py decide which bytes are committed, and what becomes of the others. Every
+function raises OSError.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from common.storage.files import BLOCK_BYTES, free_name, naming, sync_directory
 
 
 class CsvFile:
-    """One open CSV file. It has an flock of its own: removing the lock file must not let two consumers write."""
+    """One open CSV file, with an flock of its own: removing the lock file must not let two consumers write."""
 
     def __init__(self, path: str) -> None:
         """Open `path`; create a missing file, empty."""
@@ -45,7 +45,7 @@ class CsvFile:
         return os.fstat(self._fd).st_size
 
     def is_at(self, path: str) -> bool:
-        """Tell whether `path` leads to this file: it was not renamed, removed or replaced, nor a link re-pointed."""
+        """Tell whether `path` leads to this file: nothing was renamed, removed or replaced, and no link re-pointed."""
         try:
             status = os.stat(path)
         except FileNotFoundError:
@@ -87,7 +87,7 @@ class CsvFile:
         return start + rows_end(self.read(start))
 
     def set_aside(self, start: int) -> str:
-        """Move the bytes from `start` on to a new file in the same folder (synced before the cut); return its path."""
+        """Move the bytes from `start` on to a new file in the same folder, synced before the cut; return its path."""
         aside = free_name(f"{self.path}.uncommitted-")
         part = f"{aside}.part"
         fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)

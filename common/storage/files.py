@@ -1,4 +1,4 @@
-"""Files and folders made durable, names for them, and their errors in words. Knows nothing of what is in a file."""
+"""Durable files and folders, their names, and their errors in words. Knows nothing of what is in a file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from common.errors import DiskTrouble, StartupError
 
 BLOCK_BYTES = 1 << 20
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-_MAY_END = (*NO_SPACE, errno.EIO, errno.EBUSY)  # EBUSY: another consumer has the file, and may end
+_MAY_END = (*NO_SPACE, errno.EIO, errno.EBUSY)  # EBUSY: another consumer has the file and may end
 
 
 @contextmanager
@@ -36,7 +36,7 @@ def free_name(prefix: str, suffix: str = "") -> str:
 
 
 def sync_directory(path: str) -> None:
-    """Make the names in the folder of `path` durable: files made, renamed, removed."""
+    """Sync the folder of `path`, which makes creations, renames and removals in it durable."""
     fd = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY)
     try:
         with naming(path):
@@ -55,13 +55,13 @@ def make_directory(path: str) -> None:
 
 
 def startup_error(error: OSError, path: str, notes: Sequence[str] = ()) -> StartupError | DiskTrouble:
-    """Return what to raise at a start: DiskTrouble when a later try may work, StartupError when it cannot."""
+    """Return the error to raise at a start: DiskTrouble if a retry may work, else StartupError."""
     kind = DiskTrouble if error.errno in _MAY_END else StartupError
     return kind(explain_os_error(error, path) + (f" ({'; '.join(notes)})" if notes else ""))
 
 
 def explain_os_error(error: OSError, path: str) -> str:
-    """Say in one line for a person: where, what, what to do."""
+    """Return one line for a person: where, what is wrong, what to do."""
     advice = {
         errno.EACCES: f"let uid {os.geteuid()} read and write there",
         errno.EPERM: f"let uid {os.geteuid()} read and write there",

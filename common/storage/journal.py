@@ -1,18 +1,18 @@
-"""What is remembered next to the CSV: which bytes of which file are committed, and the ids of recent messages.
+"""The journal next to the CSV: which bytes of which file are committed, and the ids of recent messages.
 
 An append-only text file. Each line is a checksum and one JSON record, and is one commit: one write, one fsync. A line
-cut short by a crash is a commit that never was. The first line holds the version of the format and every id, the others
-the ids of their commit. The file is replaced as a whole (written to a new file, synced, renamed) when it has grown, and
-when anything about it failed, because after a failed write or fsync nobody knows what of it is on disk.
+cut short by a crash is a commit that never happened. The first line holds the version of the format and every id, each
+other line the ids of its commit. The file is replaced as a whole (new file, sync, rename) when it has grown, and after
+any failure, because a failed write or fsync leaves it unknown what is on disk.
 
-A second file, the mark, says how far the journal went. It is written after each commit and not synced. It tells a
-journal whose end is gone (truncated, or an old copy put back) from one whose last commit never was.
+A second file, the mark, says how far the journal went. It is written after each commit and not synced. It distinguishes
+a journal whose end is gone (truncated, or an old copy put back) from one whose last commit never happened.
 
 Locks decide who may write. Where they have no effect (some network file systems), the journal itself keeps a second
-writer out. Each run has a generation, greater than any before. It begins with a fence: a line after which a commit of
-an earlier generation does not count, written before the last state is read. And each commit ends with a look at the
-file: unless it is the one that this run left, a later generation may have begun, and nothing of this commit is acked.
-So a commit before the fence is seen by the next run, and one after it is noticed by this one.
+writer out. Each run has a generation, greater than any before. It begins with a fence, a line after which commits of
+earlier generations do not count, written before the last state is read. Each commit ends with a check of the file. If
+it is not as this run left it, a later generation may have begun, and nothing of this commit is acked. So the next run
+sees a commit before the fence, and this run notices one after it.
 
 Knows nothing of the CSV itself. For one thread.
 """
@@ -39,11 +39,11 @@ from common.storage.state import FileState, LastRun
 
 ID_BYTES = 16
 _to_json = json.JSONEncoder(separators=(",", ":")).encode
-VERSION = 2  # of the format; version 1 is that of predlog 1.0.0, which does not say so
+VERSION = 2  # of the format; version 1 is that of predlog 1.0.0, whose lines have no version
 
 
 class JournalCorrupt(Exception):
-    """The journal is there, and does not say what was committed."""
+    """A journal that exists, and does not say what was committed."""
 
 
 class Mark(NamedTuple):
@@ -71,21 +71,21 @@ class Journal:
         self._generation = time.time_ns()  # of this run: unique, and `load` makes it greater than any before
         self._last_generation = 0  # of the journal on the disk
         self._place: tuple[int, int, int] | None = None  # device, inode and size of the journal as this run left it
-        self._fd = -1  # -1: the next commit writes the file anew
-        self._failed = False  # the last write did, so that nobody knows what it left
-        self._mark: Mark | None = None  # as the mark may say at most
+        self._fd = -1  # -1: the next commit writes a new file
+        self._failed = False  # whether the last write did, so that what it left is unknown
+        self._mark: Mark | None = None  # the furthest that the mark on disk may say
         self._mark_fd = -1
 
     def at(self, path: str) -> Journal:
-        """Make a journal like this one for another file."""
+        """Return a journal like this one for another file."""
         return Journal(path, self._dedup_window, self._prefetch_count, self._log)
 
     @property
     def window(self) -> int:
-        """The number of ids that are remembered.
+        """The number of ids that are kept.
 
-        The broker can redeliver `prefetch_count` messages, and while it does others are committed: twice covers both.
-        The largest `prefetch_count` ever used counts, because what was unacked under it may still come back.
+        The broker can redeliver `prefetch_count` messages, and as many others can be committed meanwhile. The largest
+        `prefetch_count` ever used counts, because what was unacked under it may still be redelivered.
         """
         return max(self._dedup_window, 2 * self._prefetch_count)
 
@@ -136,18 +136,18 @@ class Journal:
         return len(self._order)
 
     def ids(self) -> Iterator[bytes]:
-        """In the order of their commits, the oldest first."""
+        """Return the ids in the order of their commits, oldest first."""
         return iter(self._order)
 
     def commit(self, state: FileState, ids: Sequence[bytes] = (), clean: bool = False) -> None:
         """Make `state` and new `ids` (16 bytes each) durable, then remember them.
 
-        Raise OSError; then the commit is on disk or not, and the same call again settles it. Raise TakenOver when
-        another run has begun; then this one must touch nothing and ack nothing any more.
+        Raise OSError if the commit may or may not be on disk; repeat the same call until it succeeds. Raise TakenOver
+        when another run has begun; this one must then touch nothing and ack nothing.
         """
         mark = self._mark
         if mark is not None and not (mark.inode == state.inode and mark.committed_bytes <= state.committed_bytes):
-            # It must never be ahead, not even after a power cut.
+            # The mark must never be ahead of the journal, not even after a power cut.
             self._write_mark(Mark(state.inode, state.committed_bytes, self._last_generation), sync=True)
         done = False
         if self._fd >= 0 and self._place is not None and self._place[2] < self._limit_bytes():
@@ -158,11 +158,11 @@ class Journal:
             self._replace(self._line(state, chain(known, ids), clean, first=True))
         self._remember(ids)
         self._last_generation = self._generation
-        with suppress(OSError):  # an older mark is as good as none
+        with suppress(OSError):  # an older mark does no harm
             self._write_mark(Mark(state.inode, state.committed_bytes, self._generation), sync=False)
 
     def set_aside(self) -> str:
-        """Move a journal that was loaded out of the way, or one that is corrupt; return its new name."""
+        """Rename the journal on disk, which is corrupt or outdated; return its new name."""
         aside = free_name(f"{self.path}.corrupt-")
         os.rename(self.path, aside)
         sync_directory(aside)
@@ -193,7 +193,7 @@ class Journal:
 
     def _write_mark(self, mark: Mark, sync: bool) -> None:
         if not sync:
-            self._mark = mark  # it may be there although the write fails
+            self._mark = mark  # a failed write may have reached the disk
         if self._mark_fd < 0:
             self._mark_fd = os.open(self._mark_path, os.O_RDWR | os.O_CREAT, 0o644)
         text = b'{"file": {"inode": %d, "committed_bytes": %d}, "generation": %d}' % mark
@@ -224,7 +224,7 @@ class Journal:
         return (4 << 20) + 2 * (2 * ID_BYTES * self.window)
 
     def _fence(self, fd: int) -> bytes:
-        """Write the fence of this run; return what stands before it."""
+        """Write the fence of this run; return the journal before it."""
         line = b"\n" + _with_checksum(b'{"fence":%d}' % self._generation)  # a torn commit may come before it
         _write(fd, line)
         os.fsync(fd)
@@ -263,14 +263,14 @@ class Journal:
         return newest
 
     def _parse(self, whole: bytes) -> _Content:
-        """Raise JournalCorrupt, and StartupError for a newer version."""
+        """Parse a journal. Raise JournalCorrupt, and StartupError for a newer version."""
         content: _Content | None = None
         ids: list[str] = []
         generation, damaged, fenced = 0, False, False
         for line in whole.split(b"\n")[:-1]:
             text = _checked(line)
             if text is None:
-                damaged = True  # a torn commit, unless one follows: only a fence may
+                damaged = True  # a torn commit if nothing but a fence follows
                 continue
             try:
                 record = json.loads(text)
@@ -283,7 +283,7 @@ class Journal:
                         f"up to {VERSION}: upgrade, or move the journal and its CSV away together"
                     )
                 if fenced:
-                    continue  # a commit that came too late
+                    continue  # a commit behind the fence
                 ids.append(record["ids"])
                 generation = int(record.get("generation", generation))
                 content = _content(record, generation)
@@ -324,7 +324,9 @@ class Journal:
                 _write(fd, line)
                 os.fsync(fd)
                 if not self._is_untouched() and not self._failed:
-                    self._log.warning("%s: another program changed or removed it; it is written anew, whole", self.path)
+                    self._log.warning(
+                        "%s: another program changed or removed it; it is written again, whole", self.path
+                    )
                 os.rename(new, self.path)
                 sync_directory(self.path)
         except (OSError, TakenOver):
@@ -339,18 +341,18 @@ class Journal:
 
 
 def _content(record: dict[str, Any], generation: int) -> _Content:
-    """Read what a commit says, but for its ids. Raise ValueError, TypeError or KeyError."""
+    """Return the content of a commit without its ids. Raise ValueError, TypeError or KeyError."""
     state = FileState(**record["file"])
     if not 0 <= state.chunk_offset <= state.committed_bytes:
         raise ValueError("impossible numbers")
     set_back_seconds = float(record.get("at", 0.0)) - time.time()
-    if set_back_seconds > 0:  # the clock was: the age of the file stays as it was
+    if set_back_seconds > 0:  # the clock was set back: keep the age of the file
         state = replace(state, started_at=state.started_at - set_back_seconds)
     return _Content(state, bool(record["clean"]), int(record["prefetch_count"]), [], generation)
 
 
 def _read_mark(path: str) -> Mark | None:
-    """Read the mark; None without one, and for a torn one."""
+    """Return the mark; None if it is missing or torn."""
     with suppress(OSError, ValueError, KeyError, TypeError), open(path, "rb") as file:
         text = _checked(file.readline().removesuffix(b"\n"))
         if text is not None:

@@ -18,8 +18,8 @@ _PF_EXITING = 0x4  # include/linux/sched.h
 class Lock:
     """An flock on `<csv>.lock`, which ends with the process, however it ends.
 
-    On some network file systems flock has no effect. So the file also says who owns it, until it is released: an owner
-    that still runs is not taken for dead because its lock could be had.
+    On some network file systems flock has no effect. So the file also names its owner until it is released. An owner
+    that still runs is not taken for dead only because the lock could be acquired.
     """
 
     def __init__(self, csv_path: str) -> None:
@@ -28,14 +28,14 @@ class Lock:
         self._journal_path = f"{path}.journal"
         self._fd = -1
         self._owned = False
-        self._works = False  # this lock was refused once, so it has an effect between us and its owner
+        self._works = False  # it was refused once, so flock has an effect between this process and the owner
         self._watched: tuple[float, object] | None = None  # since when, and the journal as it was then
 
     def acquire(self) -> bool:
-        """Take the lock, or return False at once when another has it. Make the folder.
+        """Take the lock, or return False at once when another process has it. Make the folder.
 
-        Return False, too, while an owner that left no sign of its end is watched: call again. Raise as Store.open does,
-        and StartupError when that owner still writes.
+        Return False also while an owner that did not release it is watched; call again. Raise as Store.open does, and
+        StartupError when that owner still writes.
         """
         if self._fd < 0 and not self._take():
             return False
@@ -49,7 +49,7 @@ class Lock:
         return True
 
     def renew(self) -> None:
-        """Make the lock file again if it is gone, so that it keeps others out. Raise OSError if another has it."""
+        """Make a removed lock file again, so that it keeps others out. Raise OSError if another process has it."""
         if not self._owned or self._is_in_place():
             return
         fd = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -63,7 +63,7 @@ class Lock:
         self._sign()
 
     def release(self) -> None:
-        """Give the lock up. The file stays: were it removed, two processes could each hold a lock of that name."""
+        """Release the lock. The file stays: if it were removed, two processes could each hold a lock of that name."""
         if self._owned:
             with suppress(OSError):
                 os.ftruncate(self._fd, 0)
@@ -101,12 +101,12 @@ class Lock:
 
     def _sign(self) -> None:
         self._owned = True
-        with suppress(OSError):  # on a full disk there is no signature, and flock alone decides
+        with suppress(OSError):  # without space for a signature, flock alone decides
             os.ftruncate(self._fd, 0)
             os.pwrite(self._fd, f"{os.getpid()} {_here()} {_started(os.getpid())}\n".encode(), 0)
 
     def _last_owner_is_gone(self) -> bool:
-        """Raise StartupError when it is not; return False while nobody knows."""
+        """Return False while that is not known. Raise StartupError when the last owner is still alive."""
         signature = os.pread(self._fd, 1000, 0).decode("ascii", "replace").split()
         if len(signature) != 4:  # released; or signed by predlog 1.0.0
             return True
@@ -115,10 +115,10 @@ class Lock:
             if pid == str(os.getpid()) or _started(pid) != started:
                 return True
             raise StartupError(
-                f"{self.path}: process {pid} owns it and still runs, although its lock could be had: flock has no "
+                f"{self.path}: process {pid} owns it and still runs, although the lock could be acquired: flock has no "
                 "effect on this file system; stop that process, or set CSV_FILE to another place"
             )
-        # A process on another machine, in another container, or before a reboot: does it write?
+        # A process on another machine, in another container, or before a reboot. Only writes show whether it is alive.
         journal = self._journal_signature()
         if self._watched is None:
             self._watched = time.monotonic(), journal
@@ -126,7 +126,7 @@ class Lock:
         if journal != before:
             raise StartupError(
                 f"{self.path}: another consumer (process {pid} on another machine or in another container) writes to "
-                "the CSV, although its lock could be had: flock has no effect here; stop it, or set CSV_FILE"
+                "the CSV, although the lock could be acquired: flock has no effect here; stop it, or set CSV_FILE"
             )
         return time.monotonic() - since >= WATCH_SECONDS
 
@@ -139,7 +139,7 @@ class Lock:
 
 
 def _here() -> str:
-    """Name this boot of this machine, and this container: where a process number means one process."""
+    """Return an id of this boot and this PID namespace, within which a pid means one process."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             return f"{file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
@@ -148,9 +148,9 @@ def _here() -> str:
 
 
 def _started(pid: int | str) -> str:
-    """Say when a process was started, in ticks since boot; "-" if there is none of that number.
+    """Return when a process was started, in ticks since boot; "-" if there is no such process.
 
-    One that is exiting is none: it has given up its files, and stays a zombie for as long as its parent likes.
+    One that is exiting does not count: its files are closed, though it may stay a zombie.
     """
     try:
         with open(f"/proc/{pid}/stat") as file:

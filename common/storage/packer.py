@@ -1,4 +1,4 @@
-"""Rotated files compressed in a thread that gives way to rows, and the removal of what a crash left half done.
+"""The compression of rotated files in a thread that gives way to rows, and the removal of what a crash left.
 
 A file is `<stem>-<UTC time><suffix>` once it is rotated, `….gz` once it is compressed, and `….gz.part` in between.
 """
@@ -19,7 +19,7 @@ from common.storage.files import BLOCK_BYTES, explain_os_error, sync_directory
 
 
 class Packer:
-    """Compresses what it is given, one file after the other."""
+    """A thread that compresses files, one after the other."""
 
     def __init__(self, log: logging.Logger) -> None:
         self._log = log
@@ -34,11 +34,11 @@ class Packer:
         self._queue.put(path)
 
     def give_way(self) -> None:
-        """Rows found no space: give up the file in work, and the space that its .gz.part takes."""
+        """Abandon the current file, and free the space of its .gz.part, when rows find no space."""
         self._gives_way.set()
 
     def close(self) -> None:
-        """End after the file in work; the process does not wait for it."""
+        """End the thread after the current file. The process does not wait for it."""
         self._queue.put(None)
 
     def _run(self) -> None:
@@ -53,8 +53,8 @@ class Packer:
 def compress(path: str, gives_way: Callable[[], bool] = lambda: False) -> None:
     """Replace the file `path` by `path`.gz.
 
-    The plain file is removed only when the whole .gz is on disk under its name. Killed anywhere, it can be run again.
-    Raise OSError, and leave nothing behind then; also when `gives_way` says so between two blocks.
+    The plain file is removed only when the whole .gz is on disk under its name. After a kill it can be run again. Raise
+    OSError, also when `gives_way` returns true between two blocks, and leave nothing behind then.
     """
     part = f"{path}.gz.part"
     try:
@@ -76,7 +76,7 @@ def compress(path: str, gives_way: Callable[[], bool] = lambda: False) -> None:
 
 
 def clean_up(csv_path: str) -> None:
-    """Remove what a crash left half done: temporary files of ours, which nobody reads."""
+    """Remove temporary files that a crash left."""
     folder, name = os.path.split(csv_path)
     stem, suffix = map(re.escape, os.path.splitext(name))
     own = re.compile(
@@ -88,7 +88,7 @@ def clean_up(csv_path: str) -> None:
 
 
 def rotated_files(csv_path: str) -> list[str]:
-    """List the rotated files of a CSV that are plain, oldest first."""
+    """Return the uncompressed rotated files of a CSV, oldest first."""
     folder, name = os.path.split(csv_path)
     stem, suffix = map(re.escape, os.path.splitext(name))
     rotated = re.compile(rf"{stem}-{_TIME}{suffix}")

@@ -1,7 +1,7 @@
-"""What a start finds, and what to do about it: a decision without a disk. `repair` looks, and carries it out.
+"""Recovery as a decision: from what a start finds to the steps to take. Pure; repair.py looks, and carries them out.
 
-Nothing is ever destroyed: bytes that must leave the CSV are set aside, and committed rows stay where they are.
-docs/guarantees.md has this as a table ("What a start finds"), tests/unit/test_recovery.py as a test.
+Nothing is ever destroyed. Bytes that must leave the CSV are set aside, and committed rows stay where they are.
+docs/guarantees.md ("What a start finds") and tests/unit/test_recovery.py have it as a table.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ class Corrupt(NamedTuple):
 
 
 class FileFacts(NamedTuple):
-    """The CSV at its path."""
+    """The facts about the CSV at its path."""
 
-    existed: bool  # False: it was made just now, and is empty
+    existed: bool  # False if it was just made, and is empty
     device: int
     inode: int
     size: int
     head: bytes  # its first bytes, as many as the header has
-    intact: bool  # the committed bytes of the journal are there, going by the last of them
+    intact: bool  # whether the last committed bytes of the journal are there
 
 
 # What to do, in this order.
@@ -42,17 +42,17 @@ class CutRenamed(NamedTuple):
     """Find the file of the last run under another name, and set its uncommitted end aside."""
 
     state: FileState
-    otherwise: str  # what to tell the operator when it is not found
+    otherwise: str  # a note for the operator when it is not found
 
 
 class Continue(NamedTuple):
-    """Continue after the committed bytes. What the last run wrote behind them was not committed, and is set aside."""
+    """Continue after the committed bytes, and set aside what the last run wrote behind them."""
 
     state: FileState
 
 
 class Adopt(NamedTuple):
-    """Take the file over: its whole rows count as committed, a torn row at its end is set aside."""
+    """Take the file over. Its whole rows count as committed; a torn row at its end is set aside."""
 
     start: int = 0  # up to here they are known to be whole
 
@@ -62,7 +62,7 @@ class Begin(NamedTuple):
 
 
 class Refuse(NamedTuple):
-    """Touch nothing: the file is somebody else's."""
+    """Touch nothing, since the file is not predlog's."""
 
     why: str
 
@@ -77,31 +77,31 @@ Step: TypeAlias = SetJournalAside | CutRenamed | Continue | Adopt | Begin | Refu
 
 
 NO_JOURNAL = (
-    "without a journal the last rows, if their messages come again, are doubled once, "
+    "without a journal the last rows are doubled once if their messages are delivered again, "
     "and retries of older events are not recognised"
 )
 LONGER = (
     "has {} bytes that its journal does not know of, though the last run ended in order (the journal is an older copy, "
-    "or another program wrote them): whole rows stay, and are doubled once if their messages come again"
+    "or another program wrote them): whole rows stay, and are doubled once if their messages are delivered again"
 )
 MOVED_AWAY = (
     "the file of the last run is not in this folder under any name: if it was moved or compressed since the crash, "
-    "its rows after the first {} bytes were not committed, and come again"
+    "its rows after the first {} bytes were not committed, and are written again"
 )
 
 
 def decide(journal: LastRun | Corrupt | None, file: FileFacts) -> list[Step]:
-    """Choose the steps of a recovery. The last one is Continue, Adopt or Begin; a Refuse is the only one."""
+    """Return the steps of a recovery. The last one is Continue, Adopt or Begin; a Refuse is the only one."""
     steps: list[Step] = []
     if isinstance(journal, Corrupt):
         steps.append(SetJournalAside(journal.why))
         journal = None
-    # At the same length as the CSV, an older journal is as good as any: both were put back.
+    # If the CSV has the length that an outdated journal says, both were put back together.
     elif journal is not None and journal.outdated and file.size != journal.state.committed_bytes:
         steps.append(SetJournalAside(journal.outdated))
         journal = None
     if journal is None:
-        if file.size or steps:  # something was here before, so the journal is lost, and not only yet to come
+        if file.size or steps:  # not the first start, so the journal is lost
             steps.append(Note(NO_JOURNAL))
         return _adopt(file, steps)
     state = journal.state
@@ -123,10 +123,10 @@ def decide(journal: LastRun | Corrupt | None, file: FileFacts) -> list[Step]:
 
 
 def _is_known(file: FileFacts, journal: LastRun) -> bool:
-    """Whether an intact file is the one that the journal speaks of.
+    """Tell whether an intact file is the one that the journal describes.
 
-    Every CSV of this kind begins with the header. When no more than that was committed, rows after it are taken for
-    the rest of a crash only in the very file that we wrote; otherwise somebody put a file with rows there.
+    Every CSV begins with the header. If no more than that was committed, rows behind it are taken for those of a crash
+    only in the same inode; any other file with rows was put there.
     """
     committed = journal.state.committed_bytes
     if committed > len(CSV_HEADER) or file.size == committed:
@@ -140,7 +140,7 @@ def _adopt(file: FileFacts, steps: list[Step]) -> list[Step]:
 
 
 def adoption(head: bytes, size: int) -> Adopt | Begin | Refuse:
-    """Decide how to take over a file that the journal does not know: `size` bytes that begin with `head`."""
+    """Return how to take over a file that the journal does not know, of `size` bytes that begin with `head`."""
     if head != CSV_HEADER[: len(head)]:
         header = CSV_HEADER.decode().strip()
         return Refuse(f"does not begin with the line {header!r} and CRLF: move it away")

@@ -1,4 +1,7 @@
-"""Look at what a start finds, and carry out what `recovery` decides. Every function raises OSError."""
+"""Recovery on the disk: the facts that recovery.py decides by, and the steps that it returns.
+
+Every function raises OSError.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,7 @@ def look(file: CsvFile, existed: bool, journal: LastRun | Corrupt | None) -> Fil
 
 
 def apply(steps: Sequence[Step], file: CsvFile, journal: Journal, notes: list[str]) -> FileState:
-    """Carry out the steps; return what is committed then, for the journal. `notes` get what was done, in words."""
+    """Carry out the steps; return the committed state for the journal. Append what was done to `notes`."""
     for step in steps:
         match step:
             case Note(text):
@@ -61,7 +64,7 @@ def apply(steps: Sequence[Step], file: CsvFile, journal: Journal, notes: list[st
 
 
 def is_intact(file: CsvFile, size: int, state: FileState) -> bool:
-    """Tell whether the committed bytes are still there, going by the last of them."""
+    """Tell whether the committed bytes are still there, by the checksum of the last of them."""
     return size >= state.committed_bytes and (
         file.crc32(state.chunk_offset, state.committed_bytes) == state.chunk_crc32
     )
@@ -83,10 +86,10 @@ def continue_after(file: CsvFile, state: FileState, notes: list[str]) -> FileSta
 
 
 def cut_renamed(path: str, state: FileState, notes: list[str]) -> bool:
-    """After a crash: find the file that we wrote under another name (logrotate), and set its uncommitted end aside."""
+    """Find the renamed file of a run that crashed, and set its uncommitted end aside. Tell whether it was found."""
     found = False
     with os.scandir(os.path.dirname(path)) as entries:
-        # Not our own: it is open already, and a reboot may have given its disk another device number.
+        # Not `path` itself, which is open already: a reboot may have given its disk another device number.
         names = [e.path for e in entries if e.inode() == state.inode and e.is_file() and e.path != path]
     for name in names:
         file = CsvFile(name)

@@ -1,28 +1,28 @@
-"""What the journal remembers of a file, as plain data. Pure."""
+"""The journal's knowledge of a file, as plain data. Pure."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import NamedTuple
 
-CHUNK_BYTES = 64 << 10  # how much of the committed end is kept as a checksum to know the file again
+CHUNK_BYTES = 64 << 10  # of the committed end, whose checksum identifies the file
 
 
 @dataclass(frozen=True, slots=True)
 class FileState:
-    """How far a file is committed, and how to know it: crc32 of its last committed bytes, from `chunk_offset` on."""
+    """How far a file is committed, and its identity: crc32 of its committed bytes from `chunk_offset` on."""
 
     device: int
     inode: int
     committed_bytes: int
     chunk_offset: int
     chunk_crc32: int
-    started_at: float  # Unix time of its first row, or at which the file was begun or taken over
+    started_at: float  # Unix time of its first row, or else of when the file was begun or taken over
 
 
 class LastRun(NamedTuple):
-    """What the journal says about the run before this one."""
+    """The journal's record of the run before this one."""
 
     state: FileState
-    clean: bool  # it ended in order: nothing was written that is not committed
-    outdated: str = ""  # why the state may not be its last one, as far as the mark tells
+    clean: bool  # it ended in order, with everything written committed
+    outdated: str = ""  # why the state is not its last one, by the mark; else ""

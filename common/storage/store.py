@@ -1,9 +1,9 @@
 """The exactly-once step: rows into the CSV, then its committed length and the message ids into the journal.
 
-Store.open() recovers from whatever a crash, a person or another program left. Store.append() is the durable step after
+Store.open() recovers from what a crash, a person or another program left. Store.append() is the durable step after
 which the caller acks. Committed rows are never touched, and nothing is destroyed: bytes that must leave the CSV move to
-`<csv>.uncommitted-<UTC time>`. Everything is synchronous and for one thread. When to flush, retry or rotate is the
-caller's decision.
+`<csv>.uncommitted-<UTC time>`. Everything is synchronous and for one thread. The caller decides when to append, retry
+or rotate.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from common.storage.state import CHUNK_BYTES, FileState
 
 
 class Timing(NamedTuple):
-    """Seconds that one append spent in each step; 0.0 for a step that an earlier try has done."""
+    """Seconds that one append spent in each step; 0.0 for a step that an earlier attempt has done."""
 
     write_seconds: float
     fsync_seconds: float
@@ -39,11 +39,13 @@ class Timing(NamedTuple):
 
 
 def _boot_seconds() -> float:
-    """Read a clock that nobody sets, and that also counts while the machine sleeps."""
+    """Read a clock that cannot be set, and that also runs while the machine is suspended."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 class Store:
+    """A CSV, its journal and its lock."""
+
     def __init__(
         self,
         csv_path: str,
@@ -54,17 +56,17 @@ class Store:
         lock: Lock | None,
         log: logging.Logger,
     ) -> None:
-        """Use Store.open()."""
-        self._csv_path = csv_path  # as it was set: perhaps a link, which may be re-pointed
+        """Take over what Store.open() has recovered."""
+        self._csv_path = csv_path  # as configured: it may be a link, which may be re-pointed
         self._file = file
         self._state = state  # what the journal says
-        self._synced: FileState | None = None  # what it must say next: rows are on disk, their commit failed
+        self._synced: FileState | None = None  # what it must say next, when rows are on disk and their commit failed
         self._journal = journal
         self._lock = lock
         self._log = log
         self._rotate_gzip = rotate_gzip
         self._packer = Packer(log)
-        self._began = 0.0  # by _boot_seconds: when the first row of the file came, or the file itself
+        self._began = 0.0  # when its first row, or the file itself, was written, by _boot_seconds
         self._set_age()
 
     @classmethod
@@ -77,11 +79,10 @@ class Store:
         rotate_gzip: bool = False,
         lock: Lock | None = None,
     ) -> Store:
-        """Recover the CSV and its journal. Say in one log line what was found and done.
+        """Recover the CSV and its journal. Log in one line what was found and done.
 
         The caller holds the `lock`; the store makes it again when the file moves, and releases it when it is closed.
-        Raise DiskTrouble when a later try may work, and StartupError when the file is not ours to write, or cannot be
-        written.
+        Raise DiskTrouble if a retry may work, and StartupError if the file is not predlog's or cannot be written.
         """
         path = os.path.realpath(csv_path)
         journal = Journal(f"{path}.journal", dedup_window, prefetch_count, log)
@@ -98,7 +99,7 @@ class Store:
         notes.append(f"continues after {state.committed_bytes} bytes, with {len(journal)} message ids remembered")
         log.log(level, "%s: %s", path, "; ".join(notes))
         store = cls(csv_path, file, state, journal, rotate_gzip, lock, log)
-        for each in plain:  # left by an earlier run, perhaps beside its .gz
+        for each in plain:  # left by an earlier run, perhaps next to its .gz
             store._packer.put(each)
         return store
 
@@ -117,9 +118,9 @@ class Store:
 
     @property
     def age_seconds(self) -> float:
-        """Seconds since the first row of the current CSV, or since its beginning (or taking over), over all runs.
+        """Seconds since the first row of the current CSV, or else since it was begun or taken over, over all runs.
 
-        A clock that was set back while the consumer was down adds nothing; while it runs no such clock counts.
+        A wall clock that is set back adds nothing, whether the consumer is down or running.
         """
         return _boot_seconds() - self._began
 
@@ -130,8 +131,9 @@ class Store:
     def append(self, data: bytes, ids: Sequence[bytes]) -> Timing:
         """Make whole rows `data` and the new, distinct `ids` (16 bytes each) of their messages durable, as one.
 
-        Raise OSError when a step fails. The caller then acks nothing and calls again, with the same arguments, until
-        it works: that continues from the step that failed. Two fsyncs; a third when the grown journal is written anew.
+        Raise OSError when a step fails. The caller then acks nothing and repeats the call with the same arguments until
+        it succeeds, which continues from the step that failed. It takes two fsyncs, and a third when the journal is
+        rewritten.
         """
         if sum(map(len, ids)) != ID_BYTES * len(ids):
             raise ValueError(f"an id is not {ID_BYTES} bytes")
@@ -161,7 +163,7 @@ class Store:
         state = self._with_age(state) if self._synced is None else replace(state, started_at=self._synced.started_at)
         if self._synced not in (None, state):
             raise ValueError("the batch before is not committed yet")
-        self._synced = state  # from here on the rows stay: the commit may be on disk even when it fails
+        self._synced = state  # from here on the rows stay, since a failed commit may be on disk
         try:
             self._journal.commit(state, ids)
         except OSError as error:
@@ -171,15 +173,15 @@ class Store:
         return Timing(written - began, synced - written, time.perf_counter() - synced)
 
     def reopen(self) -> None:
-        """Start a new file now if the current one was renamed or removed, as append would. Raise OSError."""
+        """Start a new file if the current one was renamed or removed, as append would. Raise OSError."""
         if self._synced is None:
             self._check_file(b"")
 
     def rotate(self) -> str | None:
         """Rename data.csv to data-<UTC time>.csv, start a new data.csv, and return the new name of the old one.
 
-        Return None when there is no row to rotate, or a failed append is not settled yet. Raise OSError; append, or
-        rotate again, then continues in a new file.
+        Return None if there are no rows, or a failed append must be repeated first. Raise OSError; the next append or
+        rotate then continues in a new file.
         """
         if self._synced is not None:
             return None
@@ -196,7 +198,7 @@ class Store:
         return rotated
 
     def close(self) -> None:
-        """Mark the journal clean if everything is settled, and give up files and lock."""
+        """Mark the journal clean if everything is committed; close the files and release the lock."""
         self._packer.close()
         self._give_up_files()
 
@@ -207,7 +209,7 @@ class Store:
         except OSError as error:
             self._log.warning("%s", explain_os_error(error, self._journal.path))
         except TakenOver:
-            pass  # the journal is another's; append has said so, or will never run again
+            pass  # the journal belongs to another run; append has raised it, or will not be called again
         self._file.close()
         self._journal.close()
         if self._lock is not None:
@@ -218,19 +220,19 @@ class Store:
             self._packer.give_way()
 
     def _with_age(self, state: FileState) -> FileState:
-        """Tell the age by the clock as it is set now: the next run takes it from there."""
+        """Return `state` with the age of the file in terms of the current wall clock, for the next run."""
         return replace(state, started_at=round(time.time() - self.age_seconds, 3))
 
     def _set_age(self) -> None:
         self._began = _boot_seconds() - max(0.0, time.time() - self._state.started_at)
 
     def _check_file(self, data: bytes) -> None:
-        """Before a write: make sure that the file at our path is ours and ends where we left it. Two system calls."""
+        """Make sure, in two system calls, that the file at the path is ours and ends at the committed bytes."""
         committed = self.committed_bytes
         in_place = self._file.is_at(self._csv_path)
         if in_place and self._file.size() == committed:
             return
-        self._journal.check()  # what is there may be another consumer's
+        self._journal.check()  # the change may be another consumer's
         size = self._cut_own(data)
         if not in_place:
             self._follow()
@@ -252,7 +254,7 @@ class Store:
         return size
 
     def _follow(self) -> None:
-        """Our path does not lead to our file any more: change to where it leads now."""
+        """Change to the file that the path leads to now."""
         path = os.path.realpath(self._csv_path)
         make_directory(os.path.dirname(path))
         if path == self.path:
@@ -263,7 +265,7 @@ class Store:
             self._move_to(path)
 
     def _move_to(self, path: str) -> None:
-        """Continue in another file with a journal of its own, which takes over the ids."""
+        """Continue in a file elsewhere, with its own journal, which takes over the ids."""
         lock = Lock(path)
         if not lock.acquire():
             raise OSError(errno.EBUSY, "is in use by another consumer", path)
@@ -282,7 +284,7 @@ class Store:
         self._log.warning("%s: %s", path, "; ".join(notes))
 
     def _start_file(self, level: int, note: str) -> None:
-        """Change to the file that is at our path now, or to a new one. The journal knows it before it gets a row."""
+        """Change to the file at the path, or to a new one. The journal knows it before it gets a row."""
         notes = [note]
         old = self._file
         file = old if old.is_at(self.path) else CsvFile(self.path)

@@ -171,7 +171,7 @@ def test_who_changes_partitions_is_told_what_is_left_over(broker: RabbitMQ, queu
     publish(broker.url, f"{queue_name}.1", [])
     publish(broker.url, f"{queue_name}.2", [event_of("device-2")] * 2)
     shrunk = consumer(wait=False)
-    said = "messages wait that no consumer takes with PARTITIONS={}: {}"
+    said = "messages wait in queues that no consumer serves with PARTITIONS={}: {}"
     told = said.format(1, f"3 in '{queue_name}.0', 2 in '{queue_name}.2'")
     wait_until("it is told", lambda: shrunk.not_ready() == told, explain=shrunk.log)
     wait_until("it is counted", lambda: shrunk.metric("predlog_unserved_messages") == 5)

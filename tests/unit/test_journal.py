@@ -306,7 +306,7 @@ def test_a_journal_that_was_touched_is_written_anew(path: Path, caplog: pytest.L
     assert again.load() == LastRun(STATE, False)
     assert [n for n in range(5) if again.seen(*ids(n))] == [1, 2, 3]
     assert [record.message for record in caplog.records] == [
-        f"{path}: another program changed or removed it; it is written anew, whole"
+        f"{path}: another program changed or removed it; it is written again, whole"
     ]
 
 

@@ -85,7 +85,7 @@ def test_a_socket_of_systemds_is_for_the_process_it_names() -> None:
     assert inherited_socket({}, 7) is None
     assert inherited_socket({"LISTEN_PID": "8", "LISTEN_FDS": "1"}, 7) is None
     assert inherited_socket({"LISTEN_PID": "7", "LISTEN_FDS": "0"}, 7) is None
-    with pytest.raises(StartupError, match="one socket"):
+    with pytest.raises(StartupError, match="must be 1"):
         inherited_socket({"LISTEN_PID": "7", "LISTEN_FDS": "2"}, 7)
 
 

@@ -288,7 +288,7 @@ def test_a_csv_without_a_journal_is_taken_over(case: Case, torn: bytes) -> None:
     with case.path.open("ab") as file:
         file.write(torn)
     line = case.restart()
-    assert "without a journal the last rows, if their messages come again, are doubled once" in line
+    assert "without a journal the last rows are doubled once if their messages are delivered again" in line
     assert case.content == CSV_HEADER + rows(1, 2, 9)
     assert asides(case.folder) == ([torn] if torn else [])
 
@@ -882,7 +882,7 @@ def test_a_file_out_of_sight_after_a_crash_is_told(case: Case, how: str) -> None
         case.path.rename(case.folder / "old" / "data.csv")
     line = case.restart()
     assert "the file of the last run is not in this folder under any name" in line
-    assert f"its rows after the first {length} bytes were not committed, and come again" in line
+    assert f"its rows after the first {length} bytes were not committed, and are written again" in line
 
 
 @pytest.mark.parametrize("with_mark", [True, False])

@@ -194,7 +194,7 @@ sys.exit(workers.supervise(2, work, 0.1, replacement))
     supervisor.send_signal(signal.SIGHUP)
     assert lines(supervisor, 1) == ["replacement"]
     assert supervisor.stderr is not None
-    assert supervisor.stderr.readline() == "the new worker 0 does not listen; the workers that are there stay\n"
+    assert supervisor.stderr.readline() == "the new worker 0 does not listen; the old workers stay\n"
     for pid in before:
         os.kill(int(pid), 0)
     supervisor.terminate()

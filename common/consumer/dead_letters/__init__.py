@@ -1,1 +1,1 @@
-"""Dead letters: what one looks like, how it gets there, and the commands that show and replay them."""
+"""Dead letters: their format, their way to the broker, and the commands that show, export and replay them."""

@@ -1,6 +1,6 @@
 """The consumer's commands on dead letters: show, export and replay them, a page at a time.
 
-What a letter looks like, as bytes or as text, is in letters.py.
+The format of a letter, as bytes or as text, is in message.py.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from common.errors import StartupError
 ANSWER_TIMEOUT_SECONDS = 10.0
 POLL_SECONDS = 1.0
 
-# A page of letters is what lies in memory, and on its way, at one time.
+# A page is what is in memory and in flight at one time.
 PAGE_LETTERS, PAGE_BYTES = 256, 16 * 1024 * 1024
 
 _BAR = 30  # characters
@@ -39,7 +39,7 @@ Pages = AsyncGenerator[list[Delivery], None]
 
 
 async def show(settings: ConsumerSettings) -> int:
-    """List the dead letters on stdout, oldest first, and leave them as they are. The exit code; raises StartupError."""
+    """List the dead letters on stdout, oldest first, and leave them. Return the exit code. Raise StartupError."""
     dead = dead_letter_queue(settings.queue_name)
     arrivals = _Arrivals()
     async with _connection(settings.amqp_url, arrivals) as source:
@@ -53,7 +53,7 @@ async def show(settings: ConsumerSettings) -> int:
 async def export(partitions: Sequence[ConsumerSettings], path: str) -> int:
     """Write the dead letters of all `partitions` as JSON lines to the file `path` ("-": stdout), whole or not at all.
 
-    They stay where they are. For a line see `message.json_line`. The exit code; raises StartupError.
+    They stay in their queues. `message.json_line` makes the lines. Return the exit code. Raise StartupError.
     """
     if path == "-":
         for settings in partitions:
@@ -77,10 +77,10 @@ async def _export_one(settings: ConsumerSettings, out: BinaryIO, name: str) -> i
 
 
 async def replay(settings: ConsumerSettings) -> int:
-    """Move the dead letters that are there now back to the queue. The exit code; raises StartupError.
+    """Move the present dead letters back to the queue. Return the exit code. Raise StartupError.
 
-    Each is acked only after its copy is confirmed, and keeps its message_id: what a kill in between leaves in both
-    queues, the consumer drops the second time.
+    Each is acked only after its copy is confirmed, and keeps its message_id. A kill in between leaves a letter in both
+    queues, and the consumer drops the second copy.
     """
     queue_name, dead = settings.queue_name, dead_letter_queue(settings.queue_name)
     arrivals, copies = _Arrivals(), OutboxListener()
@@ -102,7 +102,7 @@ async def replay(settings: ConsumerSettings) -> int:
                         progress.advance(errors.count(None))
                         if error := next(filter(None, errors), None):
                             raise error
-                await _ready(source, dead)  # an answer on this channel: the acks before it have arrived
+                await _ready(source, dead)  # once it is answered, the acks before it have arrived
             except StartupError as stopped:
                 left = f"moved {progress.done} of {count}, the others are still in '{dead}'"
                 raise StartupError(f"{stopped}; {left}") from None
@@ -111,9 +111,9 @@ async def replay(settings: ConsumerSettings) -> int:
 
 
 def _moved(page: list[Delivery], errors: list[BaseException | None]) -> Iterator[tuple[int, bool]]:
-    """The acks of those without an error: one for all in front of the first error.
+    """Yield the acks of letters without an error, one for all of them before the first error.
 
-    Of many acks RabbitMQ may drop some: beyond 32 that a quorum queue has not taken yet, the channel keeps them until
+    RabbitMQ may drop some of many acks: beyond 32 that a quorum queue has not taken yet, the channel keeps them until
     there is room, and forgets them when it is closed (3.10, rabbit_fifo_client).
     """
     first_error = next((index for index, error in enumerate(errors) if error is not None), len(page))
@@ -126,7 +126,7 @@ def _moved(page: list[Delivery], errors: list[BaseException | None]) -> Iterator
 
 @asynccontextmanager
 async def _connection(url: str, listener: LaneListener) -> AsyncIterator[Link]:
-    """A link for a command. Whatever goes wrong with it is a StartupError, which says in one line what."""
+    """Open a link for a command. Raise StartupError, with one line, for whatever goes wrong with it."""
     try:
         link = await open_link(url, "dead-letters-command", listener)
     except CONNECTION_ERRORS as error:
@@ -148,7 +148,7 @@ async def _connection(url: str, listener: LaneListener) -> AsyncIterator[Link]:
 
 
 async def _ready(link: Link, queue_name: str) -> int | None:
-    """How many messages wait in the queue; None if there is no such queue, and then the channel is closed."""
+    """Return how many messages wait in the queue; None if it does not exist, which closes the channel."""
     try:
         async with asyncio.timeout(ANSWER_TIMEOUT_SECONDS):
             return (await link.channel.queue_declare(queue_name, passive=True)).message_count
@@ -157,7 +157,7 @@ async def _ready(link: Link, queue_name: str) -> int | None:
 
 
 async def _look(link: Link, arrivals: _Arrivals, queue_name: str, count: int) -> Pages:
-    """`_pages` for those who take nothing: at the end all is put back in its order."""
+    """Yield pages as `_pages` does; at the end put all letters back in their order."""
     nacks: list[int] = []
     try:
         async for page in _pages(link, arrivals, queue_name, count):
@@ -170,10 +170,10 @@ async def _look(link: Link, arrivals: _Arrivals, queue_name: str, count: int) ->
 
 
 async def _put_back(link: Link, queue_name: str, nacks: list[int]) -> None:
-    """Return all that was delivered on the link: each of `nacks` is the last delivery tag of up to 32 of one page.
+    """Put back all that was delivered on the link. Each of `nacks` is the last delivery tag of up to 32 of one page.
 
-    RabbitMQ 3.10 shuffles what comes back in one nack if that is more or of two consumers, what exceeds 32 nacks on
-    their way, and what a closed channel held.
+    RabbitMQ 3.10 changes the order when one nack returns more than 32 messages or those of two consumers, when more
+    than 32 nacks are in flight, and when a channel is closed.
     """
     ready, alone = await _ready(link, queue_name) or 0, True
     for at in range(0, len(nacks), 16):
@@ -183,12 +183,12 @@ async def _put_back(link: Link, queue_name: str, nacks: list[int]) -> None:
         returned = ready + tag  # delivery tags count from 1
         deadline = time.monotonic() + POLL_SECONDS
         while alone and (await _ready(link, queue_name) or 0) < returned:
-            alone = time.monotonic() < deadline  # else another reader takes them as they come
+            alone = time.monotonic() < deadline  # otherwise another reader takes them
             await asyncio.sleep(0.005)
 
 
 class _Arrivals:
-    """The listener of a link that reads a queue: what has arrived since it was last taken."""
+    """The listener of a link that reads a queue. `letters` have arrived since the last `take`."""
 
     def __init__(self) -> None:
         self.letters: list[Delivery] = []
@@ -204,18 +204,18 @@ class _Arrivals:
         return taken
 
     def confirms(self, confirms: list[Confirm]) -> None:
-        """Nothing is published on this link."""
+        """Ignore it: nothing is published on this link."""
 
     def blocked(self, reason: str) -> None:
-        """Nothing is published on this link."""
+        """Ignore it: nothing is published on this link."""
 
 
 async def _pages(link: Link, arrivals: _Arrivals, queue_name: str, count: int) -> Pages:
-    """The first `count` messages, unacked, a page at a time: no more than fits in PAGE_BYTES, if the largest of one
-    page tells what the next may hold. Ends early when other readers have the rest.
+    """Yield the first `count` messages, unacked, a page at a time. End early when other readers have the rest.
 
-    Each page has a consumer of its own, that is cancelled before the page is given out: what it was sent stays unacked
-    on the channel, nothing piles up while the caller takes its time, and the next page begins behind it.
+    The largest message of a page decides how many the next one may have within PAGE_BYTES. Each page has a consumer of
+    its own, which is cancelled before the page is yielded. Its messages stay unacked on the channel, no more arrive
+    while the caller works, and the next page begins behind them.
     """
     link.lane.gone.add_done_callback(lambda _: arrivals.wake.set())
     largest, more = PAGE_BYTES // 8, True  # nothing is known before the first page
@@ -248,9 +248,9 @@ async def _never_called(_: DeliveredMessage) -> None: ...
 async def _pour(
     pages: Pages, count: int, line: Callable[[Delivery], bytes], out: BinaryIO, name: str, head: bytes = b""
 ) -> None:
-    """Write a line for each of `count` letters, or for as many as whoever reads stdout wants. Raises StartupError.
+    """Write a line for each of `count` letters, or until the reader of stdout has enough. Raise StartupError.
 
-    In a thread: a pager may stop reading, and heartbeats must continue.
+    Writing is done in a thread: a pager may stop reading, and heartbeats must continue.
     """
 
     def write(data: bytes) -> None:
@@ -275,9 +275,9 @@ async def _pour(
 
 @contextmanager
 def _replacing(path: str) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` in one step if the block ends well. Raises StartupError."""
+    """Open a file that replaces `path` atomically if the block succeeds. Raise StartupError."""
     target = Path(os.path.realpath(path))
-    special = os.path.exists(target) and not os.path.isfile(target)  # a pipe, /dev/null: written to, not replaced
+    special = os.path.exists(target) and not os.path.isfile(target)  # a pipe or /dev/null is written to, not replaced
     beside = target if special else target.with_name(f".{target.name}.{os.getpid()}.tmp")
     with _explained(path):
         out = beside.open("wb" if special else "xb")
@@ -304,7 +304,7 @@ def _explained(path: str) -> Iterator[None]:
 
 
 class Progress:
-    """How far a command is: a bar on a terminal, else a line now and then. Use it as a context manager."""
+    """The progress of a command: a bar on a terminal, else a line every 5 s. Use it as a context manager."""
 
     def __init__(self, total: int, stream: TextIO) -> None:
         self.done = 0
@@ -323,7 +323,7 @@ class Progress:
             self._stream.write("\n")
 
     def advance(self, count: int) -> None:
-        """`count` more are done."""
+        """Note that `count` more are done."""
         self.done += count
         if time.monotonic() - self._drawn >= (0.1 if self._bar else 5):
             self._draw()

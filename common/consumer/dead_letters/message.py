@@ -1,6 +1,6 @@
-"""A dead letter, as bytes and as text: the copies that are published, and the lines in which it is shown. Pure.
+"""The format of a dead letter: the copies that are published, and the lines in which it is shown. Pure.
 
-Nothing here judges or moves a message. Copies keep the original's properties octet by octet: pamqp decodes them with
+Nothing here validates or moves a message. Copies keep the original's properties octet by octet. pamqp decodes them with
 loss (doubles, timestamps beyond the year 2106, text that is not UTF-8) and cannot read all that a broker takes.
 """
 
@@ -30,7 +30,7 @@ _REASON, _TIME, _QUEUE, _USER = (_OURS + name for name in (b"reason", b"time", b
 
 
 class Copy(NamedTuple):
-    """A message to publish. `bare` has the least of properties, for a broker that refuses `header`."""
+    """A message to publish. `bare` is a header with the fewest properties, for a broker that refuses `header`."""
 
     header: bytes
     bare: bytes
@@ -38,9 +38,9 @@ class Copy(NamedTuple):
 
 
 def dead_copy(delivery: Delivery, queue_name: str, reason: str, now: datetime, new_id: bytes) -> Copy:
-    """The copy of a message of `queue_name` for its dead letters.
+    """Return the copy of a message of `queue_name` for its dead letters.
 
-    One without message_id gets `new_id` (32 hexadecimal digits, random), so that a replay can tell it from its double.
+    A message without message_id gets `new_id` (32 random hex digits), so that a replay can recognise its double.
     """
     theirs = _tolerant(delivery.header)
     properties, headers = _repeatable(*theirs)
@@ -59,14 +59,14 @@ def dead_copy(delivery: Delivery, queue_name: str, reason: str, now: datetime, n
 
 
 def live_copy(letter: Delivery) -> Copy:
-    """The message that a dead letter was."""
+    """Return the copy of a dead letter for its original queue."""
     properties, headers = _repeatable(*_tolerant(letter.header))
     header = content_header(properties, headers, len(letter.body))
     return Copy(header, header, letter.body)
 
 
 def _tolerant(header: bytes) -> tuple[Properties, Headers]:
-    """`split_properties`, but nothing for what it refuses: there must be no message that cannot be buried."""
+    """Do `split_properties`, but return nothing for what it refuses: any message can become a dead letter."""
     try:
         return split_properties(header)
     except FrameError:
@@ -83,7 +83,7 @@ _FIRST_BYTES = 40
 
 
 def printable(text: str) -> str:
-    """Text without anything that could forge a line, drive a terminal, or not be UTF-8."""
+    """Replace what could forge a line, drive a terminal, or is not valid Unicode."""
     return "".join([char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text])
 
 
@@ -99,16 +99,16 @@ TABLE_HEAD = _row("ID", "REASON", "WHEN", "SIZE", "FIRST BYTES")
 
 
 def table_row(letter: Delivery) -> bytes:
-    """A dead letter as one line of a table, under TABLE_HEAD."""
+    """Return a dead letter as one line of a table, under TABLE_HEAD."""
     message_id, reason, when = (printable(value or "-") for value in _account(letter)[:3])
     first = repr(letter.body[:_FIRST_BYTES])[2:-1][:_FIRST_BYTES]
     return _row(message_id, reason, when, str(len(letter.body)), first)
 
 
 def json_line(letter: Delivery) -> bytes:
-    """A dead letter as one line of JSON: {id, reason, time, size (bytes), headers, body}.
+    """Return a dead letter as one line of JSON: {id, reason, time, size (bytes), headers, body}.
 
-    body_base64 instead of body if that is not UTF-8; id, reason and time are null when nobody set them.
+    A body that is not UTF-8 is in body_base64 instead. id, reason and time are null if the publisher set none.
     """
     message_id, reason, when, headers = _account(letter)
     entry = {"id": message_id, "reason": reason, "time": when, "size": len(letter.body), "headers": headers}
@@ -120,7 +120,7 @@ def json_line(letter: Delivery) -> bytes:
 
 
 def _account(letter: Delivery) -> tuple[str | None, str | None, str | None, dict[str, Any]]:
-    """A dead letter's id, reason, time and headers, as its publishers wrote them."""
+    """Return a dead letter's id, reason, time and headers, as its publishers wrote them."""
     properties, headers = _tolerant(letter.header)
     message_id = properties.get("message_id", b"")[1:].decode("utf-8", "replace")
     shown = {name.decode("utf-8", "replace"): _for_json(value) for name, value in headers.items()}
@@ -133,11 +133,11 @@ def _string(headers: Headers, name: bytes) -> str | None:
 
 
 def _for_json(value: bytes) -> Any:
-    """A header's value, or its octets in hexadecimal if JSON or pamqp has no form for it."""
+    """Return a header's value, or its octets in hexadecimal if pamqp or JSON cannot represent it."""
     try:
         plain = _plain(decode.embedded_value(value)[1])
         write_json(plain)
-    except Exception:  # whatever a publisher put in there, for example tables a thousand deep
+    except Exception:  # a publisher can put anything there, for example tables a thousand deep
         return value.hex()
     return plain
 

@@ -1,6 +1,6 @@
-"""Dead letters: move what can never become rows to a queue of its own, until the broker has confirmed the copy.
+"""Moving messages that can never become rows to the queue of dead letters, each until its copy is confirmed.
 
-Nothing here judges a message, knows what is in one (message.py), or reads dead letters (commands.py).
+Nothing here validates a message, knows its format (message.py), or reads dead letters (commands.py).
 """
 
 from __future__ import annotations
@@ -30,22 +30,25 @@ REFUSALS_BEFORE_BARE = 3
 
 
 class Outbox:
-    """Publishes copies on one link, persistent and mandatory; each has its own outcome.
+    """A publisher of copies on one link, persistent and mandatory. Each copy has its own outcome.
 
-    A returned message ends the link (transport.py), so its future fails as all others do that are unconfirmed then.
+    A returned message ends the link (transport.py), so its future fails, as do all that are unconfirmed then.
     """
 
     def __init__(self, link: Link) -> None:
         self._link = link
         self._loop = asyncio.get_running_loop()
-        self._window = ConfirmWindow[tuple[asyncio.Future[None], float]](self._settle)  # with when it was published
+        self._window = ConfirmWindow[tuple[asyncio.Future[None], float]](self._settle)  # with the time of publishing
         self._blocked = ""  # the broker's reason while it takes no messages
         self._unblocked_at = 0.0
-        self._nacked_since: float | None = None  # the first nack after the last ack
+        self._nacked_since: float | None = None  # time of the first nack after the last ack
         link.lane.gone.add_done_callback(lambda gone: self._fail_all(gone.result()))
 
     def publish(self, queue_name: str, copy: Copy, bare: bool = False) -> asyncio.Future[None]:
-        """Done once the broker has the copy on disk; fails with ConnectionError (lost) or Nacked."""
+        """Publish a copy; return a future that is done once the broker has it on disk.
+
+        It fails with ConnectionError (lost) or Nacked.
+        """
         future: asyncio.Future[None] = self._loop.create_future()
         lane, frame_max = self._link.lane, self._link.frame_max
         if lane.lost is not None:
@@ -57,7 +60,7 @@ class Outbox:
         return future
 
     async def wait(self, futures: Iterable[asyncio.Future[None]]) -> None:
-        """Until all are done. A broker that neither confirms nor says why, for CONFIRM_TIMEOUT_SECONDS, is lost."""
+        """Wait until all are done. End a link without a confirm for CONFIRM_TIMEOUT_SECONDS, unless it is blocked."""
         waiting = set(futures)
         while waiting:
             _, waiting = await asyncio.wait(waiting, timeout=POLL_SECONDS)
@@ -68,7 +71,7 @@ class Outbox:
                     self._link.lane.fail(f"no confirm within {CONFIRM_TIMEOUT_SECONDS:.0f} s")
 
     def confirms(self, confirms: list[Confirm]) -> None:
-        """Give each copy its outcome. Give up a link on which nothing but nacks came for long (see publisher.py)."""
+        """Give each copy its outcome. End a link with only nacks for NACKS_SECONDS (see publisher.py)."""
         self._window.confirms(confirms)
         if self._nacked_since is not None and self._loop.time() - self._nacked_since > NACKS_SECONDS:
             self._link.lane.fail("the broker refuses every copy (nack)")
@@ -98,7 +101,7 @@ class Outbox:
 
 
 class OutboxListener:
-    """The listener of a link for copies: `outbox` is there while the link is."""
+    """The listener of a link for copies. `outbox` is that of the current link, or None."""
 
     def __init__(self) -> None:
         self.outbox: Outbox | None = None
@@ -117,21 +120,21 @@ class OutboxListener:
             self.outbox.blocked(reason)
 
     def deliveries(self, deliveries: list[Delivery]) -> None:
-        """Nothing is consumed on this link."""
+        """Ignore them: nothing is consumed on this link."""
 
 
 class Nacked(Exception):
-    """The broker could not take a message."""
+    """The broker nacked a message."""
 
 
 def _fail(future: asyncio.Future[None], error: Exception) -> None:
     if not future.done():
         future.set_exception(error)
-        future.exception()  # whoever waited may be gone: no complaint about an error that nobody heard
+        future.exception()  # marks it as retrieved: the waiter may be gone, and asyncio would report it
 
 
 class DeadLetters(OutboxListener):
-    """Moves messages to `<queue_name>.dead`, over a connection of its own that opens with the first of them."""
+    """The mover of messages to `<queue_name>.dead`, over a connection of its own that the first of them opens."""
 
     def __init__(self, url: str, queue_name: str) -> None:
         super().__init__()
@@ -140,10 +143,10 @@ class DeadLetters(OutboxListener):
         self._dead = dead_letter_queue(queue_name)
         self._is_up = asyncio.Event()
         self._link_task: asyncio.Task[None] | None = None
-        self.trouble = ""  # why the last copy was not confirmed; "" while copies are
+        self.trouble = ""  # why the last copy was not confirmed, or ""
 
     async def move(self, delivery: Delivery, reason: str) -> None:
-        """Returns once a copy of `delivery` is confirmed, whatever that takes. Any number may run at a time.
+        """Retry until a copy of `delivery` is confirmed. Any number of calls may run at a time.
 
         The copy has the body and the properties of the original and the headers x-predlog-reason, x-predlog-time
         (RFC 3339, UTC) and x-predlog-queue.
@@ -166,7 +169,7 @@ class DeadLetters(OutboxListener):
             if not self.trouble:
                 log.warning("a message could not be dead-lettered to '%s': %s; retrying", self._dead, error)
             self.trouble = str(error)
-            # Not known which of several copies the broker refused: after some rounds, the rest goes without.
+            # It is unknown which of several copies the broker refused. After some attempts, the rest go out bare.
             refusals += "PRECONDITION_FAILED" in str(error)
             if isinstance(error, Nacked):
                 await asyncio.sleep(random.uniform(0.1, 1) * BACKOFF_SECONDS)
@@ -186,7 +189,7 @@ class DeadLetters(OutboxListener):
         while True:
             try:
                 await keep_up(self._url, "dead-letters", self)
-            except StartupError as error:  # no reason to stop here: somebody may fix it
+            except StartupError as error:  # not fatal here: an operator may fix it while rows are stored
                 if str(error) != said:
                     said = str(error)
                     log.warning("dead letters: %s; retrying", error)

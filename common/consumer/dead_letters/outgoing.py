@@ -1,7 +1,7 @@
-"""Poison on its way to the dead letters: in flight to the broker first, in a file when that takes too long.
+"""Poison on its way to the dead letters: first in flight to the broker, then in a file when that takes too long.
 
-So dead-letter trouble never stops good events: poison does not stay unacked, where it would fill the prefetch, keep the
-queue's log from being truncated, and run into the broker's consumer_timeout.
+So dead-letter trouble never stops good events. Poison that stayed unacked would fill the prefetch, keep the queue's log
+from being truncated, and run into the broker's consumer_timeout.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ RETRY_SECONDS = 2.0
 
 
 class Outgoing:
-    """Calls `acknowledge(delivery tags)` once messages are safe. `in_thread` runs a call in the thread of the store."""
+    """The owner of unacked poison. It calls `acknowledge(delivery tags)` once messages are safe.
+
+    `in_thread` runs a call in the thread of the store.
+    """
 
     def __init__(
         self,
@@ -39,7 +42,7 @@ class Outgoing:
         self._acknowledge = acknowledge
         self._counters = counters
         self._loop = asyncio.get_running_loop()
-        self._held: dict[int, tuple[float, Poison, asyncio.Task[None]]] = {}  # by delivery tag, in order of age
+        self._held: dict[int, tuple[float, Poison, asyncio.Task[None]]] = {}  # by delivery tag, oldest first
         self._unspilling: asyncio.Task[None] | None = None
         self._full = False
         self._spill_failed = False
@@ -49,7 +52,7 @@ class Outgoing:
 
     @property
     def held(self) -> dict[int, tuple[float, Poison, asyncio.Task[None]]]:
-        """By delivery tag, what is unacked."""
+        """What is unacked, by delivery tag."""
         return self._held
 
     @property
@@ -61,7 +64,7 @@ class Outgoing:
         return self._spill.bytes
 
     def trouble(self) -> str:
-        """Why dead letters do not get on, in words; "" when they do."""
+        """Return why dead letters do not reach the broker, as a sentence; "" when they do."""
         if self._full:
             return f"dead letters do not reach the broker, and {self._spill.path} is full"
         if self._spill.waiting:
@@ -76,20 +79,20 @@ class Outgoing:
             self._held[each.delivery.delivery_tag] = now, each, task
 
     def forget(self) -> None:
-        """The connection that delivered is gone: what is held comes again."""
+        """Drop what is held, when its connection is lost: it is delivered again."""
         for _, _, task in self._held.values():
             task.cancel()
         self._held.clear()
 
     def overdue(self) -> bool:
-        """Whether what is held is to go to the file: it waited too long, or others wait there already."""
+        """Tell whether what is held must go to the file: it waited too long, or others wait there already."""
         since = self.oldest_since
         if since is None or (self._full and self._spill.waiting):
             return False
         return self._spill.waiting or self._loop.time() - since > SPILL_AFTER_SECONDS
 
     async def spill(self) -> None:
-        """Put what is held into the file, and acknowledge it; on a disk in trouble it stays held."""
+        """Put what is held into the file and acknowledge it. In disk trouble it stays held."""
         tags, poison = list(self._held), [each for _, each, _ in self._held.values()]
         if not self._spill.waiting and not self._spill_failed:
             log.warning("the broker does not take dead letters; they wait in %s", self._spill.path)
@@ -97,7 +100,7 @@ class Outgoing:
             count = await self._in_thread(self._spill.append, poison)
         except OSError as error:
             if not self._spill_failed:
-                log.error("cannot keep dead letters in %s: %s; retrying", error.filename, error.strerror)
+                log.error("cannot write dead letters to %s: %s; retrying", error.filename, error.strerror)
             self._spill_failed = True
             return
         self._spill_failed = False
@@ -115,7 +118,7 @@ class Outgoing:
         self._start_unspilling()
 
     async def settled(self) -> None:
-        """Wait for what is in flight to the broker."""
+        """Wait until nothing is in flight to the broker."""
         if self._held:
             await asyncio.wait([task for _, _, task in self._held.values()])
 
@@ -148,7 +151,7 @@ class Outgoing:
             self._unspilling = asyncio.create_task(self._unspill())
 
     async def _unspill(self) -> None:
-        """Move what is in the file, a page at a time. A crash in between moves a page again: ids tell its doubles."""
+        """Move what is in the file, a page at a time. A crash may move a page twice; the ids identify doubles."""
         said = ""
         while self._spill.waiting:
             try:

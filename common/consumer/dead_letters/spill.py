@@ -1,7 +1,7 @@
-"""Dead letters that the broker does not take for now: a file beside the CSV, read back from its beginning.
+"""The file of dead letters that the broker does not take, next to the CSV and read from its beginning.
 
-A line is a checksum and one message as JSON. Whoever appends acks the message only then; a line cut short by a crash
-was not acked. The file is there only while something waits in it. Everything is synchronous and for one thread.
+A line is a checksum and one message as JSON. A message is acked only after its append, so a line cut short by a crash
+was not acked. The file exists only while letters wait in it. Everything is synchronous and for one thread.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from common.amqp.codec import Delivery
 from common.consumer.prepare import Poison
 from common.storage.files import free_name, sync_directory
 
-# Beyond it a message stays unacked: poison must not fill the disk that the rows need.
+# Beyond this size messages stay unacked: poison must not fill the disk that the rows need.
 MOST_BYTES = 1024 * 1024 * 1024
 PAGE_LETTERS, PAGE_BYTES = 100, 16 * 1024 * 1024
 
 
 class DamagedLine(Exception):
-    """Somebody changed the file."""
+    """A line whose checksum is wrong."""
 
 
 class Spill:
-    """The file `path`. What is in it when this is made waits from an earlier run."""
+    """The file `path`, which may hold letters of an earlier run."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -43,7 +43,7 @@ class Spill:
         return self._fd >= 0
 
     def append(self, letters: Sequence[Poison]) -> int:
-        """Make letters durable, from the first on, as far as there is room for them; how many. Raise OSError."""
+        """Make letters durable, in their order, as far as there is room; return how many. Raise OSError."""
         try:
             if self._fd < 0:
                 self._open(os.O_RDWR | os.O_CREAT)
@@ -70,7 +70,7 @@ class Spill:
         return count
 
     def page(self) -> tuple[list[Poison], int]:
-        """The oldest letters, and their bytes for `remove`. Raise OSError and DamagedLine."""
+        """Return the oldest letters, and their size for `remove`. Raise OSError or DamagedLine."""
         text = os.pread(self._fd, PAGE_BYTES, self._read_bytes)
         while b"\n" not in text and self._read_bytes + len(text) < self.bytes:  # a letter larger than a page
             text += os.pread(self._fd, PAGE_BYTES, self._read_bytes + len(text))
@@ -81,14 +81,14 @@ class Spill:
         return letters, size
 
     def remove(self, size: int) -> None:
-        """Forget the first `size` bytes; the file goes with the last of them. Raise OSError."""
+        """Drop the first `size` bytes, and the file when it is empty. Raise OSError."""
         self._read_bytes += size
         if self._read_bytes >= self.bytes:
             os.unlink(self.path)
             self.close()
 
     def set_aside(self) -> str:
-        """Begin anew, and leave what is here for a person to read; where. Raise OSError."""
+        """Rename the file for an operator to read, and start an empty one; return the new name. Raise OSError."""
         aside = free_name(f"{self.path}.damaged-")
         os.rename(self.path, aside)
         self.close()
