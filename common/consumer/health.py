@@ -36,6 +36,10 @@ class Health:
             raise HttpError(405, "this page takes GET, HEAD", (("Allow", "GET, HEAD"),))
         return b""
 
+    def is_probe(self, head: Head) -> bool:
+        """Whether an orchestrator asks how we are."""
+        return head.path in (b"/healthz", b"/readyz")
+
     def answered(self, exchange: Exchange, status: int) -> None:
         """Count nothing: the health port has no metrics of its own."""
 

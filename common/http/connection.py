@@ -11,7 +11,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 from common.errors import HttpError
@@ -44,8 +44,16 @@ TURN_SECONDS = 0.005
 STALL_SECONDS = 1.0
 # Finding the longest idle of 16,000 connections takes about 5 ms, too long to do for each new one.
 IDLE_SCAN_SECONDS = 0.1
+# Connections beyond the limit: who asks whether we live is answered, all others are told to try again. So many, and no
+# longer than this (and a sweep) from their first byte to their last.
+SPARE_CONNECTIONS = 64
+SPARE_SECONDS = 1.0
 
 _TRY_AGAIN = (("Retry-After", "1"),)
+
+
+def _too_many() -> HttpError:
+    return HttpError(503, "too many connections", _TRY_AGAIN)
 
 
 def _too_much() -> HttpError:
@@ -81,6 +89,10 @@ class ServerState:
         self.now = now
         self.date = b""
         self.connections: set[Connection] = set()
+        self.spare: dict[Connection, float] = {}  # those beyond the limit, oldest first, and when they came
+        self._spare_is_due = False  # to be bounded
+        self.spare_request = replace(limits.request, keep_alive=False)
+        self.check = application.check
         self.held_bytes = 0
         self.draining = False
         self.seconds = self._seconds()
@@ -146,18 +158,55 @@ class ServerState:
         if not self.has_memory():
             raise _too_much()
 
-    def evict_idle(self) -> bool:
+    def has_place(self) -> bool:
+        """Whether there is a place for one more connection within the limit, once the longest idle one made room."""
+        return len(self.connections) - len(self.spare) < self.limits.connections or self._evict_idle()
+
+    def add_spare(self, connection: Connection) -> None:
+        """Let a connection be beyond the limit. The oldest make room, once what came with them has been read."""
+        self.spare[connection] = self.now()
+        if len(self.spare) > SPARE_CONNECTIONS and not self._spare_is_due:
+            self._spare_is_due = True
+            self._call_soon(self._bound_spare)
+
+    def _bound_spare(self) -> None:
+        self._spare_is_due = False
+        for connection in list(self.spare)[: max(0, len(self.spare) - SPARE_CONNECTIONS)]:
+            connection.cut_short()
+
+    def check_spare(self, head: Head) -> bytes:
+        """Check a request beyond the limit. Raise HttpError 503 unless it is a probe."""
+        if head.content_length or head.chunked or not self.application.is_probe(head):
+            raise _too_many()
+        return self.check(head)
+
+    def sweep(self) -> None:
+        """Act on every deadline that is over."""
+        now = self.now()
+        for connection in list(self.connections):
+            connection.sweep(now)
+        for connection, came in list(self.spare.items()):
+            if now - came > SPARE_SECONDS:
+                connection.cut_short()
+
+    def _evict_idle(self) -> bool:
         """Close the longest idle connection, if one has been idle for STALL_SECONDS. Tell whether one was closed."""
         now = self.now()
         if not self._idlest and now >= self._next_scan:
             self._next_scan = now + IDLE_SCAN_SECONDS
-            found = [each for each in self.connections if each.phase <= HEAD and each.is_stalled(now)]
+            found = [
+                each
+                for each in self.connections
+                if each.phase <= HEAD and each.is_stalled(now) and each not in self.spare
+            ]
             found.sort(key=lambda each: (each.phase, each.deadline), reverse=True)
             self._idlest = found[-1000:]
         while self._idlest:
             connection = self._idlest.pop()
             if connection.phase <= HEAD and connection.is_stalled(now):
                 connection.evict()
+                if connection.phase is LINGERING:
+                    self.add_spare(connection)
                 return True
         return False
 
@@ -166,6 +215,7 @@ class Connection(asyncio.Protocol):
     """The connection of one client."""
 
     __slots__ = (
+        "_check",
         "_eof",
         "_fields",
         "_parser",
@@ -193,6 +243,7 @@ class Connection(asyncio.Protocol):
         self.held_bytes = 0  # of the incomplete request and of unsent answers; counted in state.held_bytes
         self._unsent = 0  # bytes that the client had not taken at the last look, while it is stuck or closing
         self._parser = RequestParser(state.limits.request)
+        self._check = state.check
         self._fields = b""  # what `check` returned for a head whose body is still arriving
         self._reading = True
         self._eof = False
@@ -204,11 +255,11 @@ class Connection(asyncio.Protocol):
         self.transport = cast(asyncio.Transport, transport)  # uvloop's is one by its methods, not by its class
         state = self.state
         self.deadline = state.now() + state.seconds[IDLE]
-        if len(state.connections) >= state.limits.connections and not state.evict_idle():
-            state.connections.add(self)
-            self._refuse(HttpError(503, "too many connections", _TRY_AGAIN))
-        else:
-            state.connections.add(self)
+        if not state.has_place():
+            state.add_spare(self)
+            self._parser = RequestParser(state.spare_request)
+            self._check = state.check_spare
+        state.connections.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.transport = None
@@ -217,6 +268,7 @@ class Connection(asyncio.Protocol):
         self.state.held_bytes -= self.held_bytes
         self.held_bytes = 0
         self.state.connections.discard(self)
+        self.state.spare.pop(self, None)
 
     def _enter(self, phase: Phase) -> None:
         if phase not in NEXT[self.phase]:
@@ -306,7 +358,7 @@ class Connection(asyncio.Protocol):
                 if not self.stuck:
                     self.deadline = math.inf
             try:
-                exchange.fields = self._fields if checked else application.check(head)
+                exchange.fields = self._fields if checked else self._check(head)
                 application.handle(request, exchange)
             except HttpError as error:
                 # Its frames hold the request; with a frame that holds the error it is a cycle: memory until a gc.
@@ -338,16 +390,16 @@ class Connection(asyncio.Protocol):
                 self._enter(HEAD)
         elif self.phase is not BODY:
             # A request is refused before its body is read, and before 100 Continue invites the body.
-            self._fields = self._check(head)
+            self._fields = self._check_early(head)
             self._enter(BODY)
             if head.expect_continue and not parser.buffered_bytes and self.transport is not None:
                 self.transport.write(CONTINUE)
         if self._eof:
             self._close()
 
-    def _check(self, head: Head) -> bytes:
+    def _check_early(self, head: Head) -> bytes:
         try:
-            return self.state.application.check(head)
+            return self._check(head)
         except HttpError:
             raise
         except Exception:
@@ -535,6 +587,15 @@ class Connection(asyncio.Protocol):
         elif transport.get_write_buffer_size():
             self.abort()
         else:
+            self._close()
+
+    def cut_short(self) -> None:
+        """Close a connection beyond the limit: with an answer if it had none."""
+        if self.phase >= LAST:
+            self.abort()
+            return
+        self._refuse(_too_many())
+        if self.phase is LINGERING:
             self._close()
 
     def drain(self) -> None:

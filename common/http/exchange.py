@@ -22,6 +22,9 @@ class Application(Protocol):
         Called once for each request, before `handle` and before a body that is still to come is read.
         """
 
+    def is_probe(self, head: Head) -> bool:
+        """Whether this asks only how we are, and is answered at once: then a connection beyond the limit may ask it."""
+
     def handle(self, request: Request, exchange: Exchange) -> None:
         """Answer the exchange, now or later, or raise HttpError."""
 

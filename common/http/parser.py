@@ -24,6 +24,7 @@ class Limits:
     headers: int = 100  # else 431
     body_bytes: int = 8 * 1024 * 1024  # else 413; without the chunked coding
     chunk_overhead_bytes: int = 16 * 1024  # else 413; chunk framing beyond what data allows. Trailer section: 431
+    keep_alive: bool = True  # else the first request is the last
 
 
 class Head(NamedTuple):
@@ -212,7 +213,7 @@ def parse_head(raw: bytes, limits: Limits) -> Head:
         path,
         query,
         http10,
-        b"close" not in options and (not http10 or b"keep-alive" in options),
+        limits.keep_alive and b"close" not in options and (not http10 or b"keep-alive" in options),
         content_length,
         chunked,
         expect is not None and (chunked or content_length > 0),

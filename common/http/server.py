@@ -94,9 +94,7 @@ class HttpServer:
         seconds = DRAIN_SWEEP_SECONDS if state.draining else SWEEP_SECONDS
         # A sweep that the loop delayed is skipped: what clients sent meanwhile is not read yet.
         if self._loop.time() - due < seconds:
-            now = state.now()
-            for connection in list(state.connections):
-                connection.sweep(now)
+            state.sweep()
         self._sweep_at(self._loop.time() + seconds)
 
     async def stop_listening(self) -> None:

@@ -25,7 +25,7 @@ from common.producer import openapi
 from common.producer.batch import Batch
 from common.producer.intake import Intake
 from common.producer.metrics import METHODS, OTHER, Counters
-from common.producer.origins import Origins
+from common.producer.origins import PROBES, Origins
 from common.producer.publisher import Publication, Publisher
 from common.producer.slices import Job, Slices
 
@@ -135,6 +135,10 @@ class Api:
                 require_json(head.content_type, lines=head.path == b"/process/batch")
             if head.content_encoding is not None:
                 require_known_coding(head.content_encoding)
+
+    def is_probe(self, head: Head) -> bool:
+        """Whether an orchestrator asks how we are."""
+        return head.path in PROBES and head.method in METHODS[head.path]
 
     def _authorize(self, given: bytes | None) -> None:
         if given is not None and given[:7].lower() == b"bearer ":

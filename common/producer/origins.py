@@ -10,7 +10,7 @@ from common.errors import HttpError
 from common.http.parser import Head
 
 _SAFE = frozenset({b"GET", b"HEAD"})
-_PROBES = frozenset({b"/healthz", b"/readyz"})  # orchestrators call them by address
+PROBES = frozenset({b"/healthz", b"/readyz"})  # orchestrators call them by address
 _PREFLIGHT = (
     b"Access-Control-Allow-Methods: POST\r\n"
     b"Access-Control-Allow-Headers: Authorization, Content-Type, Content-Encoding, Idempotency-Key\r\n"
@@ -29,7 +29,7 @@ class Origins:
 
     def check(self, head: Head) -> bytes:
         """Return the header lines that let a listed origin read the answer. Raise HttpError 403."""
-        if self._hosts and head.path not in _PROBES and _name(head.host) not in self._hosts:
+        if self._hosts and head.path not in PROBES and _name(head.host) not in self._hosts:
             raise HttpError(403, "this Host is not served (ALLOWED_HOSTS)")
         origin = head.origin
         if origin is not None and origin.lower() in self._origins:

@@ -12,6 +12,7 @@ from contextlib import suppress
 from common.amqp.link import keep_up
 from common.amqp.topology import queue_names
 from common.config import ProducerSettings
+from common.http.connection import SPARE_CONNECTIONS
 from common.http.parser import Limits
 from common.http.server import HttpServer, ServerLimits
 from common.process import end, first_of, raise_file_limit
@@ -25,7 +26,7 @@ log = logging.getLogger("predlog.producer")
 
 SWEEP_SECONDS = 0.1
 ALL_UP_SECONDS = 5.0  # for every partition to get its connection; then the start stops waiting for the rest
-FILES_BESIDES_CONNECTIONS = 64
+FILES_BESIDES_CONNECTIONS = 64 + SPARE_CONNECTIONS
 BUFFERED_BYTES = 256 * 1024 * 1024  # of incomplete requests and unread answers, over all connections
 LAST_ANSWERS_SECONDS = 0.1  # for sending the answers that end a drain
 

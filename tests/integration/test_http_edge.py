@@ -133,17 +133,23 @@ def test_a_client_that_does_not_read_its_answers_is_cut_off(producer: Start) -> 
         wait_until("only the one that asks is left", lambda: service.metric("predlog_http_connections") == 1)
 
 
-def test_connections_above_the_limit_get_503(producer: Start) -> None:
-    """Connections above the limit get 503 and leave the others alone."""
+def test_beyond_the_limit_only_probes_are_answered(producer: Start) -> None:
+    """Every place is taken by an upload, and a silent crowd presses in. The uploads notice nothing."""
     service = producer(MAX_CONNECTIONS=3)
     with contextlib.ExitStack() as stack:
-        clients = [stack.enter_context(connected(service)) for _ in range(3)]
-        with connected(service) as refused:
-            got = read_all(refused)
-        assert got.startswith(b"HTTP/1.1 503 ")
-        assert b"Retry-After" in got
-        clients[0].sendall(request())
-        assert clients[0].recv(100).startswith(b"HTTP/1.1 200 ")
+        uploads = [stack.enter_context(connected(service)) for _ in range(3)]
+        for client in uploads:
+            client.sendall(request()[:-1])
+        crowd = [stack.enter_context(connected(service)) for _ in range(100)]
+        for path, answer in ((b"/healthz", b"200"), (b"/readyz", b"200"), (b"/process", b"503"), (b"/docs", b"503")):
+            with connected(service) as client:
+                client.sendall(b"GET %b HTTP/1.1\r\nHost: h\r\n\r\n" % path)
+                assert read_all(client).startswith(b"HTTP/1.1 %b " % answer)
+        for client in crowd:  # the oldest made room, the others were there too long
+            assert b"Retry-After" in read_all(client)
+        for client in uploads:
+            client.sendall(request()[-1:])
+            assert client.recv(100).startswith(b"HTTP/1.1 200 ")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,14 @@ from dataclasses import replace
 import pytest
 
 from common.errors import HttpError
-from common.http.connection import STALL_SECONDS, Connection, ServerLimits, ServerState
+from common.http.connection import (
+    SPARE_CONNECTIONS,
+    SPARE_SECONDS,
+    STALL_SECONDS,
+    Connection,
+    ServerLimits,
+    ServerState,
+)
 from common.http.exchange import Exchange
 from common.http.parser import Head, Limits, Request
 from common.http.phases import CLOSED, CLOSING, IDLE, LAST_REQUEST_SECONDS, LINGERING, NEXT, Phase, granted
@@ -48,6 +55,9 @@ class Server:
             raise HttpError(404, "no such page")
         return b""
 
+    def is_probe(self, head: Head) -> bool:
+        return head.path == b"/alive"
+
     def handle(self, request: Request, exchange: Exchange) -> None:
         self.now += self.slow_seconds
         if request.head.path == b"/later":
@@ -63,6 +73,16 @@ class Server:
         connection.connection_made(transport)
         return connection, transport
 
+    def fill(self) -> list[FakeTransport]:
+        """All places are taken, by clients whose answers are due."""
+        transports = []
+        for _ in range(self.state.limits.connections):
+            connection, transport = self.connect()
+            connection.data_received(LATER)
+            transports.append(transport)
+        self.now += 3
+        return transports
+
     def turn(self) -> None:
         soon, self.soon[:] = list(self.soon), []
         for call in soon:
@@ -70,8 +90,7 @@ class Server:
 
     def sweep(self, seconds: float) -> None:
         self.now += seconds
-        for connection in list(self.state.connections):
-            connection.sweep(self.now)
+        self.state.sweep()
 
 
 @pytest.fixture
@@ -214,14 +233,95 @@ def test_at_the_limit_the_longest_idle_connection_leaves(server: Server) -> None
     assert not transport.sent
 
 
-def test_at_the_limit_nobody_who_is_busy_leaves(server: Server) -> None:
+ALIVE = b"GET /alive HTTP/1.1\r\nHost: h\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("sent", "answer"),
+    [
+        (ALIVE, 200),
+        (GET, 503),
+        (LATER, 503),
+        (upload(500_000), 503),
+        (upload(5, 5), 503),
+        (ALIVE[:-2] + b"Content-Length: 500000\r\n\r\n", 503),
+        (ALIVE[:-2] + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 503),
+        (b"\0", 400),
+    ],
+    ids=["probe", "page", "event", "upload", "whole upload", "probe with content", "probe in chunks", "garbage"],
+)
+def test_beyond_the_limit_only_a_probe_is_answered(server: Server, sent: bytes, answer: int) -> None:
+    """However it is cut, and once; those within the limit stay."""
+    others = server.fill()
+    for cut in (len(sent), 1, len(sent) - 1):
+        connection, transport = server.connect()
+        for piece in (sent[:cut], sent[cut:] + ALIVE):
+            if piece and connection.phase < CLOSING:
+                connection.data_received(piece)
+        assert status(transport) == answer
+        assert bytes(transport.sent).count(b"HTTP/1.1 ") == bytes(transport.sent).count(b"Connection: close") == 1
+        assert connection.held_bytes == 0
+    assert len(server.waiting) == len(others)
+    assert not any(each.closing for each in others)
+
+
+def test_beyond_the_limit_nobody_stays(server: Server) -> None:
+    """Neither who is silent, nor who drips, nor who was refused and still sends."""
+    server.fill()
+    (_, silent), (slow, dripping), (refused, lingering) = server.connect(), server.connect(), server.connect()
+    refused.data_received(upload(7_000_000))
+    for _ in range(3):
+        slow.data_received(ALIVE[:1] if slow.phase is IDLE else b"x")
+        refused.data_received(b"x" * 100_000)
+        server.sweep(SPARE_SECONDS / 2)
+    assert not server.soon
+    assert [status(each) for each in (silent, dripping, lingering)] == [503] * 3
+    assert silent.closing
+    assert dripping.closing
+    assert not silent.aborted
+    assert lingering.aborted
+    for connection in list(server.state.spare):
+        connection.connection_lost(None)
+    assert len(server.state.connections) == server.state.limits.connections
+
+
+def test_beyond_the_limit_the_oldest_makes_room(server: Server) -> None:
+    """But first, what came with it is read."""
+    server.fill()
+    crowd = [server.connect() for _ in range(2 * SPARE_CONNECTIONS)]
+    crowd[0][0].data_received(ALIVE)
+    server.turn()
+    assert [status(transport) for _, transport in crowd[:SPARE_CONNECTIONS]] == [200] + [503] * (SPARE_CONNECTIONS - 1)
+    assert all(transport.closing for _, transport in crowd[:SPARE_CONNECTIONS])
+    assert not any(transport.sent for _, transport in crowd[SPARE_CONNECTIONS:])
+
+
+def test_places_that_become_free_are_given_to_all(server: Server) -> None:
+    server.fill()
+    spare, transport = server.connect()
+    for connection in list(server.state.connections):
+        if connection is not spare:
+            connection.connection_lost(None)
+            break
+    connection, newer = server.connect()
+    connection.data_received(GET)
+    assert status(newer) == 200
+    assert not newer.closing
+    assert not transport.sent
+
+
+def test_who_gave_its_place_up_is_not_read_for_long(server: Server) -> None:
+    """A head in pieces: refused in favour of another, it lingers beyond the limit."""
     others = [server.connect() for _ in range(3)]
     for connection, _ in others:
-        connection.data_received(LATER)
+        connection.data_received(GET[:3])
     server.now += 3
-    _, transport = server.connect()
-    assert status(transport) == 503
-    assert not any(each.closing for _, each in others)
+    newcomer, transport = server.connect()
+    newcomer.data_received(GET)
+    assert status(transport) == 200
+    assert sorted(bool(each.sent) for _, each in others) == [False, False, True]
+    server.sweep(SPARE_SECONDS + 0.1)
+    assert sum(each.aborted for _, each in others) == 1
 
 
 @pytest.mark.parametrize("half_close", [True, False])

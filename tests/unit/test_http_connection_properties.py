@@ -49,6 +49,9 @@ class Recorder:
             raise HttpError(404, "no such page")
         return b""
 
+    def is_probe(self, head: Head) -> bool:
+        return False
+
     def handle(self, request: Request, exchange: Exchange) -> None:
         self.handled.append(request.head.query)
         if request.head.path == b"/slow":
