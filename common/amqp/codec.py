@@ -23,6 +23,9 @@ _U64 = Struct(">Q")
 _ACK = Struct(">BHIHHQBB")
 _OVERHEAD = 8  # 7 bytes before a frame's payload, 1 after
 
+# Of what is written. A large body is written from where it is: only the kernel copies it.
+Part = bytes | memoryview
+
 _DELIVER, _RETURN = b"\x00\x3c\x00\x3c", b"\x00\x3c\x00\x32"
 _CONFIRM_ACK, _CONFIRM_NACK = b"\x00\x3c\x00\x50", b"\x00\x3c\x00\x78"
 _CANCEL, _CHANNEL_CLOSE = b"\x00\x3c\x00\x1e", b"\x00\x14\x00\x28"
@@ -216,24 +219,25 @@ def _body_max(frame_max: int) -> int:
     return frame_max - _OVERHEAD if frame_max else 2**31 - 1
 
 
-def _body_frames(body: bytes, body_max: int) -> list[bytes]:
-    parts: list[bytes] = []
+def _body_frames(body: bytes, body_max: int) -> list[Part]:
+    parts: list[Part] = []
+    view = memoryview(body)
     for start in range(0, len(body), body_max):
-        piece = body[start : start + body_max]
+        piece = view[start : start + body_max]
         parts += (_FRAME.pack(_BODY, HOT_CHANNEL, len(piece)), piece, _END)
     return parts
 
 
-def publish_frames(queue_name: str, header: bytes, body: bytes, frame_max: int) -> list[bytes]:
-    """Return the frames of one message, in parts to be joined. `header` is the payload of its content header frame."""
-    parts = [_publish_method(queue_name), _FRAME.pack(_HEADER, HOT_CHANNEL, len(header)), header, _END]
+def publish_frames(queue_name: str, header: bytes, body: bytes, frame_max: int) -> list[Part]:
+    """Return the frames of one message, in parts. `header` is the payload of its content header frame."""
+    parts: list[Part] = [_publish_method(queue_name), _FRAME.pack(_HEADER, HOT_CHANNEL, len(header)), header, _END]
     return parts + _body_frames(body, _body_max(frame_max))
 
 
 class PublishEncoder:
     """The fast form of `publish_frames`, for persistent application/json to one queue."""
 
-    __slots__ = ("_before_size", "_body_max", "_one_body", "_properties")
+    __slots__ = ("_before_size", "_body_frame", "_body_max", "_head", "_properties")
 
     def __init__(self, queue_name: str, frame_max: int) -> None:
         """Prepare what all messages share. `frame_max` is the negotiated one, in bytes; 0 is no limit."""
@@ -243,26 +247,19 @@ class PublishEncoder:
         header_frame = _FRAME.pack(_HEADER, HOT_CHANNEL, header_size) + b"\x00\x3c\x00\x00"
         self._before_size = _publish_method(queue_name) + header_frame
         self._properties = before_id
-        self._one_body = _END + bytes([_BODY]) + HOT_CHANNEL.to_bytes(2, "big")
+        self._body_frame = _END + bytes([_BODY]) + HOT_CHANNEL.to_bytes(2, "big")
+        # All up to the body of a message: with body size, message_id, timestamp, and the size of its only body frame.
+        self._head = Struct(f">{len(self._before_size)}sQ{len(before_id)}s32s8s{len(self._body_frame)}sI").pack
         self._body_max = _body_max(frame_max)
 
-    def encode(self, body: bytes, message_id: bytes, timestamp: bytes) -> Sequence[bytes]:
-        """Return the frames of one message, in parts to be joined. `message_id` has 32 bytes, `timestamp` 8 bytes."""
+    def encode(self, body: bytes, message_id: bytes, timestamp: bytes) -> Sequence[Part]:
+        """Return the frames of one message, in parts. `message_id` has 32 bytes, `timestamp` 8 bytes."""
         size = len(body)
         if 0 < size <= self._body_max:
-            return (
-                self._before_size,
-                _U64.pack(size),
-                self._properties,
-                message_id,
-                timestamp,
-                self._one_body,
-                size.to_bytes(4, "big"),
-                body,
-                _END,
-            )
-        header = [self._before_size, _U64.pack(size), self._properties, message_id, timestamp, _END]
-        return header + _body_frames(body, self._body_max)
+            head = self._head(self._before_size, size, self._properties, message_id, timestamp, self._body_frame, size)
+            return head, body, _END
+        header = (self._before_size, _U64.pack(size), self._properties, message_id, timestamp, _END)
+        return [b"".join(header), *_body_frames(body, self._body_max)]
 
 
 def packed_seconds(seconds: int) -> bytes:

@@ -431,16 +431,19 @@ class Connection(asyncio.Protocol):
         transport, exchanges = self.transport, self.exchanges
         if transport is None or not exchanges or exchanges[0].response is None or transport.is_closing():
             return False
-        answers = []
+        answers: list[bytes] = []
         while exchanges and (response := exchanges[0].response) is not None:
             exchange = exchanges.popleft()
-            answers.append(response)
+            answers += response
             if exchange.close:
                 exchanges.clear()
                 break
         if self.stuck:
             self._note_taken(transport.get_write_buffer_size())
-        transport.write(answers[0] if len(answers) == 1 else b"".join(answers))
+        if len(answers) == 1:
+            transport.write(answers[0])
+        else:
+            transport.writelines(answers)
         if self.stuck:
             self._unsent = transport.get_write_buffer_size()
             self._account()

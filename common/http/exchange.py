@@ -72,7 +72,7 @@ class Exchange:
         self.began = began
         self.refused = refused  # by the server, before the request was complete
         self.close = head is None or refused or not head.keep_alive
-        self.response: bytes | None = None
+        self.response: tuple[bytes, ...] | None = None  # in parts
         self._held_bytes = 0
 
     def hold(self, size_bytes: int) -> None:

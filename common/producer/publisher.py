@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
-from common.amqp.codec import Confirm, Delivery, PublishEncoder, packed_seconds
+from common.amqp.codec import Confirm, Delivery, Part, PublishEncoder, packed_seconds
 from common.amqp.link import CONNECT_TIMEOUT_SECONDS, Link
 from common.amqp.topology import QUEUE_ARGUMENTS, check_may_publish, declare
 from common.amqp.window import ConfirmWindow
@@ -42,7 +42,7 @@ class Lane(Protocol):
 
     congested: bool
 
-    def send(self, parts: Iterable[bytes]) -> None: ...
+    def send(self, parts: Iterable[Part]) -> None: ...
     def fail(self, reason: str) -> None: ...
 
 

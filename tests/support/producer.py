@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from common.amqp.codec import Confirm
+from common.amqp.codec import Confirm, Part
 from common.config import ProducerSettings
 from common.http.connection import Connection, ServerLimits, ServerState
 from common.http.parser import Limits
@@ -50,7 +50,7 @@ class _Lane:
         self.congested = False
         self.sent: list[bytes] = []
 
-    def send(self, parts: Iterable[bytes]) -> None:
+    def send(self, parts: Iterable[Part]) -> None:
         self.sent.append(b"".join(parts))
 
     def fail(self, reason: str) -> None:

@@ -176,6 +176,13 @@ def test_a_stream_split_at_every_byte_decodes_the_same() -> None:
     assert len(decoder.deliveries) == 1
 
 
+@pytest.mark.parametrize("frame_max", [64, 4096])
+def test_a_body_is_published_without_a_copy(frame_max: int) -> None:
+    body = bytes(150)
+    parts = PublishEncoder("predictions", frame_max).encode(body, b"a" * 32, packed_seconds(7))
+    assert sum(len(part) for part in parts if (part.obj if isinstance(part, memoryview) else part) is body) == 150
+
+
 @pytest.mark.parametrize("size", [1, 55, 56, 57, 112, 113, 1000])
 def test_pamqp_reads_a_published_message_of_any_size(size: int) -> None:
     """A published message is what pamqp reads with no frame above frame max."""

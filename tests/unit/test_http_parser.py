@@ -9,6 +9,7 @@ import itertools
 import time
 import tracemalloc
 from collections.abc import Callable
+from typing import Any
 
 import h11
 import pytest
@@ -663,50 +664,56 @@ def test_no_error_repeats_what_the_client_sent() -> None:
 # Responses
 
 
+def response(*args: Any, **kwargs: Any) -> bytes:
+    return b"".join(encode_response(*args, **kwargs))
+
+
 def test_response_is_these_bytes() -> None:
-    assert encode_response(200, b"{}", date=b"Tue, 15 Nov 1994 08:12:31 GMT", extra_headers=b"X: y\r\n") == (
+    assert response(200, b"{}", date=b"Tue, 15 Nov 1994 08:12:31 GMT", extra_headers=b"X: y\r\n") == (
         b"HTTP/1.1 200 OK\r\nDate: Tue, 15 Nov 1994 08:12:31 GMT\r\n"
         b"Content-Type: application/json\r\nContent-Length: 2\r\nX: y\r\n\r\n{}"
     )
 
 
+def test_a_large_body_is_written_without_a_copy() -> None:
+    body = bytes(100_000)
+    assert encode_response(200, body)[-1] is body
+
+
 def test_rfc_9110_9_3_2_an_answer_to_head_has_no_body() -> None:
     """Rfc 9110 section 9 3 2 the answer to head has the length and not the body."""
-    assert encode_response(200, b"{}", head_only=True) == encode_response(200, b"{}")[:-2]
+    assert response(200, b"{}", head_only=True) == response(200, b"{}")[:-2]
 
 
 def test_rfc_9112_9_3_keep_alive_is_said_to_1_0_clients() -> None:
     """Rfc 9112 section 9 3 keep alive is said to 1 0 clients and close to all."""
     for status, http10 in itertools.product((200, 204), (False, True)):
-        assert b"\r\nConnection: close\r\n" in encode_response(status, keep_alive=False, http10=http10)
-        assert (b"\r\nConnection: keep-alive\r\n" in encode_response(status, http10=http10)) == http10
-    assert encode_response(200, http10=True).startswith(b"HTTP/1.1 "), "RFC 9110 section 2.5: our own version"
+        assert b"\r\nConnection: close\r\n" in response(status, keep_alive=False, http10=http10)
+        assert (b"\r\nConnection: keep-alive\r\n" in response(status, http10=http10)) == http10
+    assert response(200, http10=True).startswith(b"HTTP/1.1 "), "RFC 9110 section 2.5: our own version"
 
 
 def test_rfc_9110_section_8_6_no_content_has_no_length() -> None:
     assert (
-        encode_response(204, b"ignored", extra_headers=b"Allow: GET\r\n")
-        == b"HTTP/1.1 204 No Content\r\nAllow: GET\r\n\r\n"
+        response(204, b"ignored", extra_headers=b"Allow: GET\r\n") == b"HTTP/1.1 204 No Content\r\nAllow: GET\r\n\r\n"
     )
 
 
 def test_rfc_9112_4_an_unknown_reason_keeps_the_space() -> None:
     """Rfc 9112 section 4 a status without a known reason keeps the space."""
-    assert encode_response(299).startswith(b"HTTP/1.1 299 \r\n")
+    assert response(299).startswith(b"HTTP/1.1 299 \r\n")
 
 
 @pytest.mark.parametrize("status", [200, 204, 400, 404, 413, 431, 503, 505])
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 @pytest.mark.parametrize("keep_alive", [False, True])
-def test_h11_reads_our_responses_to_their_last_byte(status: int, method: str, keep_alive: bool) -> None:
+@pytest.mark.parametrize("body", [b'{"detail":"x"}', bytes(100_000)], ids=["small", "large"])
+def test_h11_reads_our_responses_to_their_last_byte(status: int, method: str, keep_alive: bool, body: bytes) -> None:
     client = h11.Connection(h11.CLIENT)
     client.send(h11.Request(method=method, target="/", headers=[("Host", "x")]))
     client.send(h11.EndOfMessage())
-    body = b'{"detail":"x"}'
     client.receive_data(
-        encode_response(
-            status, body, date=b"Tue, 15 Nov 1994 08:12:31 GMT", keep_alive=keep_alive, head_only=method == "HEAD"
-        )
+        response(status, body, date=b"Tue, 15 Nov 1994 08:12:31 GMT", keep_alive=keep_alive, head_only=method == "HEAD")
     )
     head = client.next_event()
     assert isinstance(head, h11.Response)

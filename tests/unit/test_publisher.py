@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.amqp.codec import Confirm
+from common.amqp.codec import Confirm, Part
 from common.errors import NotConfirmed, OutcomeUnknown, TooLarge, Unavailable
 from common.producer.publisher import Publication, Publisher
 
@@ -21,7 +21,7 @@ class Lane:
         self.sent: list[bytes] = []
         self.failed = ""
 
-    def send(self, parts: Iterable[bytes]) -> None:
+    def send(self, parts: Iterable[Part]) -> None:
         self.sent.append(b"".join(parts))
 
     def fail(self, reason: str) -> None:
