@@ -10,7 +10,7 @@ import logging
 import random
 import socket
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import aiormq
 from aiormq.abc import AbstractChannel, AbstractConnection
@@ -22,6 +22,8 @@ from common.amqp.transport import FastLane, FastLaneFactory, LaneListener
 from common.errors import StartupError
 
 log = logging.getLogger("predlog.amqp")
+
+T = TypeVar("T")
 
 RESOLVE_TIMEOUT_SECONDS = 5.0
 HANDSHAKE_TIMEOUT_SECONDS = 5.0  # of TLS and AMQP; the TCP connect before it has a bound of its own
@@ -127,45 +129,59 @@ class _Candidate:
     socket_address: tuple[Any, ...]
 
 
+_lookups: dict[tuple[str, int], asyncio.Future[list[Any]]] = {}  # of names, in flight
+
+
 async def _candidates(address: Address) -> list[_Candidate]:
-    """Return every address of every host, in random order, so that many processes spread over a cluster.
+    """Return every address of its only host. Raise OSError when there is none.
 
-    Raise OSError when no host can be resolved.
+    Whoever looks up the same name at the same time gets the same answer: uvloop has two threads for look-ups, and one
+    name without an answer must not occupy both.
     """
-    loop = asyncio.get_running_loop()
+    ((host, port),) = address.hosts
 
-    async def resolve(host: str, port: int) -> list[_Candidate]:
-        async with asyncio.timeout(RESOLVE_TIMEOUT_SECONDS):
-            found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        return [_Candidate(address.only(host, port), family, sockaddr) for family, _, _, _, sockaddr in found]
+    def ended(lookup: asyncio.Future[Any]) -> None:
+        del _lookups[host, port]
+        _error_of(lookup)  # retrieved: it may be that nobody waits for it any more
 
-    results = await asyncio.gather(*(resolve(host, port) for host, port in address.hosts), return_exceptions=True)
-    candidates = [each for result in results if isinstance(result, list) for each in result]
-    if not candidates:
-        raise next(result for result in results if isinstance(result, BaseException))
-    random.shuffle(candidates)
-    return candidates
+    lookup = _lookups.get((host, port))
+    if lookup is None:
+        found = asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        lookup = _lookups[host, port] = asyncio.ensure_future(found)
+        lookup.add_done_callback(ended)
+    async with asyncio.timeout(RESOLVE_TIMEOUT_SECONDS):
+        addresses = await asyncio.shield(lookup)
+    return [_Candidate(address, family, socket_address) for family, _, _, _, socket_address in addresses]
 
 
 async def open_link(url: str, name: str, listener: LaneListener, high_water_bytes: int = 2**20) -> Link:
     """Connect to the first host of `url` that answers, and open the hot channel with confirms.
 
-    Raise one of CONNECTION_ERRORS, or StartupError, in bounded time. When an address does not answer within
-    STAGGER_SECONDS, the next one is tried as well, and the first to be ready wins.
+    Raise one of CONNECTION_ERRORS, or StartupError, in bounded time. Addresses are tried in random order, so that many
+    processes spread over a cluster. When one does not answer within STAGGER_SECONDS, or a name is not resolved in that
+    time, the next one is tried as well, and the first to be ready wins.
     """
-    untried = await _candidates(parse_address(url))
+    address = parse_address(url)
+    resolving = {asyncio.ensure_future(_candidates(address.only(*host))) for host in address.hosts}
+    untried: list[_Candidate] = []
     trying: set[asyncio.Task[Link]] = set()
     errors: list[BaseException] = []
     try:
-        while untried or trying:
+        await asyncio.wait(resolving, timeout=STAGGER_SECONDS)
+        while True:
+            for candidates in _take_done(resolving, errors):
+                untried += candidates
+            random.shuffle(untried)
             if untried:
-                opening = _open_one(untried.pop(0), name, listener, high_water_bytes)
-                trying.add(asyncio.ensure_future(opening))
-            done, trying = await asyncio.wait(
-                trying, timeout=STAGGER_SECONDS if untried else None, return_when=asyncio.FIRST_COMPLETED
+                trying.add(asyncio.ensure_future(_open_one(untried.pop(), name, listener, high_water_bytes)))
+            if not trying and not resolving:
+                break
+            await asyncio.wait(
+                trying | resolving,
+                timeout=STAGGER_SECONDS if untried else None,
+                return_when=asyncio.FIRST_COMPLETED,
             )
-            errors += [error for task in done if (error := _error_of(task)) is not None]
-            opened = [task.result() for task in done if _error_of(task) is None]
+            opened = _take_done(trying, errors)
             for spare in opened[1:]:
                 spare.lane.fail("another one was ready first")
             if opened:
@@ -173,10 +189,19 @@ async def open_link(url: str, name: str, listener: LaneListener, high_water_byte
     finally:
         for task in trying:
             task.add_done_callback(_abort)
-            task.cancel()
-        if trying:
-            await asyncio.wait(trying)
+        for waiting in (*trying, *resolving):
+            waiting.cancel()
+        if trying or resolving:
+            await asyncio.wait(trying | resolving)
     raise next((error for error in errors if isinstance(error, (*_HOPELESS, StartupError))), errors[-1])
+
+
+def _take_done(tasks: set[asyncio.Task[T]], errors: list[BaseException]) -> list[T]:
+    """Take out of `tasks` what has ended: return the results, and add what was raised to `errors`."""
+    ended = [task for task in tasks if task.done()]
+    tasks.difference_update(ended)
+    errors += [error for task in ended if (error := _error_of(task)) is not None]
+    return [task.result() for task in ended if _error_of(task) is None]
 
 
 def _abort(task: asyncio.Task[Link]) -> None:
@@ -185,7 +210,7 @@ def _abort(task: asyncio.Task[Link]) -> None:
         task.result().lane.fail("another one was ready first")
 
 
-def _error_of(task: asyncio.Task[Link]) -> BaseException | None:
+def _error_of(task: asyncio.Future[Any]) -> BaseException | None:
     return asyncio.CancelledError() if task.cancelled() else task.exception()
 
 

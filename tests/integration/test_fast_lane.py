@@ -7,7 +7,7 @@ import random
 import socket
 import ssl
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,12 @@ import aiormq
 import pytest
 import trustme
 
+from common.amqp import link as link_module
 from common.amqp.codec import Confirm, PublishEncoder, ack_frame, ack_frames, packed_seconds
 from common.amqp.link import Link, open_link
 from common.amqp.properties import message_id_of
 from common.amqp.topology import QUEUE_ARGUMENTS, declare
+from scripts.rabbitmq import free_port
 from tests.rabbitmq import RabbitMQ
 from tests.support.lane import Heard
 from tests.support.polling import until
@@ -189,8 +191,6 @@ async def test_idle_and_busy_connections_outlive_many_heartbeats(broker: RabbitM
 @pytest.fixture(scope="module")
 def tls_broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RabbitMQ, str, Path]]:
     """A broker with a TLS listener, its amqps URL, and the file of the CA that it is signed by."""
-    from scripts.rabbitmq import free_port
-
     folder, port = tmp_path_factory.mktemp("tls-broker"), free_port()
     authority = trustme.CA()
     authority.cert_pem.write_to_path(folder / "ca.pem")
@@ -228,3 +228,62 @@ async def test_the_lane_verifies_tls_with_its_own_ca(tls_broker: tuple[RabbitMQ,
     await until("all is delivered", lambda: len(lane.deliveries) == len(sent))
     assert [delivery.body for delivery in lane.deliveries] == sent
     await lane.link.close()
+
+
+class Attempts:
+    """Addresses tried in the order of the URL, and how each attempt ended."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.ends: list[str] = []
+        self._open_one = link_module._open_one
+        monkeypatch.setattr(random, "shuffle", lambda untried: untried.sort(key=self._place, reverse=True))
+        monkeypatch.setattr(link_module, "_open_one", self._watched)
+        self._ports: list[int] = []
+
+    async def open(self, scheme: str, ports: list[int], rest: str = "") -> Link:
+        self.ends.clear()
+        self._ports = ports
+        hosts = ",".join(f"127.0.0.1:{port}" for port in ports)
+        return await open_link(f"{scheme}://guest:guest@{hosts}/{rest}", "test", Heard())
+
+    def _place(self, candidate: Any) -> int:
+        return self._ports.index(candidate.socket_address[1])
+
+    async def _watched(self, *arguments: Any) -> Link:
+        place = len(self.ends)
+        self.ends.append("tried")
+        try:
+            link = await self._open_one(*arguments)
+        except BaseException as error:
+            self.ends[place] = type(error).__name__
+            raise
+        self.ends[place] = "won"
+        return link
+
+
+async def test_a_frozen_node_delays_a_connection_by_a_second(
+    tls_broker: tuple[RabbitMQ, str, Path],
+    broker: RabbitMQ,
+    monkeypatch: pytest.MonkeyPatch,
+    record_property: Callable[[str, object], None],
+) -> None:
+    """Its kernel accepts, and nothing answers. The next is tried beside it; with TLS also behind one that refuses."""
+    node, tls_url, ca_file = tls_broker
+    attempts = Attempts(monkeypatch)
+    node.pause()
+    try:
+        began = time.monotonic()
+        link = await attempts.open("amqp", [node.port, broker.port])
+        record_property("a connection with the first of two nodes frozen, s", round(time.monotonic() - began, 2))
+        await link.close()
+        assert attempts.ends == ["CancelledError", "won"]  # not TimeoutError, after 5 s: the second did not wait for it
+    finally:
+        node.resume()
+    tls_port = int(tls_url.rpartition(":")[2].strip("/"))
+    with socket.create_server(("127.0.0.1", 0)) as frozen:
+        dead = [free_port(), broker.port, frozen.getsockname()[1]]  # refuses, speaks no TLS, is silent
+        link = await attempts.open("amqps", [*dead, tls_port], f"?cafile={ca_file}")
+    await link.channel.basic_qos(prefetch_count=1)  # answers: the link works
+    await link.close()
+    assert attempts.ends[2:] == ["CancelledError", "won"]
+    assert "tried" not in attempts.ends[:2]

@@ -239,6 +239,42 @@ async def test_hosts_that_never_answer_delay_no_connection(
         assert len(asyncio.all_tasks()) < 60, "what lost the race is over"
 
 
+async def test_a_name_that_is_not_resolved_delays_no_connection(
+    broker: RabbitMQ, queue_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The name of a dead container, for example. Its look-up is one for all: uvloop has two threads for them."""
+    loop = asyncio.get_running_loop()
+    getaddrinfo, answered = loop.getaddrinfo, asyncio.Event()
+    lookups = 0
+
+    async def look_up(host: str, port: int, **more: Any) -> Any:
+        nonlocal lookups
+        if host == "silent.test":
+            lookups += 1
+            await answered.wait()
+        return await getaddrinfo("127.0.0.1", port, **more)
+
+    monkeypatch.setattr(loop, "getaddrinfo", look_up)
+    monkeypatch.setattr(link_module, "STAGGER_SECONDS", 0.05)
+    monkeypatch.setattr(link_module, "RESOLVE_TIMEOUT_SECONDS", 300)
+    async with asyncio.timeout(30), Proxy(broker.port) as proxy:
+        hosts = f"silent.test:{proxy.port},127.0.0.1:{proxy.port}"
+        async with kept(f"amqp://guest:guest@{hosts}/", queue_name) as one:
+            for _ in range(3):
+                await one.until_connected_through(proxy)
+                assert one._link is not None
+                one._link.lane.fail("cut by the test")
+                await until("it is down", lambda: not one.connected.is_set())
+        assert lookups == 1
+        late = asyncio.create_task(
+            link_module.open_link(f"amqp://guest:guest@silent.test:{proxy.port},127.0.0.1:{free_port()}/", "t", Heard())
+        )
+        await asyncio.wait({late}, timeout=0.2)
+        answered.set()
+        await (await late).close()  # the others refused before it was found
+        assert lookups == 1
+
+
 async def test_a_host_that_is_gone_says_so_within_its_bounds(
     broker: RabbitMQ, queue_name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
