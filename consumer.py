@@ -31,6 +31,7 @@ log = logging.getLogger("predlog.consumer")
 
 
 def main(argv: Sequence[str], environ: dict[str, str]) -> int:
+    """Run the consumer, one for each partition, or a command on its dead letters; return the exit code."""
     parser = parser_for(ConsumerSettings, "consumer.py", "Messages from RabbitMQ into CSV, each exactly once.")
     commands = parser.add_mutually_exclusive_group()
     commands.add_argument("--dead-letters", action="store_true", help="list the dead letters, and end")
@@ -40,21 +41,18 @@ def main(argv: Sequence[str], environ: dict[str, str]) -> int:
     try:
         settings = load(ConsumerSettings, flags, environ)
         served = partitions.served(settings)
+        set_up_logging("consumer", settings.log_level, settings.log_format)
+        if flags.dead_letters:
+            return run("consumer", lambda: _each(dead_letters.show, served.values()))
+        if flags.replay_dead_letters:
+            return run("consumer", lambda: _each(dead_letters.replay, served.values()))
+        if flags.export_dead_letters is not None:
+            return run("consumer", lambda: dead_letters.export(list(served.values()), flags.export_dead_letters))
+        log.info("predlog %s consumer: %s", __version__, describe(settings))
+        if len(served) > 1:
+            return processes.serve_all(settings, served)
     except Fatal as error:
         return fail("consumer", error)
-    set_up_logging("consumer", settings.log_level, settings.log_format)
-    if flags.dead_letters:
-        return run("consumer", lambda: _each(dead_letters.show, served.values()))
-    if flags.replay_dead_letters:
-        return run("consumer", lambda: _each(dead_letters.replay, served.values()))
-    if flags.export_dead_letters is not None:
-        return run("consumer", lambda: dead_letters.export(list(served.values()), flags.export_dead_letters))
-    log.info("predlog %s consumer: %s", __version__, describe(settings))
-    if len(served) > 1:
-        try:
-            return processes.serve_all(settings, served)
-        except Fatal as error:
-            return fail("consumer", error)
     ((number, own),) = served.items()
     name = "consumer" if settings.partitions == 1 else f"consumer-{number}"
     set_up_logging(name, settings.log_level, settings.log_format)
@@ -62,6 +60,7 @@ def main(argv: Sequence[str], environ: dict[str, str]) -> int:
 
 
 async def _each(command: Callable[[ConsumerSettings], Awaitable[int]], served: Iterable[ConsumerSettings]) -> int:
+    """Run a command on each partition; return the highest exit code."""
     return max([await command(settings) for settings in served])
 
 

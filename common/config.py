@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from common import __version__
 from common.amqp.address import AddressError, check_host, masked_url, parse_address
 from common.errors import SettingError
+from common.http.parser import Limits
 
 DEFAULT_AMQP_URL = "amqp://guest:guest@localhost:5672/"
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -26,6 +27,7 @@ SECRETS = frozenset({"amqp_url", "api_token"})
 # A producer that reconnects publishes again what is unconfirmed: 4,096 events by default. This covers four producers.
 LEAST_DEDUP_WINDOW = 16_384
 
+_LIMITS = Limits()
 _MOST = 2**40  # the largest whole number; a test starts and drains with it
 
 
@@ -64,12 +66,14 @@ class ProducerSettings(Settings):
     confirm_timeout_ms: int = _setting(10_000, "wait for the broker's confirm before 504, ms", low=1)
     max_unconfirmed: int = _setting(4096, "events without a confirm before 503", low=1)
     max_unconfirmed_bytes: int = _setting(64 * 1024 * 1024, "bytes of events without a confirm before 503", low=1)
-    max_body_bytes: int = _setting(8 * 1024 * 1024, "largest request body, also after gzip, bytes (413)", low=1)
+    max_body_bytes: int = _setting(_LIMITS.body_bytes, "largest request body, also after gzip, bytes (413)", low=1)
     max_preds: int = _setting(10_000, "most predictions in one event, and events in one batch (422)", low=1)
-    max_head_bytes: int = _setting(16 * 1024, "largest request line and header section, bytes (431)", low=256)
-    max_target_bytes: int = _setting(8 * 1024, "largest request target, bytes (414)", low=16)
-    max_headers: int = _setting(100, "header lines in a request (431)", low=1)
-    max_chunk_overhead_bytes: int = _setting(16 * 1024, "chunk framing beyond the data it carries, bytes (413)", low=64)
+    max_head_bytes: int = _setting(_LIMITS.head_bytes, "largest request line and header section, bytes (431)", low=256)
+    max_target_bytes: int = _setting(_LIMITS.target_bytes, "largest request target, bytes (414)", low=16)
+    max_headers: int = _setting(_LIMITS.headers, "header lines in a request (431)", low=1)
+    max_chunk_overhead_bytes: int = _setting(
+        _LIMITS.chunk_overhead_bytes, "chunk framing beyond the data it carries, bytes (413)", low=64
+    )
     max_pipelined: int = _setting(32, "unanswered requests of one connection before it is not read", low=1)
     max_connections: int = _setting(16_000, "open client connections before 503 and close", low=1)
     head_timeout_ms: int = _setting(10_000, "for a client to send its header section, ms (408)", low=1)

@@ -51,11 +51,6 @@ class Metrics:
         """The number of floats that one process needs."""
         return len(self.values)
 
-    @property
-    def names(self) -> list[str]:
-        """The names of all families; a histogram's without `_bucket`, `_sum` and `_count`."""
-        return list(self._families)
-
     def counter(self, name: str, help: str, /, **labels: str) -> int:
         """Register a counter, or another label set of it; return its index."""
         if not name.endswith("_total"):

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import aiormq
 from aiormq.abc import AbstractChannel, AbstractConnection
 
-from common.amqp.link import CONNECT_TIMEOUT_SECONDS
+from common.amqp.link import CALL_TIMEOUT_SECONDS
 from common.errors import StartupError
 
 # x-delivery-limit: RabbitMQ 4.x drops a message at its 20th return unless a limit is set, and 3.10 reads -1, which
@@ -38,13 +38,22 @@ def dead_letter_queue(queue_name: str) -> str:
 async def declare(channel: AbstractChannel, queue_name: str, arguments: Mapping[str, str | int | bool]) -> None:
     """Declare a durable queue. Raise StartupError, which names the difference, if it exists with other arguments."""
     try:
-        async with asyncio.timeout(CONNECT_TIMEOUT_SECONDS):
+        async with asyncio.timeout(CALL_TIMEOUT_SECONDS):
             await channel.queue_declare(queue_name, durable=True, arguments=dict(arguments))
     except (aiormq.exceptions.ChannelPreconditionFailed, aiormq.exceptions.ChannelLockedResource) as error:
         said = str(error.args[0] if error.args else error).removeprefix("PRECONDITION_FAILED - ")
         raise StartupError(
             f"queue '{queue_name}' exists with other arguments: {said}. Delete it, or set QUEUE_NAME to another name"
         ) from None
+
+
+async def consume(channel: AbstractChannel, queue_name: str) -> str:
+    """Begin to consume on the hot channel; return the consumer tag. The fast lane takes the deliveries."""
+
+    async def not_called(_: object) -> None:
+        """Satisfy aiormq, which needs a callback."""
+
+    return (await channel.basic_consume(queue_name, not_called)).consumer_tag or ""
 
 
 async def check_may_publish(connection: AbstractConnection) -> None:

@@ -47,8 +47,3 @@ class Counters:
         self.start_time = m.gauge("process_start_time_seconds", "Start of the process, Unix time.", max)
         self.reconnects = m.counter("predlog_amqp_reconnects_total", "Connections to the broker lost.")
         m.values[m.gauge("predlog_info", "Version and process.", max, version=__version__, process="consumer")] = 1.0
-
-
-def build_metrics() -> Metrics:
-    """All metrics of the consumer, at zero."""
-    return Counters().metrics

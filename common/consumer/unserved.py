@@ -12,7 +12,7 @@ from collections.abc import Callable
 import aiormq
 from aiormq.abc import AbstractConnection
 
-from common.amqp.link import CONNECT_TIMEOUT_SECONDS, CONNECTION_ERRORS, Link, cancelled
+from common.amqp.link import CALL_TIMEOUT_SECONDS, CONNECTION_ERRORS, Link, cancelled
 
 log = logging.getLogger("predlog.consumer")
 
@@ -43,7 +43,7 @@ class Unserved:
             if link is not None and due:
                 looked_at, looked_on = now, link
                 try:
-                    async with asyncio.timeout(CONNECT_TIMEOUT_SECONDS):
+                    async with asyncio.timeout(CALL_TIMEOUT_SECONDS):
                         self._note(await self._look(link.connection))
                 except (*CONNECTION_ERRORS, asyncio.CancelledError) as error:
                     if cancelled():

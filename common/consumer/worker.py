@@ -15,8 +15,8 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 from common.amqp.codec import Confirm, Delivery, ack_frames
-from common.amqp.link import CLOSE_TIMEOUT_SECONDS, CONNECT_TIMEOUT_SECONDS, CONNECTION_ERRORS, Link, cancelled
-from common.amqp.topology import DEAD_LETTER_ARGUMENTS, QUEUE_ARGUMENTS, dead_letter_queue, declare
+from common.amqp.link import CALL_TIMEOUT_SECONDS, CLOSE_TIMEOUT_SECONDS, CONNECTION_ERRORS, Link, cancelled
+from common.amqp.topology import DEAD_LETTER_ARGUMENTS, QUEUE_ARGUMENTS, consume, dead_letter_queue, declare
 from common.config import ConsumerSettings
 from common.consumer.dead_letters.mover import DeadLetters
 from common.consumer.dead_letters.outgoing import Outgoing
@@ -88,12 +88,11 @@ class Worker:
             await asyncio.sleep(TROUBLE_POLL_SECONDS)
         if self._draining:
             return  # take nothing new; the link is only kept up
-        async with asyncio.timeout(CONNECT_TIMEOUT_SECONDS):
+        async with asyncio.timeout(CALL_TIMEOUT_SECONDS):
             await link.channel.basic_qos(prefetch_count=settings.prefetch_count)
             self._link, self._down = link, ""
             self._delivered_at = self._loop.time()
-            consuming = await link.channel.basic_consume(settings.queue_name, _not_called)
-        self._consumer_tag = consuming.consumer_tag or ""
+            self._consumer_tag = await consume(link.channel, settings.queue_name)
         if self._draining:  # it began during the call
             await link.channel.basic_cancel(self._consumer_tag, nowait=True)
 
@@ -280,7 +279,7 @@ class Worker:
             if self._loop.time() - since < STALL_SECONDS / 2:
                 continue
             try:
-                async with asyncio.timeout(CONNECT_TIMEOUT_SECONDS):
+                async with asyncio.timeout(CALL_TIMEOUT_SECONDS):
                     queue = await link.channel.queue_declare(self._settings.queue_name, passive=True)
             except asyncio.CancelledError:
                 if cancelled():
@@ -323,7 +322,3 @@ class Worker:
 
     async def close(self) -> None:
         await self._outgoing.close()
-
-
-async def _not_called(_: object) -> None:
-    """Satisfy aiormq, which needs a callback. The fast lane takes the deliveries before aiormq sees them."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import orjson
@@ -101,11 +100,3 @@ def _quote(text: str, delimiter: str) -> str:
 
 def _join_tags(tags: list[str]) -> str:
     return '""' if tags == [""] else ",".join([_quote(tag, ",") for tag in tags])
-
-
-_TAG = re.compile(r'(?:"([^"]*(?:""[^"]*)*)"|([^,]*)),')
-
-
-def split_tags(cell: str) -> list[str]:
-    """The tags of a row, from its last cell (as text, the row's own quotes taken off already)."""
-    return [quoted.replace('""', '"') or plain for quoted, plain in _TAG.findall(cell + ",")] if cell else []

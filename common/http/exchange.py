@@ -7,10 +7,9 @@ from collections.abc import Callable
 from typing import Protocol
 
 from common.errors import HttpError
+from common.http.fields import JSON
 from common.http.parser import Head, Request
 from common.http.response import encode_response
-
-JSON = b"application/json"
 
 
 class Application(Protocol):

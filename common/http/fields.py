@@ -6,14 +6,14 @@ import re
 from functools import lru_cache
 
 from common.errors import HttpError
+from common.http.parser import TOKEN
 
 JSON = b"application/json"
 NDJSON = b"application/x-ndjson"
 
-_TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]++"
-_PARAMETER = rb'(%b)=(?:(%b)|"((?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*)")' % (_TOKEN, _TOKEN)
+_PARAMETER = rb'(%b)=(?:(%b)|"((?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*)")' % (TOKEN, TOKEN)
 # media-type = type "/" subtype parameters; parameters = *( OWS ";" OWS [ parameter ] ) (RFC 9110 section 8.3.1)
-_MEDIA_TYPE = re.compile(rb"(%b/%b)((?:[ \t]*+;[ \t]*+(?:%b)?)*)" % (_TOKEN, _TOKEN, _PARAMETER))
+_MEDIA_TYPE = re.compile(rb"(%b/%b)((?:[ \t]*+;[ \t]*+(?:%b)?)*)" % (TOKEN, TOKEN, _PARAMETER))
 _PARAMETERS = re.compile(rb";[ \t]*+%b" % _PARAMETER)
 _QUOTED_PAIR = re.compile(rb"\\(.)", re.DOTALL)
 

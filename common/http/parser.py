@@ -67,7 +67,7 @@ _NOT_IN_HEAD = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f](?:(?<![\r\n])|(?<=\n)(?<!\
 # No input makes these patterns backtrack far: what may follow a part never begins like that part. Only runs of one
 # character class are possessive (*+, ++): CPython before 3.11.5 gets groups wrong (gh-106052); Debian 12 has 3.11.2.
 # token = 1*tchar (RFC 9110 section 5.6.2)
-_TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]++"
+TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]++"
 # quoted-string = DQUOTE *( qdtext / quoted-pair ) DQUOTE (RFC 9110 section 5.6.4)
 _QUOTED_STRING = rb'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'
 # pchar = unreserved / pct-encoded / sub-delims / ":" / "@" (RFC 3986 section 3.3), and the slash between segments
@@ -77,7 +77,7 @@ _ESCAPE = rb"%[0-9A-Fa-f]{2}"
 _HOST = rb"(?:\[[0-9A-Fa-f:.]++\]|(?:[A-Za-z0-9\-._~!$&'()*+;=]++|" + _ESCAPE + rb")+)"
 
 # request-line = method SP request-target SP HTTP-version (RFC 9112 section 3)
-_REQUEST_LINE = re.compile(rb"(%b) ([!-~]++) HTTP/([0-9])\.([0-9])" % _TOKEN)
+_REQUEST_LINE = re.compile(rb"(%b) ([!-~]++) HTTP/([0-9])\.([0-9])" % TOKEN)
 # RFC 3986 has no []{}|\^` in a query, but browsers send them unencoded (URL Standard), and they are unambiguous.
 # origin-form = absolute-path [ "?" query ] (RFC 9112 section 3.2.1)
 _ORIGIN_FORM = re.compile(
@@ -92,7 +92,7 @@ _HOST_VALUE = re.compile(rb"(?:%b(?::[0-9]{0,5})?)?" % _HOST)
 # chunk-size = 1*HEXDIG, then chunk-ext = *( BWS ";" BWS chunk-ext-name [ BWS "=" BWS chunk-ext-val ] )
 # (RFC 9112 section 7.1). 16 digits are 64 bits.
 _CHUNK_LINE = re.compile(
-    rb"([0-9A-Fa-f]{1,16})(?:[ \t]*+;[ \t]*+%b(?:[ \t]*+=[ \t]*+(?:%b|%b))?)*\r\n" % (_TOKEN, _TOKEN, _QUOTED_STRING)
+    rb"([0-9A-Fa-f]{1,16})(?:[ \t]*+;[ \t]*+%b(?:[ \t]*+=[ \t]*+(?:%b|%b))?)*\r\n" % (TOKEN, TOKEN, _QUOTED_STRING)
 )
 
 # Fields that change what a request means here, so two of one name are ambiguous. Connection is a list and may repeat.

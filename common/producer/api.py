@@ -83,11 +83,7 @@ class Api:
         self._origins = Origins(settings.allowed_hosts, settings.cors_origins)
         self._tokens = [b"Bearer " + token.encode() for token in settings.api_token.split(",") if token]
         self._is_open = not self._tokens and not settings.allowed_hosts
-        self._openapi = write_json(
-            openapi.document(
-                __version__, settings.max_preds, settings.max_body_bytes, bool(self._tokens), settings.protect_pages
-            )
-        )
+        self._openapi = write_json(openapi.document(__version__, settings))
         self._starts = True
         self._stops = False
         self._page = PAGE.read_bytes()

@@ -60,8 +60,3 @@ class Counters:
         self.connections = m.gauge("predlog_http_connections", "Open client connections.")
         self.start_time = m.gauge("process_start_time_seconds", "Start of the process, Unix time.", max)
         m.values[m.gauge("predlog_info", "Version and process.", max, version=__version__, process="producer")] = 1.0
-
-
-def build_metrics() -> Metrics:
-    """All metrics of the producer, at zero."""
-    return Counters().metrics

@@ -10,6 +10,8 @@ from base64 import b64encode
 from collections.abc import Mapping
 from hashlib import sha256
 
+from common.config import ProducerSettings
+
 Json = dict[str, object]
 
 # Every match is accepted. The producer also accepts strings such as those with three-digit exponents, where no pattern
@@ -65,17 +67,10 @@ REFUSED_EXAMPLES: Json = {
 }
 
 
-def document(
-    version: str,
-    max_preds: int = 10_000,
-    max_body_bytes: int = 8 << 20,
-    secured: bool = False,
-    secured_pages: bool = False,
-) -> Json:
-    """Return the OpenAPI 3.1 document of a producer with these settings.
-
-    With `secured`, events need a bearer token; with `secured_pages`, /metrics, /docs and this document do too.
-    """
+def document(version: str, settings: ProducerSettings) -> Json:
+    """Return the OpenAPI 3.1 document of a producer with these settings."""
+    secured, secured_pages = bool(settings.api_token), settings.protect_pages
+    max_preds, max_body_bytes = settings.max_preds, settings.max_body_bytes
     status = _ref("schemas", "Status")
     pages = {
         "/metrics": _get("metrics", "Metrics for Prometheus", "text/plain", _STRING, secured_pages),

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from common.amqp.codec import Confirm, Delivery, Part, PublishEncoder, packed_seconds
-from common.amqp.link import CONNECT_TIMEOUT_SECONDS, Link
+from common.amqp.link import CALL_TIMEOUT_SECONDS, Link
 from common.amqp.topology import QUEUE_ARGUMENTS, check_may_publish, declare
 from common.amqp.window import ConfirmWindow
 from common.errors import NotConfirmed, OutcomeUnknown, TooLarge, Unavailable
@@ -203,7 +203,7 @@ class Publisher:
         checking = asyncio.create_task(check_may_publish(link.connection))
         blocking = asyncio.create_task(self._is_blocked.wait())
         try:
-            async with asyncio.timeout(CONNECT_TIMEOUT_SECONDS):
+            async with asyncio.timeout(CALL_TIMEOUT_SECONDS):
                 await asyncio.wait({checking, blocking}, return_when=asyncio.FIRST_COMPLETED)
             if checking.done():
                 checking.result()

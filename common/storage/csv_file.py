@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 
-from common.storage.files import BLOCK_BYTES, free_name, naming, sync_directory
+from common.storage.files import BLOCK_BYTES, free_name, naming, sync_directory, write_all
 
 
 class CsvFile:
@@ -55,9 +55,7 @@ class CsvFile:
     def write(self, data: bytes) -> None:
         """Append `data`. After an error any part of it may be at the end of the file."""
         with naming(self.path):
-            rest = memoryview(data)
-            while rest:
-                rest = rest[os.write(self._fd, rest) :]
+            write_all(self._fd, data)
 
     def sync(self) -> None:
         with naming(self.path):

@@ -1,10 +1,11 @@
-"""Durable files and folders, their names, and their errors in words. Knows nothing of what is in a file."""
+"""Durable files, folders and lines, their names, and their errors in words. Knows nothing of what is in a line."""
 
 from __future__ import annotations
 
 import errno
 import os
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
@@ -23,6 +24,24 @@ def naming(path: str) -> Iterator[None]:
     except OSError as error:
         error.filename = error.filename or path
         raise
+
+
+def write_all(fd: int, data: bytes | bytearray) -> None:
+    """Write `data`. After an OSError any part of it may be written."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(fd, rest) :]
+
+
+def with_checksum(text: bytes) -> bytes:
+    """Return `text` as a line that begins with its crc32."""
+    return b"%08x %b\n" % (zlib.crc32(text), text)
+
+
+def checked(line: bytes) -> bytes | None:
+    """Return the text of a line without its line end and checksum; None if the checksum is wrong."""
+    checksum, _, text = line.partition(b" ")
+    return text if checksum == b"%08x" % zlib.crc32(text) else None
 
 
 def free_name(prefix: str, suffix: str = "") -> str:

@@ -24,7 +24,6 @@ import json
 import logging
 import os
 import time
-import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -34,7 +33,7 @@ from struct import iter_unpack
 from typing import Any, NamedTuple
 
 from common.errors import StartupError, TakenOver
-from common.storage.files import free_name, naming, sync_directory
+from common.storage.files import checked, free_name, naming, sync_directory, with_checksum, write_all
 from common.storage.state import FileState, LastRun
 
 ID_BYTES = 16
@@ -198,7 +197,7 @@ class Journal:
             self._mark_fd = os.open(self._mark_path, os.O_RDWR | os.O_CREAT, 0o644)
         text = b'{"file": {"inode": %d, "committed_bytes": %d}, "generation": %d}' % mark
         with naming(self._mark_path):
-            os.pwrite(self._mark_fd, _with_checksum(text.ljust(140)), 0)
+            os.pwrite(self._mark_fd, with_checksum(text.ljust(140)), 0)
             if sync:
                 os.fsync(self._mark_fd)
         self._mark = mark
@@ -218,15 +217,15 @@ class Journal:
             "at": int(time.time() * 1000) / 1000,  # never ahead of the clock
             "ids": b"".join(ids).hex(),
         }
-        return _with_checksum(_to_json(record).encode())
+        return with_checksum(_to_json(record).encode())
 
     def _limit_bytes(self) -> int:
         return (4 << 20) + 2 * (2 * ID_BYTES * self.window)
 
     def _fence(self, fd: int) -> bytes:
         """Write the fence of this run; return the journal before it."""
-        line = b"\n" + _with_checksum(b'{"fence":%d}' % self._generation)  # a torn commit may come before it
-        _write(fd, line)
+        line = b"\n" + with_checksum(b'{"fence":%d}' % self._generation)  # a torn commit may come before it
+        write_all(fd, line)
         os.fsync(fd)
         whole = _read(fd)
         if (at := whole.find(line)) < 0:
@@ -256,7 +255,7 @@ class Journal:
         newest = 0
         with open(self.path, "rb") as file:
             for line in file:
-                text = _checked(line.removesuffix(b"\n"))
+                text = checked(line.removesuffix(b"\n"))
                 with suppress(ValueError, TypeError):
                     record = json.loads(text or b"{}")
                     newest = max(newest, int(record.get("generation", 0)), int(record.get("fence", 0)))
@@ -268,7 +267,7 @@ class Journal:
         ids: list[str] = []
         generation, damaged, fenced = 0, False, False
         for line in whole.split(b"\n")[:-1]:
-            text = _checked(line)
+            text = checked(line)
             if text is None:
                 damaged = True  # a torn commit if nothing but a fence follows
                 continue
@@ -306,7 +305,7 @@ class Journal:
         device, inode, size = self._place
         try:
             with naming(self.path):
-                _write(self._fd, line)
+                write_all(self._fd, line)
                 os.fsync(self._fd)
         except OSError:
             self._failed = True
@@ -321,7 +320,7 @@ class Journal:
         fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644)
         try:
             with naming(self.path):
-                _write(fd, line)
+                write_all(fd, line)
                 os.fsync(fd)
                 if not self._is_untouched() and not self._failed:
                     self._log.warning(
@@ -354,7 +353,7 @@ def _content(record: dict[str, Any], generation: int) -> _Content:
 def _read_mark(path: str) -> Mark | None:
     """Return the mark; None if it is missing or torn."""
     with suppress(OSError, ValueError, KeyError, TypeError), open(path, "rb") as file:
-        text = _checked(file.readline().removesuffix(b"\n"))
+        text = checked(file.readline().removesuffix(b"\n"))
         if text is not None:
             record = json.loads(text)
             file_record = record["file"]
@@ -363,24 +362,9 @@ def _read_mark(path: str) -> Mark | None:
     return None
 
 
-def _with_checksum(text: bytes) -> bytes:
-    return b"%08x %b\n" % (zlib.crc32(text), text)
-
-
-def _checked(line: bytes) -> bytes | None:
-    checksum, _, text = line.partition(b" ")
-    return text if checksum == b"%08x" % zlib.crc32(text) else None
-
-
 def _read(fd: int) -> bytes:
     blocks, at = [], 0
     while block := os.pread(fd, 1 << 24, at):
         blocks.append(block)
         at += len(block)
     return b"".join(blocks)
-
-
-def _write(fd: int, line: bytes) -> None:
-    rest = memoryview(line)
-    while rest:
-        rest = rest[os.write(fd, rest) :]

@@ -76,7 +76,6 @@ class Events:
         the BATCH_EVENTS in a row, every `batch_every`-th are a batch, with one key for all.
         """
         self.prefix = b"s%d-" % seed
-        self._seed = seed
         self._keyless_every = keyless_every
         self._batch_every = batch_every
         count = _SHAPES_MAX

@@ -15,7 +15,7 @@ import pytest
 from common.amqp import link as link_module
 from common.amqp import transport
 from common.amqp.codec import PublishEncoder, packed_seconds
-from common.amqp.link import CONNECT_TIMEOUT_SECONDS, Link, keep_up
+from common.amqp.link import CALL_TIMEOUT_SECONDS, Link, keep_up
 from common.amqp.topology import QUEUE_ARGUMENTS, declare
 from common.errors import StartupError
 from scripts.rabbitmq import free_port
@@ -50,7 +50,7 @@ class Kept(Heard):
 
     async def up(self, link: Link) -> None:
         await declare(link.channel, self._queue_name, QUEUE_ARGUMENTS)
-        async with asyncio.timeout(CONNECT_TIMEOUT_SECONDS):
+        async with asyncio.timeout(CALL_TIMEOUT_SECONDS):
             await link.channel.basic_qos(prefetch_count=10)
             await link.channel.basic_consume(self._queue_name, ignore)
         self._link = link

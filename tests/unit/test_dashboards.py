@@ -24,11 +24,12 @@ ALERTS: dict[str, dict[str, Any]] = {
     for group in yaml.safe_load((DEPLOY / "alerts.yaml").read_text())["groups"]
     for rule in group["rules"]
 }
-NAMES = {
-    *producer_metrics.Counters(partitions=2).metrics.names,
-    *consumer_metrics.build_metrics().names,
-    *re.findall(r"^# TYPE (\S+)", Board([0, 1]).metrics().decode(), re.MULTILINE),
-}
+TEXTS = (
+    producer_metrics.Counters(partitions=2).metrics.render(),
+    consumer_metrics.Counters().metrics.render(),
+    Board([0, 1]).metrics(),
+)
+NAMES = set(re.findall(r"^# TYPE (\S+)", b"".join(TEXTS).decode(), re.MULTILINE))
 PROMTOOL = shutil.which("promtool")
 
 

@@ -13,17 +13,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common.config import ProducerSettings
 from common.errors import HttpError, InvalidEvent
 from common.event.document import read_json, write_json
 from common.event.schema import NormalEvent, normalise_batch, normalise_event, validate_event
 from common.http.fields import idempotency_key
 from common.producer import openapi
 from common.producer.api import PAGE as PAGE_FILE
-from common.producer.metrics import METHODS, STATUSES, build_metrics
+from common.producer.metrics import METHODS, STATUSES, Counters
 
 MAX_PREDS = 5
-DOCUMENT = cast(dict[str, Any], openapi.document("1.2.3", max_preds=MAX_PREDS, secured=True, secured_pages=True))
-OPEN = cast(dict[str, Any], openapi.document("1.2.3"))
+SECURED = ProducerSettings(max_preds=MAX_PREDS, api_token="secret", protect_pages=True)
+DOCUMENT = cast(dict[str, Any], openapi.document("1.2.3", SECURED))
+OPEN = cast(dict[str, Any], openapi.document("1.2.3", ProducerSettings()))
 OPERATIONS = {
     (path, method): operation for path, methods in DOCUMENT["paths"].items() for method, operation in methods.items()
 }
@@ -189,14 +191,14 @@ def test_security_follows_the_settings() -> None:
     assert secured == {"/process", "/process/batch", "/metrics", "/openapi.json", "/docs"}
     assert all("401" in operation["responses"] for operation in OPERATIONS.values() if "security" in operation)
     assert all("401" not in operation["responses"] for operation in OPERATIONS.values() if "security" not in operation)
-    events_only = cast(dict[str, Any], openapi.document("1", secured=True))["paths"]
+    events_only = cast(dict[str, Any], openapi.document("1", ProducerSettings(api_token="secret")))["paths"]
     assert {path for path in events_only for it in events_only[path].values() if "security" in it} == {
         *("/process", "/process/batch")
     }
 
 
 def test_limits_are_those_of_the_settings() -> None:
-    small = openapi.document("1", max_preds=7, max_body_bytes=1000)
+    small = openapi.document("1", ProducerSettings(max_preds=7, max_body_bytes=1000))
     assert b'"maxItems":7' in write_json(small)
     assert b"1000 bytes" in write_json(small)
     assert b"8 MiB" in write_json(OPEN)
@@ -235,4 +237,4 @@ def test_the_page_takes_nothing_from_elsewhere() -> None:
 def test_the_page_reads_metrics_that_the_producer_has() -> None:
     read = set(re.findall(rb"predlog_[a-z_]+", PAGE))
     assert len(read) >= 6
-    assert read <= {name.encode() for name in build_metrics().names}
+    assert read <= set(re.findall(rb"^# TYPE (\S+)", Counters().metrics.render(), re.MULTILINE))

@@ -15,9 +15,10 @@ import pytest
 from common.amqp.codec import Delivery, FrameDecoder, PublishEncoder, packed_seconds
 from common.consumer.prepare import prepare_batch
 from common.event.document import write_json
-from common.event.rows import CSV_HEADER, split_tags
+from common.event.rows import CSV_HEADER
 from common.event.schema import validate_event
 from common.storage.store import Store
+from tests.support.cells import split_tags
 
 
 def message(tag: int, body: bytes, message_id: bytes) -> Delivery:

@@ -15,19 +15,17 @@ from pathlib import Path
 from typing import BinaryIO, TextIO
 
 import aiormq
-from aiormq.abc import DeliveredMessage
 
 from common.amqp.address import masked_url
 from common.amqp.codec import Confirm, Delivery, ack_frames
-from common.amqp.link import CONNECTION_ERRORS, Link, cancelled, closed, explain, open_link
-from common.amqp.topology import QUEUE_ARGUMENTS, dead_letter_queue, declare
+from common.amqp.link import CALL_TIMEOUT_SECONDS, CONNECTION_ERRORS, Link, cancelled, closed, explain, open_link
+from common.amqp.topology import QUEUE_ARGUMENTS, consume, dead_letter_queue, declare
 from common.amqp.transport import LaneListener
 from common.config import ConsumerSettings
 from common.consumer.dead_letters.message import TABLE_HEAD, json_line, live_copy, table_row
 from common.consumer.dead_letters.mover import Nacked, OutboxListener
 from common.errors import StartupError
 
-ANSWER_TIMEOUT_SECONDS = 10.0
 POLL_SECONDS = 1.0
 
 # A page is what is in memory and in flight at one time.
@@ -150,7 +148,7 @@ async def _connection(url: str, listener: LaneListener) -> AsyncIterator[Link]:
 async def _ready(link: Link, queue_name: str) -> int | None:
     """Return how many messages wait in the queue; None if it does not exist, which closes the channel."""
     try:
-        async with asyncio.timeout(ANSWER_TIMEOUT_SECONDS):
+        async with asyncio.timeout(CALL_TIMEOUT_SECONDS):
             return (await link.channel.queue_declare(queue_name, passive=True)).message_count
     except aiormq.exceptions.ChannelNotFoundEntity:
         return None
@@ -177,7 +175,7 @@ async def _put_back(link: Link, queue_name: str, nacks: list[int]) -> None:
     """
     ready, alone = await _ready(link, queue_name) or 0, True
     for at in range(0, len(nacks), 16):
-        async with asyncio.timeout(ANSWER_TIMEOUT_SECONDS):
+        async with asyncio.timeout(CALL_TIMEOUT_SECONDS):
             for tag in nacks[at : at + 16]:
                 await link.channel.basic_nack(tag, multiple=True, requeue=True)
         returned = ready + tag  # delivery tags count from 1
@@ -221,9 +219,9 @@ async def _pages(link: Link, arrivals: _Arrivals, queue_name: str, count: int) -
     largest, more = PAGE_BYTES // 8, True  # nothing is known before the first page
     while count > 0 and more:
         size = min(count, PAGE_LETTERS, max(1, PAGE_BYTES // largest))
-        async with asyncio.timeout(ANSWER_TIMEOUT_SECONDS):
+        async with asyncio.timeout(CALL_TIMEOUT_SECONDS):
             await link.channel.basic_qos(prefetch_count=size)
-            consumer = await link.channel.basic_consume(queue_name, _never_called)
+            consumer_tag = await consume(link.channel, queue_name)
         while len(arrivals.letters) < size and more:
             if link.lane.lost is not None:
                 raise ConnectionError(link.lane.lost)
@@ -233,16 +231,13 @@ async def _pages(link: Link, arrivals: _Arrivals, queue_name: str, count: int) -
                     await arrivals.wake.wait()
             except TimeoutError:
                 more = bool(await _ready(link, queue_name))
-        async with asyncio.timeout(ANSWER_TIMEOUT_SECONDS):
-            await link.channel.basic_cancel(consumer.consumer_tag or "")
+        async with asyncio.timeout(CALL_TIMEOUT_SECONDS):
+            await link.channel.basic_cancel(consumer_tag)
         page = arrivals.take()
         count -= len(page)
         if page:
             largest = max(1, *(len(letter.body) for letter in page))
             yield page
-
-
-async def _never_called(_: DeliveredMessage) -> None: ...
 
 
 async def _pour(

@@ -9,13 +9,12 @@ from __future__ import annotations
 import base64
 import json
 import os
-import zlib
 from collections.abc import Sequence
 from contextlib import suppress
 
 from common.amqp.codec import Delivery
 from common.consumer.prepare import Poison
-from common.storage.files import free_name, sync_directory
+from common.storage.files import checked, free_name, sync_directory, with_checksum, write_all
 
 # Beyond this size messages stay unacked: poison must not fill the disk that the rows need.
 MOST_BYTES = 1024 * 1024 * 1024
@@ -55,10 +54,8 @@ class Spill:
                     break
                 text += line
                 count += 1
-            rest = memoryview(text)
             try:
-                while rest:
-                    rest = rest[os.write(self._fd, rest) :]
+                write_all(self._fd, text)
                 os.fsync(self._fd)
             except OSError:
                 os.ftruncate(self._fd, self.bytes)
@@ -128,13 +125,12 @@ def _line(letter: Poison) -> bytes:
         "header": base64.b64encode(delivery.header).decode(),
         "body": base64.b64encode(delivery.body).decode(),
     }
-    text = json.dumps(record).encode()
-    return b"%08x %b\n" % (zlib.crc32(text), text)
+    return with_checksum(json.dumps(record).encode())
 
 
 def _letter(line: bytes) -> Poison:
-    checksum, _, text = line.partition(b" ")
-    if checksum != b"%08x" % zlib.crc32(text):
+    text = checked(line)
+    if text is None:
         raise DamagedLine("a damaged line")
     record = json.loads(text)
     header, body = (base64.b64decode(record[name]) for name in ("header", "body"))
