@@ -82,7 +82,7 @@ STORING: dict[str, Arm] = {
     "in-write": _in_the_middle_of(CsvFile, "write"),
     "write-to-fsync": _after(CsvFile, "write"),
     "fsync-to-commit": _after(CsvFile, "sync"),
-    "in-commit": _in_the_middle_of(journal, "_write"),
+    "in-commit": _in_the_middle_of(journal, "write_all"),
     "commit-to-ack": _after(Journal, "commit"),
     "after-ack": _after(Worker, "_ack"),
 }
@@ -93,7 +93,7 @@ RECOVERING: dict[str, Arm] = {
     "aside-to-cut": _before(CsvFile, "cut"),
     "cut-to-commit": _after(CsvFile, "set_aside"),
     "recovery-to-commit": _before(Journal, "commit"),
-    "recovery-in-commit": _in_the_middle_of(journal, "_write"),
+    "recovery-in-commit": _in_the_middle_of(journal, "write_all"),
     "recovered": _after(Journal, "commit"),
 }
 """What a start passes (two of them only after a crash with rows that were not committed)."""
