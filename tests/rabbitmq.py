@@ -1,12 +1,40 @@
 """A RabbitMQ node for tests, which they may kill, freeze and restart."""
 
+import contextlib
 import signal
+import socket
+from pathlib import Path
+
+import trustme
 
 from scripts import rabbitmq
 
 
 class RabbitMQ(rabbitmq.RabbitMQ):
     """start(), stop(), url and ctl() as in `make run`; and what only a test does to a broker."""
+
+    tls_port = 0
+    ca_file = Path()
+
+    def offer_tls(self) -> None:
+        """Let the next start listen at `tls_port` too, with a certificate by the CA in `ca_file`."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.tls_port, self.ca_file = rabbitmq.free_port(), self.directory / "ca.pem"
+        authority = trustme.CA()
+        authority.cert_pem.write_to_path(self.ca_file)
+        server = authority.issue_cert("127.0.0.1")
+        server.private_key_pem.write_to_path(self.directory / "key.pem")
+        (self.directory / "cert.pem").write_bytes(b"".join(pem.bytes() for pem in server.cert_chain_pems))
+        (self.directory / "rabbitmq.conf").write_text(
+            f"listeners.ssl.1 = 127.0.0.1:{self.tls_port}\n"
+            f"ssl_options.cacertfile = {self.ca_file}\n"
+            f"ssl_options.certfile = {self.directory}/cert.pem\n"
+            f"ssl_options.keyfile = {self.directory}/key.pem\n"
+        )
+
+    def is_up(self) -> bool:
+        """Tell whether it greets a client, at every port; raise BrokerError when it has ended."""
+        return super().is_up() and (not self.tls_port or _listens(self.tls_port))
 
     def sync_new_queues(self) -> None:
         """Call it between the first declare of a quorum queue and `kill`.
@@ -15,6 +43,11 @@ class RabbitMQ(rabbitmq.RabbitMQ):
         that has no leader ever again, and its confirmed messages are gone.
         """
         self.ctl("eval", "[dets:sync(Table) || Table <- dets:all()].")
+
+    def start(self, timeout_seconds: float = 60.0) -> None:
+        """Return once the node greets a client. No-op if it runs."""
+        if not self.is_running:
+            super().start(timeout_seconds)
 
     def kill(self) -> None:
         """kill -9 of the Erlang VM."""
@@ -28,12 +61,12 @@ class RabbitMQ(rabbitmq.RabbitMQ):
         self._signal(signal.SIGSTOP)
 
     def resume(self) -> None:
-        """Undoes `pause`."""
-        self._signal(signal.SIGCONT)
+        """Undo `pause`. No-op if the node does not run."""
+        if self.is_running:
+            self._signal(signal.SIGCONT)
 
     def stop(self) -> None:
-        if self.process is not None:
-            self.resume()  # a frozen VM would not hear it
+        self.resume()  # a frozen VM would not hear it
         super().stop()
 
     def drain(self) -> None:
@@ -48,3 +81,9 @@ class RabbitMQ(rabbitmq.RabbitMQ):
     def _signal(self, number: signal.Signals) -> None:
         assert self.process is not None, "the node does not run"
         self.process.send_signal(number)
+
+
+def _listens(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 2):
+        return True
+    return False

@@ -111,17 +111,17 @@ def test_two_consumers_without_locks_lose_nothing(stage: SingleStage) -> None:
 
 
 def test_a_clock_set_back_delays_no_rotation(stage: SingleStage) -> None:
-    """By a day while it runs, and by another over its restart; rotation is due every two seconds."""
+    """By a day while it runs, and by another over its restart; rotation is due every second."""
     thread = LoadThread(Load(stage.targets(), EVENTS, concurrency=4, retries=True, rate=50))
 
     def rotated() -> int:
         return len(list(stage.csv.parent.glob("data-*.csv.gz")))
 
-    stage.consumer.start(ROTATE_INTERVAL="2", CHAOS_CLOCK="0,-86400,-86400,-86400")
+    stage.consumer.start(ROTATE_INTERVAL="1", CHAOS_CLOCK="0,-86400,-86400,-86400")
     stage.wait_until("two rotations", lambda: rotated() >= 2, 30)
     stage.consumer.kill()
     before = rotated()
-    stage.consumer.start(ROTATE_INTERVAL="2", CHAOS_CLOCK="-172800")
+    stage.consumer.start(ROTATE_INTERVAL="1", CHAOS_CLOCK="-172800")
     stage.wait_until("two more", lambda: rotated() >= before + 2, 30)
     stage.consumer.kill()
     verdict = finish(stage, thread, now=True)
@@ -129,8 +129,8 @@ def test_a_clock_set_back_delays_no_rotation(stage: SingleStage) -> None:
 
 
 def test_the_promise_holds_through_a_short_seeded_run(tmp_path: Path) -> None:
-    kinds = ("jump_the_clock", "kill_broker", "rename_csv")
-    report = run(1, Limit(rounds=3, seconds=0), tmp_path, Console(quiet=True), kinds=kinds)
+    kinds = ("kill_broker", "rename_csv")
+    report = run(1, Limit(rounds=2, seconds=0), tmp_path, Console(quiet=True), kinds=kinds)
     assert report.good, (str(report.verdict), report.problems)
-    assert report.rounds == 3
+    assert report.rounds == 2
     assert report.load.ledger.accepted_events > 500

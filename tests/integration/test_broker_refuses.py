@@ -98,9 +98,9 @@ def test_a_right_that_is_revoked_while_running_is_said_at_once(broker: RabbitMQ,
         return status != 200
 
     # A channel caches the right until it has had nothing to do for a second or so, and hibernates.
-    wait_until("an event is refused", refused, explain=service.log, poll_seconds=2.0)
+    wait_until("an event is refused", refused, explain=service.log, poll_seconds=1.2)
     wait_until("/readyz says why", lambda: "denies access" in service.not_ready(), explain=service.log)
-    until = time.monotonic() + 2
+    until = time.monotonic() + 1  # some attempts to connect
     while time.monotonic() < until:
         assert "denies access" in service.not_ready()
         assert post(service)[0] == 503

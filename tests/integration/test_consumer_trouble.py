@@ -58,11 +58,11 @@ def devices(csv_file: Path) -> list[str]:
 
 
 def test_a_full_queue_of_dead_letters_stops_no_good_event(broker: RabbitMQ, queue_name: str, consumer: Start) -> None:
-    """More poison than the prefetch, and a broker that takes 100 of it: the good events behind it are stored.
+    """More poison than the prefetch, and a broker that takes 20 of it: the good events behind it are stored.
 
     The poison waits in a file, also over a kill, and is in the dead letters once the broker takes them.
     """
-    dead, poison = dead_letter_queue(queue_name), [b"poison %d" % number for number in range(2600)]
+    dead, poison = dead_letter_queue(queue_name), [b"poison %d" % number for number in range(300)]
 
     async def declare_dead() -> None:
         async with aiormq.connect(broker.url) as connection:
@@ -70,18 +70,18 @@ def test_a_full_queue_of_dead_letters_stops_no_good_event(broker: RabbitMQ, queu
             await channel.queue_declare(dead, durable=True, arguments=dict(DEAD_LETTER_ARGUMENTS))
 
     asyncio.run(declare_dead())
-    policy = '{"max-length": 100, "overflow": "reject-publish"}'
+    policy = '{"max-length": 20, "overflow": "reject-publish"}'
     broker.ctl("set_policy", queue_name, f"^{dead}$", policy, "--apply-to", "queues")
     good = [f"device-{number}" for number in range(5)]
     publish(broker.url, queue_name, poison + [event_of(device) for device in good])
-    service = consumer(wait=False)
+    service = consumer(wait=False, PREFETCH_COUNT=200)
     wait_until("the good events are stored", lambda: devices(service.csv_file) == good, explain=service.log)
     spill = service.csv_file.with_name("data.csv.dead-letters")
     wait_until("it is told", lambda: "dead letters do not reach the broker" in service.not_ready())
     wait_until("no poison is unacked", lambda: service.metric("predlog_unacked") == 0, explain=service.log)
     assert service.metric("predlog_dead_letters_spilled_bytes") > 0
     service.kill()
-    again = consumer(wait=False)
+    again = consumer(wait=False, PREFETCH_COUNT=200)
     broker.ctl("clear_policy", queue_name)
     wait_until("all reach the dead letters", lambda: not spill.exists(), 40, again.log)
     wait_until("it is ready", lambda: again.not_ready() == "")

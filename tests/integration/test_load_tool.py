@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests.conftest import ROOT, Service, Start
@@ -13,30 +14,25 @@ def load(producer: Service, *arguments: str) -> subprocess.CompletedProcess[str]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
 
-def test_every_accepted_event_is_verified_and_logged(producer: Start, consumer: Start, tmp_path: Path) -> None:
-    """Every accepted event is verified and every answer logged."""
-    csv, log = consumer().csv_file, tmp_path / "answers.jsonl"
-    arguments = ("--events", "2000", "--retries", "--verify", str(csv), "--log", str(log))
-    done = load(producer(), *arguments)
+def test_runs_at_once_are_verified_each_by_itself(producer: Start, consumer: Start, tmp_path: Path) -> None:
+    """Every accepted event is verified, small or large; every answer is logged; a lost row is told."""
+    target, csv, log = producer(), consumer().csv_file, tmp_path / "answers.jsonl"
+    runs = (
+        ("--events", "2000", "--retries", "--verify", str(csv), "--log", str(log)),
+        ("--events", "100", "--frames", "5x20KB", "--pipeline", "8", "--verify", str(csv)),
+        ("--events", "200", "--verify", "/another/place/data.csv"),
+    )
+    with ThreadPoolExecutor() as threads:
+        done, large, missing = threads.map(lambda arguments: load(target, *arguments), runs)
+    assert large.returncode == 0, large.stderr
+    assert missing.returncode == 1
+    assert "lost 1" in missing.stderr
     assert done.returncode == 0, done.stderr
     assert "2,000 events answered 200" in done.stderr
     assert "lost 0, doubled 0, torn 0" in done.stderr
     answers = [json.loads(line) for line in log.read_text().splitlines()]
     assert len(answers) >= 2000
     assert {answer["status"] for answer in answers} == {200}
-
-
-def test_rows_that_are_missing_are_reported(producer: Start, consumer: Start) -> None:
-    consumer()
-    done = load(producer(), "--events", "200", "--verify", "/another/place/data.csv")
-    assert done.returncode == 1
-    assert "lost 1" in done.stderr
-
-
-def test_large_frames_and_pipelining_go_through(producer: Start, consumer: Start) -> None:
-    csv = consumer().csv_file
-    done = load(producer(), "--events", "100", "--frames", "5x20KB", "--pipeline", "8", "--verify", str(csv))
-    assert done.returncode == 0, done.stderr
 
 
 def test_a_producer_that_is_not_there_is_one_line(nobodys_port: int) -> None:

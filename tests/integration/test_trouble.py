@@ -33,14 +33,12 @@ RECOVERY_SECONDS = 15.0  # of which we may need a few; the rest is for a busy ma
 HEARTBEAT = "?heartbeat=2"
 
 
-@pytest.fixture(scope="module")
-def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RabbitMQ]:
-    """A broker to ill-treat."""
-    node = RabbitMQ(tmp_path_factory.mktemp("rabbitmq"))
-    node.start()
-    yield node
-    node.kill()
-    node.stop()
+@pytest.fixture
+def node(broker: RabbitMQ) -> Iterator[RabbitMQ]:
+    """The session's broker, to ill-treat. It runs again for the next test, however this one ends."""
+    yield broker
+    broker.resume()
+    broker.start()
 
 
 @pytest.fixture

@@ -62,7 +62,7 @@ def measured(streams: list[bytes]) -> float:
 
 
 @pytest.mark.fuzz
-@settings(max_examples=8 if settings().max_examples < 1000 else 1000, suppress_health_check=list(HealthCheck))
+@settings(max_examples=4 if settings().max_examples < 1000 else 1000, suppress_health_check=list(HealthCheck))
 @given(
     path=st.sampled_from([b"/process", b"/process/batch"]),
     part=st.sampled_from(PARTS),
