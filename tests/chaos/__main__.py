@@ -191,32 +191,32 @@ def run(
 
 
 def _round(kind: str, play: Play, load: Load, display: _Display) -> float:
-    """Makes one trouble and mends it; seconds until all was ready again, 0 when that was not waited for."""
+    """Make one trouble and undo it; return the seconds until all was ready, 0 when that was not waited for."""
     trouble, name = play.trouble, kind.replace("_", " ")
     display.say(f"round {display.rounds + 1}: {name}")
     # What happened before does not change what is chosen in this round.
     trouble.choose = random.Random(f"{trouble.seed}/{display.rounds}")
     load.slowest_seconds = 0.0
     play.kinds[kind]()
-    play.mend()
+    play.undo()
     display.rounds += 1
     if trouble.choose.random() < 0.25:  # the next trouble comes while this one is not over
         display.tell(f"{display.rounds:4} {name}")
         return 0.0
-    mended = time.monotonic()
+    undone = time.monotonic()
     trouble.stage.wait_until_ready()
-    seconds = time.monotonic() - mended
+    seconds = time.monotonic() - undone
     slowest = f"slowest event {load.slowest_seconds:.1f} s"
-    display.tell(f"{display.rounds:4} {name:22} ready {seconds:.1f} s after the mending, {slowest}")
+    display.tell(f"{display.rounds:4} {name:22} ready {seconds:.1f} s after it was undone, {slowest}")
     trouble.stage.sleep(trouble.choose.uniform(0.2, 1.0))
     trouble.note(f"an event through {name}", load.slowest_seconds)
     return seconds
 
 
 def _end(play: Play, thread: LoadThread) -> list[str]:
-    """Mends all, ends the load, waits until everything is stored; what is wrong besides the CSV."""
+    """Undo all, end the load, wait until everything is stored; return what is wrong besides the CSV."""
     stage, load = play.trouble.stage, thread.load
-    play.mend()
+    play.undo()
     stage.wait_until_ready()
     thread.finish(now=True)
     stage.wait_until_stored()

@@ -187,7 +187,7 @@ KINDS: tuple[Kind, ...] = (
 )  # fmt: skip
 
 
-def mend(trouble: ClusterTrouble) -> None:
+def undo(trouble: ClusterTrouble) -> None:
     """Starts whatever is down, and unites what went separate ways, as an operator has to."""
     stage = trouble.stage
     stage.cluster.start()
@@ -204,7 +204,7 @@ def on_stage(directory: Path, seed: int, nodes: int, **settings: str) -> Play:
     trouble = ClusterTrouble(stage, seed)
 
     def begin() -> None:
-        mend(trouble)
+        undo(trouble)
         stage.wait_until_ready()
         nodes = stage.cluster.nodes
         stage.cluster.wait_until_replicated(nodes[0], stage.queues)
@@ -214,4 +214,4 @@ def on_stage(directory: Path, seed: int, nodes: int, **settings: str) -> Play:
         stage.cluster.sync_new_queues()
 
     kinds = {kind.__name__: partial(kind, trouble) for kind in KINDS}
-    return Play(trouble, kinds, begin, partial(mend, trouble), stage.cluster.kill)
+    return Play(trouble, kinds, begin, partial(undo, trouble), stage.cluster.kill)

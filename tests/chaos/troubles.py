@@ -1,4 +1,4 @@
-"""Every kind of trouble of a round on one broker: a function each, which makes it and leaves the mending to the run.
+"""Every kind of trouble of a round on one broker: a function each, which makes it and leaves the undoing to the run.
 
 All choices come from the given random generator, so that a seed repeats them; only the moments differ.
 """
@@ -46,12 +46,12 @@ class Trouble:
 
 
 class Play(NamedTuple):
-    """What a run needs: everything is started by `begin`, comes back by `mend`; `end` ends the broker."""
+    """What a run needs: everything is started by `begin`, comes back by `undo`; `end` ends the broker."""
 
     trouble: Trouble
     kinds: Mapping[str, Callable[[], None]]
     begin: Callable[[], None]
-    mend: Callable[[], None]
+    undo: Callable[[], None]
     end: Callable[[], None]
 
 
@@ -277,7 +277,7 @@ KINDS: tuple[Kind, ...] = (
 )  # fmt: skip
 
 
-def mend(trouble: SingleTrouble) -> None:
+def undo(trouble: SingleTrouble) -> None:
     """Starts whatever is down, as an init system would."""
     stage = trouble.stage
     if stage.broker.process is None or stage.broker.process.poll() is not None:
@@ -296,7 +296,7 @@ def on_stage(directory: Path, seed: int, **settings: str) -> Play:
     trouble = SingleTrouble(stage, seed)
 
     def begin() -> None:
-        mend(trouble)
+        undo(trouble)
         stage.wait_until_ready()
         stage.broker.sync_new_queues()
 
@@ -305,4 +305,4 @@ def on_stage(directory: Path, seed: int, **settings: str) -> Play:
             stage.broker.kill()  # nobody needs its data any more
         stage.broker.stop()
 
-    return Play(trouble, {kind.__name__: partial(kind, trouble) for kind in KINDS}, begin, partial(mend, trouble), end)
+    return Play(trouble, {kind.__name__: partial(kind, trouble) for kind in KINDS}, begin, partial(undo, trouble), end)

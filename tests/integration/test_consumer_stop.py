@@ -132,7 +132,7 @@ async def test_sigterm_while_the_broker_is_away_ends_in_time(
 async def test_sigterm_keeps_a_message_that_cannot_be_dead_lettered(
     broker: RabbitMQ, queue_name: str, consumer: Start
 ) -> None:
-    """Sigterm while a dead letter cannot be buried ends in time and the message stays."""
+    """A message that cannot be dead-lettered ends a SIGTERM in time and stays in the queue."""
     async with Proxy(broker.port) as proxy:
         service = consumer(wait=False, AMQP_URL=proxy.url, SHUTDOWN_TIMEOUT_MS=SHUTDOWN_TIMEOUT_MS)
         await asyncio.to_thread(service.wait_until_ready)

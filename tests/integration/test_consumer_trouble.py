@@ -81,8 +81,8 @@ def test_a_full_queue_of_dead_letters_stops_no_good_event(broker: RabbitMQ, queu
     wait_until("no poison is unacked", lambda: service.metric("predlog_unacked") == 0, explain=service.log)
     assert service.metric("predlog_dead_letters_spilled_bytes") > 0
     service.kill()
-    again = consumer(wait=False, PREFETCH_COUNT=200)
     broker.ctl("clear_policy", queue_name)
+    again = consumer(wait=False, PREFETCH_COUNT=200)
     wait_until("all reach the dead letters", lambda: not spill.exists(), 40, again.log)
     wait_until("it is ready", lambda: again.not_ready() == "")
     assert messages_in(broker.url, dead) >= len(poison)

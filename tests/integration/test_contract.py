@@ -297,7 +297,7 @@ def test_why_there_is_no_broker_is_told_in_words(which: str, request: pytest.Fix
 def test_what_waiting_does_not_fix_is_exit_1_with_one_line(
     which: str, settings: dict[str, str], code: int, words: str, request: pytest.FixtureRequest, broker: RabbitMQ
 ) -> None:
-    """What waiting does not mend ends the process with one clear line."""
+    """What waiting does not fix ends the process with one clear line."""
     start: Callable[..., Service] = request.getfixturevalue(which)
     service = start(wait=False, **{name: value.format(port=broker.port) for name, value in settings.items()})
     assert service.process.wait(20) == code

@@ -30,6 +30,7 @@ from common.consumer.dead_letters.mover import DeadLetters, OutboxListener
 from common.errors import StartupError
 from tests.conftest import ROOT
 from tests.rabbitmq import RabbitMQ
+from tests.support.polling import until
 
 
 def message(body: bytes, **properties: object) -> Delivery:
@@ -51,11 +52,11 @@ async def waiting(url: str, queue: str) -> int:
         return (await opened.queue_declare(queue, passive=True)).message_count or 0
 
 
-async def until(queue_holds: Callable[[], Awaitable[int]], count: int) -> None:
-    deadline = time.monotonic() + 10
-    while (found := await queue_holds()) != count:
-        assert time.monotonic() < deadline, f"{found} messages, not {count}"
-        await asyncio.sleep(0.02)
+async def until_it_holds(url: str, queue: str, count: int) -> None:
+    async def holds() -> bool:
+        return await waiting(url, queue) == count
+
+    await until(f"'{queue}' holds {count} messages", holds)
 
 
 async def take_all(url: str, queue: str) -> list[DeliveredMessage]:
@@ -70,10 +71,7 @@ async def take_all(url: str, queue: str) -> list[DeliveredMessage]:
     async with channel(url) as opened:
         there = (await opened.queue_declare(queue, passive=True)).message_count or 0
         await opened.basic_consume(queue, take)
-        deadline = time.monotonic() + 10
-        while len(taken) < there:
-            assert time.monotonic() < deadline, f"{len(taken)} messages, not {there}"
-            await asyncio.sleep(0.01)
+        await until(f"{there} messages are taken", lambda: len(taken) >= there)
         if there:  # one ack for many: of many acks, a busy broker drops some when the channel closes behind them
             await opened.basic_ack(there, multiple=True)
     return taken[:there]
@@ -114,7 +112,7 @@ async def letters(broker: RabbitMQ, queue_name: str) -> AsyncIterator[DeadLetter
     await opened.close()
 
 
-# Burying
+# Moving
 
 
 async def test_a_buried_message_is_whole_and_says_why_and_when(
@@ -160,7 +158,7 @@ async def test_a_deleted_queue_of_dead_letters_is_declared_again(
     assert ids(await take_all(broker.url, dead)) == ["after"]
 
 
-async def test_burying_waits_for_a_broker_that_is_not_there_yet(
+async def test_a_move_waits_for_a_broker_that_is_not_there_yet(
     broker: RabbitMQ, letters: DeadLetters, dead: str, monkeypatch: pytest.MonkeyPatch, nobodys_port: int
 ) -> None:
     monkeypatch.setattr(letters, "_url", f"amqp://guest:guest@127.0.0.1:{nobodys_port}/")
@@ -185,9 +183,7 @@ async def test_a_queue_with_other_arguments_is_said_and_waited_for(
     async with channel(broker.url) as opened:
         await opened.queue_declare(dead, durable=True)
         copying = asyncio.ensure_future(letters.move(message(b"x", message_id="m"), "why"))
-        while not any(dead in said for said in caplog.messages):
-            await asyncio.sleep(0.01)
-        await asyncio.sleep(0.1)
+        await until("it is said", lambda: any(dead in said for said in caplog.messages))
         await opened.queue_delete(dead)
         await asyncio.wait_for(copying, 10)
     assert sum("exists with other arguments" in said for said in caplog.messages) == 1
@@ -218,11 +214,12 @@ async def test_a_nack_is_tried_again_until_there_is_room(
     second = asyncio.ensure_future(letters.move(message(b"second"), "why"))
     third = asyncio.ensure_future(letters.move(message(b"third"), "why"))
     taken: list[bytes] = []
-    deadline = time.monotonic() + 10
-    while len(taken) < 3:
-        assert time.monotonic() < deadline
-        taken += [bytes(found.body) for found in await take_all(broker.url, dead)]
-        await asyncio.sleep(0.02)
+
+    async def all_are_taken() -> bool:
+        taken.extend([bytes(found.body) for found in await take_all(broker.url, dead)])
+        return len(taken) == 3
+
+    await until("all three are taken", all_are_taken)
     await asyncio.wait_for(asyncio.gather(second, third), 10)
     assert sorted(taken) == [b"first", b"second", b"third"]
 
@@ -261,7 +258,7 @@ async def test_looking_changes_nothing(
         exported = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
         assert [entry["id"] for entry in exported] == expected
         assert {entry["body"] for entry in exported} == {"not JSON"}
-        await until(lambda: waiting(broker.url, dead), 600)
+        await until_it_holds(broker.url, dead, 600)
         capsysbinary.readouterr()
     assert ids(await take_all(broker.url, dead)) == expected
 
@@ -284,7 +281,7 @@ async def test_a_replay_moves_everything_back_as_it_was(
         await letters.move(original, "why")
     assert await commands.replay(settings) == 0
     assert "moved 22 of 22" in capsys.readouterr().out
-    await until(lambda: waiting(broker.url, dead), 0)
+    await until_it_holds(broker.url, dead, 0)
     back = await take_all(broker.url, settings.queue_name)
     assert [found.body for found in back] == [original.body for original in originals]
     assert [found.header.properties.marshal() for found in back[:20]] == [o.header[12:] for o in originals[:20]]
@@ -301,12 +298,12 @@ async def test_thousands_of_dead_letters_stay_in_order(
     await dead_letter_many(broker.url, settings.queue_name, count)
     await commands.show(settings)
     assert capsysbinary.readouterr().out.count(b"\n") == count + 1
-    await until(lambda: waiting(broker.url, dead), count)
+    await until_it_holds(broker.url, dead, count)
     await commands.export([settings], str(tmp_path / "out"))
     assert (tmp_path / "out").read_bytes().count(b"\n") == count
-    await until(lambda: waiting(broker.url, dead), count)
+    await until_it_holds(broker.url, dead, count)
     await commands.replay(settings)
-    await until(lambda: waiting(broker.url, dead), 0)
+    await until_it_holds(broker.url, dead, 0)
     assert ids(await take_all(broker.url, settings.queue_name)) == [f"{n:032x}" for n in range(count)]
 
 
@@ -390,18 +387,15 @@ async def test_a_replay_ends_though_all_is_dead_lettered_again(
         await declare(opened, settings.queue_name, QUEUE_ARGUMENTS)
         await opened.basic_qos(prefetch_count=100)
 
-        async def bury_again(found: DeliveredMessage) -> None:
+        async def dead_letter_again(found: DeliveredMessage) -> None:
             nonlocal again
             await letters.move(message(found.body, message_id=found.header.properties.message_id), "still bad")
             await opened.basic_ack(found.delivery_tag or 0)
             again += 1
 
-        await opened.basic_consume(settings.queue_name, bury_again)
+        await opened.basic_consume(settings.queue_name, dead_letter_again)
         assert await asyncio.wait_for(commands.replay(settings), 20) == 0
-        deadline = time.monotonic() + 10
-        while again < 700:
-            assert time.monotonic() < deadline
-            await asyncio.sleep(0.02)
+        await until("all are dead letters again", lambda: again == 700)
     assert len(set(ids(await take_all(broker.url, dead)))) == 700
 
 
@@ -416,7 +410,7 @@ async def test_a_replay_into_a_full_queue_keeps_the_rest(
         await commands.replay(settings)
     moved = await waiting(broker.url, settings.queue_name)
     assert 10 <= moved < 300
-    await until(lambda: waiting(broker.url, dead), 300 - moved)
+    await until_it_holds(broker.url, dead, 300 - moved)
 
 
 COMMANDS: list[Callable[[ConsumerSettings], Awaitable[int]]] = [
@@ -454,11 +448,11 @@ async def test_the_consumers_flags_run_the_commands(
     await dead_letter_many(broker.url, queue_name, 3)
     listed = await asyncio.to_thread(run, broker, queue_name, "--dead-letters")
     assert (listed.returncode, len(listed.stdout.splitlines()), listed.stderr) == (0, 4, "")
-    await until(lambda: waiting(broker.url, dead), 3)
+    await until_it_holds(broker.url, dead, 3)
     assert (
         await asyncio.to_thread(run, broker, queue_name, "--export-dead-letters", str(tmp_path / "x"))
     ).returncode == 0
-    await until(lambda: waiting(broker.url, dead), 3)
+    await until_it_holds(broker.url, dead, 3)
     replayed = await asyncio.to_thread(run, broker, queue_name, "--replay-dead-letters")
     assert (replayed.returncode, replayed.stdout) == (0, f"moved 3 of 3 from '{dead}' to '{queue_name}'\n")
 
@@ -489,7 +483,7 @@ async def test_an_export_beside_another_reader_is_not_taken_for_whole(
         async def late_look(link: Link, arrivals: Any, queue: str, count: int) -> commands.Pages:
             await other.basic_qos(prefetch_count=100)
             await other.basic_consume(dead, take)
-            await until(lambda: waiting(broker.url, dead), 500)
+            await until_it_holds(broker.url, dead, 500)
             async for page in look(link, arrivals, queue, count):
                 yield page
 

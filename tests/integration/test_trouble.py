@@ -346,7 +346,7 @@ def test_a_flush_interval_beyond_the_broker_s_patience_stores(
 def test_fifty_reconnects_drop_and_dead_letter_no_message(
     producer: Start, consumer: Start, broker: RabbitMQ, queue_name: str
 ) -> None:
-    """Fifty reconnects with a full prefetch drop and bury no message."""
+    """Fifty reconnects with a full prefetch lose no message, and dead-letter none."""
     traffic = Traffic(producer(), Path())
     traffic.wait_for_more(100)
     traffic.end()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 TIMEOUT_SECONDS = 20.0
 _POLL_SECONDS = 0.02
@@ -27,9 +27,14 @@ def wait_until(
         time.sleep(poll_seconds)
 
 
-async def until(what: str, condition: Callable[[], object], timeout_seconds: float = TIMEOUT_SECONDS) -> None:
-    """`wait_until` that lets the event loop run."""
+async def until(
+    what: str, condition: Callable[[], object | Awaitable[object]], timeout_seconds: float = TIMEOUT_SECONDS
+) -> None:
+    """Poll like `wait_until`, and let the event loop run. The condition may be a coroutine function."""
     deadline = time.monotonic() + timeout_seconds
-    while not condition():
+    while True:
+        result = condition()
+        if await result if isinstance(result, Awaitable) else result:
+            return
         assert time.monotonic() < deadline, f"not within {timeout_seconds:.0f} s: {what}"
         await asyncio.sleep(_POLL_SECONDS / 4)

@@ -33,7 +33,7 @@ def read(header: bytes) -> Basic.Properties:
     return content.properties
 
 
-def bury(original: Delivery, reason: str = "not JSON", new_id: bytes = NEW_ID) -> Delivery:
+def dead_letter(original: Delivery, reason: str = "not JSON", new_id: bytes = NEW_ID) -> Delivery:
     return Delivery(1, False, dead_copy(original, "q", reason, NOW, new_id).header, original.body)
 
 
@@ -104,29 +104,29 @@ def test_headers_go_to_the_dead_letters_and_back_octet_by_octet(headers: dict[by
     flags = b"\x30\x80" if table else b"\x10\x80"
     field = len(table).to_bytes(4, "big") + table if table else b""
     original = raw_delivery(flags + field + b"\x02" + b"\x20" + ID.encode())
-    assert live_copy(bury(original)).header == original.header
+    assert live_copy(dead_letter(original)).header == original.header
 
 
 def test_a_replayed_message_is_the_original_again() -> None:
     original = delivery(b"x", delivery_mode=2, **EVERY_PROPERTY)
-    assert live_copy(bury(original)) == Copy(original.header, original.header, b"x")
+    assert live_copy(dead_letter(original)) == Copy(original.header, original.header, b"x")
 
 
 def test_a_message_without_an_id_gets_a_lasting_one() -> None:
     """A message without an id gets one that stays the same through replays."""
-    buried = bury(delivery())
-    assert message_id_of(buried.header) == NEW_ID
-    back = live_copy(buried)
+    letter = dead_letter(delivery())
+    assert message_id_of(letter.header) == NEW_ID
+    back = live_copy(letter)
     assert message_id_of(back.header) == NEW_ID
-    again = bury(Delivery(1, False, back.header, back.body), new_id=b"e" * 32)
+    again = dead_letter(Delivery(1, False, back.header, back.body), new_id=b"e" * 32)
     assert message_id_of(again.header) == NEW_ID
 
 
 def test_a_copy_never_expires_nor_goes_elsewhere() -> None:
     """A copy never expires nor goes elsewhere nor claims another user."""
     headers = {"CC": ["predictions"], "BCC": ["x"], "x-delivery-count": 3, "kept": True}
-    buried = bury(delivery(expiration="1", user_id="camera", headers=headers))
-    properties = read(buried.header)
+    letter = dead_letter(delivery(expiration="1", user_id="camera", headers=headers))
+    properties = read(letter.header)
     assert properties.expiration is None
     assert properties.user_id is None
     assert properties.headers is not None
@@ -138,14 +138,14 @@ def test_a_copy_never_expires_nor_goes_elsewhere() -> None:
         "x-predlog-user-id",
     }
     assert properties.headers["x-predlog-user-id"] == "camera"
-    assert read(live_copy(buried).header).headers == {"kept": True}
+    assert read(live_copy(letter).header).headers == {"kept": True}
 
 
 @pytest.mark.parametrize(
     "reason", ["a\r\nb\x00\x1b[31m\x7f\u2028", "\ud800", "\u20ac" * 999, "x" * 251, ""], ids=range(5)
 )
 def test_a_reason_is_bounded_and_free_of_control_characters(reason: str) -> None:
-    headers = read(bury(delivery(), reason).header).headers
+    headers = read(dead_letter(delivery(), reason).header).headers
     assert headers is not None
     shown = headers["x-predlog-reason"]
     assert isinstance(shown, str)
@@ -156,7 +156,7 @@ def test_a_reason_is_bounded_and_free_of_control_characters(reason: str) -> None
 @given(st.binary(max_size=60))
 def test_any_header_can_be_buried_listed_exported_and_replayed(garbage: bytes) -> None:
     original = raw_delivery(garbage)
-    for letter in (original, bury(original)):
+    for letter in (original, dead_letter(original)):
         live_copy(letter)
         json.loads(json_line(letter))
         table_row(letter)
@@ -174,7 +174,10 @@ def test_a_header_that_does_not_add_up_is_recognised(garbage: bytes) -> None:
 
 
 def test_a_table_line_is_aligned_and_cannot_drive_a_terminal() -> None:
-    letters = [bury(delivery(b"\x1b[2J\n'\"\xff" * 20, message_id="\x1b]0;x"), "r" * 99), bury(delivery(message_id=ID))]
+    letters = [
+        dead_letter(delivery(b"\x1b[2J\n'\"\xff" * 20, message_id="\x1b]0;x"), "r" * 99),
+        dead_letter(delivery(message_id=ID)),
+    ]
     lines = [table_row(letter).decode() for letter in letters]
     assert all(line.endswith("\n") and line[:-1].isprintable() for line in lines)
     assert lines[0].index("2026-05-04") == lines[1].index("2026-05-04")
@@ -188,12 +191,12 @@ def test_a_json_line_tells_everything_as_text_or_base64() -> None:
         "when": NOW.replace(microsecond=0),
         "deep": {"list": [1, bytearray(b"\xff"), Decimal("1.5"), None]},
     }
-    text = json.loads(json_line(bury(delivery("é\n".encode(), message_id=ID, headers=headers), "why")))
+    text = json.loads(json_line(dead_letter(delivery("é\n".encode(), message_id=ID, headers=headers), "why")))
     assert (text["id"], text["reason"], text["time"]) == (ID, "why", "2026-05-04T03:02:01.987Z")
     assert (text["body"], text["size"]) == ("é\n", 3)
     assert text["headers"]["deep"] == {"list": [1, "ff", "1.5", None]}
     assert text["headers"]["when"].startswith("2026-05-04T03:02:01")
-    binary = json.loads(json_line(bury(delivery(b"\xff\x00"))))
+    binary = json.loads(json_line(dead_letter(delivery(b"\xff\x00"))))
     assert binary["body_base64"] == "/wA="
     assert "body" not in binary
 

@@ -1,3 +1,5 @@
+"""The outcome of each copy that is published for the dead letters, and the end of a link that is of no use."""
+
 import asyncio
 from types import SimpleNamespace
 from typing import cast
@@ -59,6 +61,22 @@ async def test_a_silent_broker_is_given_up_but_not_a_blocked_one(monkeypatch: py
     outbox.blocked("")
     await asyncio.wait_for(waiting, 5)
     assert "no confirm" in str(future.exception())
+
+
+async def test_a_link_with_nothing_but_nacks_is_ended_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    """RabbitMQ 3.10 never takes a message again on a channel that met a full queue; one ack starts the clock again."""
+    now = 0.0
+    monkeypatch.setattr(asyncio.get_running_loop(), "time", lambda: now)
+    lane = FakeLane()
+    outbox = outbox_of(lane)
+    for tag, ok in enumerate((False, True, False, False), 1):
+        outbox.publish("q", A_COPY)
+        outbox.confirms([Confirm(tag, False, ok)])
+        now += mover.NACKS_SECONDS * 0.75
+    assert lane.lost is None
+    outbox.publish("q", A_COPY)
+    outbox.confirms([Confirm(5, False, False)])
+    assert lane.lost == "the broker refuses every copy (nack)"
 
 
 async def test_a_large_copy_goes_out_in_frames_of_negotiated_size() -> None:

@@ -54,11 +54,9 @@ class StuckMover:
         self.open = asyncio.Event()
         self.moved: list[bytes] = []
 
-    async def bury(self, delivery: Delivery, reason: str) -> None:
+    async def move(self, delivery: Delivery, reason: str) -> None:
         await self.open.wait()
         self.moved.append(delivery.body)
-
-    move = bury
 
     async def close(self) -> None: ...
 
