@@ -321,9 +321,10 @@ class Connection(asyncio.Protocol):
         self._pumping = True
         try:
             more = True
+            began = 0.0
             while more:
                 try:
-                    self._handle_requests()
+                    began = self._handle_requests(began)
                 except HttpError as error:
                     error.__traceback__ = None
                     self._refuse(error)
@@ -334,10 +335,10 @@ class Connection(asyncio.Protocol):
         finally:
             self._pumping = False
 
-    def _handle_requests(self) -> None:
+    def _handle_requests(self, began: float) -> float:
+        """Handle requests up to the pipeline's depth, or to the end of the slice. Return when the slice began."""
         parser, state, exchanges = self._parser, self.state, self.exchanges
         application, now = state.application, state.now
-        began = 0.0
         while len(exchanges) < state.limits.pipelined and self.phase < LAST:
             request = parser.next_request()
             if request is None:
@@ -346,7 +347,7 @@ class Connection(asyncio.Protocol):
                     self._wait_for_turn()
                 else:
                     self._wait_for_more()
-                return
+                return began
             head = request.head
             exchange = Exchange(self, head, now())
             exchanges.append(exchange)
@@ -374,10 +375,11 @@ class Connection(asyncio.Protocol):
                 state.took_long(began)
                 if not parser.idle:
                     self._wait_for_turn()
-                return
+                return began
             if parser.idle:
-                return
+                return began
         self._set_reading(False)
+        return began
 
     def _wait_for_more(self) -> None:
         """Enter the phase of an incomplete request, once all requests before it are answered."""

@@ -15,7 +15,7 @@ from common import __version__
 from common.config import ProducerSettings
 from common.errors import HttpError, InvalidEvent, NotConfirmed, Unavailable
 from common.event.document import write_json
-from common.event.schema import NormalEvent, normalise_event
+from common.event.schema import NormalEvent, normalise_event, normalise_in_steps
 from common.http.coding import decoded, require_known_coding
 from common.http.fields import idempotency_key, is_json_lines, require_json
 from common.http.parser import Head, Request
@@ -185,10 +185,15 @@ class Api:
     def _process(self, body: bytes, key: bytes | None, exchange: Exchange) -> None:
         try:
             event = normalise_event(body, self._max_preds)
-            publisher = self._only_publisher or self._intake.publisher_for(event)
-            publisher.publish(_Post(event, self._intake.message_id(event, key), self._intake, exchange))
         except InvalidEvent as error:
             exchange.answer(422, write_json({"detail": error.faults}))
+        else:
+            self._publish(event, key, exchange)
+
+    def _publish(self, event: NormalEvent, key: bytes | None, exchange: Exchange) -> None:
+        try:
+            publisher = self._only_publisher or self._intake.publisher_for(event)
+            publisher.publish(_Post(event, self._intake.message_id(event, key), self._intake, exchange))
         except NotConfirmed as error:
             # The traceback's frames hold the event and the error: a cycle that would keep both until a collection.
             error.__traceback__ = None
@@ -199,7 +204,16 @@ class Api:
         body = yield from decoded(request.head.content_encoding, request.body, self._settings.max_body_bytes)
         exchange.hold(len(body))
         yield None
-        self._process(body, key, exchange)
+        try:
+            event = yield from normalise_in_steps(body, self._max_preds)
+        except InvalidEvent as error:
+            faults = error.faults
+        else:
+            yield None
+            self._publish(event, key, exchange)
+            return
+        yield None
+        exchange.answer(422, write_json({"detail": faults}))
 
     def _process_batch(self, request: Request, exchange: Exchange) -> None:
         head, settings = request.head, self._settings

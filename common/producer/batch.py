@@ -33,11 +33,12 @@ class Batch:
         try:
             content = yield from decoded(content_encoding, body, max_bytes)
             self._exchange.hold(PARSED_FACTOR * len(content))
-            for position, event in enumerate(normalise_batch(content, lines, max_preds)):
-                self._results.append({})
+            for event in normalise_batch(content, lines, max_preds):
                 if isinstance(event, InvalidEvent):
-                    self._results[position] = {"status": 422, "detail": event.faults}
-                else:
+                    self._results.append({"status": 422, "detail": event.faults})
+                elif event is not None:
+                    position = len(self._results)
+                    self._results.append({})
                     publisher = self._intake.publisher_for(event)
                     while publisher.trouble() is None and not publisher.has_room_for_batch():
                         if time.monotonic() >= self._wait_until:

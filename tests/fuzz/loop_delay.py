@@ -26,6 +26,8 @@ from common.producer.metrics import Counters
 from common.producer.publisher import Publication, Publisher
 from common.producer.slices import Slices
 
+_READ_BYTES = 1 << 18  # what uvloop reads at once
+_KEPT_BYTES = 1 << 20  # of an answer: a large bytearray that grows would be a delay of our own
 MOST_SECONDS = 0.05  # the contract: no request delays another connection's answer by more
 _LIMITS = ServerLimits(
     request=Limits(),
@@ -107,12 +109,13 @@ async def _exchange(server: HttpServer, stream: bytes) -> bytes:
     with ours:
         for each in (ours, theirs):
             each.setblocking(False)
+            each.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _READ_BYTES)
         await loop.connect_accepted_socket(lambda: Connection(server.state), theirs)
         sending = asyncio.create_task(_send(ours, stream))
         answer = bytearray()
         with contextlib.suppress(ConnectionError):
             while piece := await loop.sock_recv(ours, 1 << 16):
-                answer += piece
+                answer += piece[: _KEPT_BYTES - len(answer)]
         sending.cancel()
         with contextlib.suppress(asyncio.CancelledError, OSError):
             await sending
@@ -121,6 +124,6 @@ async def _exchange(server: HttpServer, stream: bytes) -> bytes:
 
 async def _send(client: socket.socket, stream: bytes) -> None:
     loop, view = asyncio.get_running_loop(), memoryview(stream)
-    for start in range(0, len(view), 1 << 16):
-        await loop.sock_sendall(client, view[start : start + (1 << 16)])
+    for start in range(0, len(view), _READ_BYTES):
+        await loop.sock_sendall(client, view[start : start + _READ_BYTES])
     client.shutdown(socket.SHUT_WR)

@@ -7,7 +7,8 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Annotated, Any
 
 import pytest
@@ -19,15 +20,19 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, BeforeValidator, Field
 
 from common.errors import InvalidEvent
-from common.event.document import write_json
+from common.event.document import finish, write_json
 from common.event.faults import describe_faults
 from common.event.ids import id_digest, keyed_message_id
 from common.event.rows import CSV_HEADER, count_rows, csv_rows
 from common.event.schema import (
+    _EVENT,
+    _PREDS_PER_STEP,
     MAX_FAULTS,
     NormalEvent,
-    _validate_carefully,
+    _carefully,
+    _quickly,
     _validate_quickly,
+    _Walk,
     normalise_batch,
     normalise_event,
     read_event,
@@ -47,6 +52,11 @@ def with_preds(*preds: Any) -> dict[str, Any]:
 
 def a_pred(**members: Any) -> dict[str, Any]:
     return {"image_frame": "f", "prob": 0.5, "tags": ["a"], **members}
+
+
+def events_of(body: bytes, lines: bool, max_preds: int) -> list[NormalEvent | InvalidEvent]:
+    """What a batch gives, without its pauses."""
+    return [event for event in normalise_batch(body, lines, max_preds) if event is not None]
 
 
 def faults_of(body: bytes | dict[str, Any]) -> list[tuple[str, str]]:
@@ -290,10 +300,36 @@ def test_any_document_is_answered_as_fastapi_answers_it(reference: Reference, do
 def test_the_quick_and_the_careful_reading_agree(document: Any) -> None:
     quick = _validate_quickly(document, MAX_PREDS)
     if quick is not None:
-        assert repr(quick) == repr(_validate_carefully(document, MAX_PREDS, MAX_FAULTS))
+        assert repr(quick) == repr(finish(_carefully(document, MAX_PREDS, MAX_FAULTS)))
 
 
 # --- what is an event ---
+
+
+MANY = 2 * _PREDS_PER_STEP + 1
+
+
+@pytest.mark.parametrize("faulty", [[], [0], [_PREDS_PER_STEP - 1, _PREDS_PER_STEP, MANY - 1], range(MANY)], ids=str)
+@pytest.mark.parametrize("device_id", ["d", 7, None])
+def test_many_predictions_in_steps_are_judged_as_at_once(faulty: Sequence[int], device_id: object) -> None:
+    preds: list[Any] = [a_pred(prob=1, tags=["a", "é"]) for _ in range(MANY)]
+    for position in faulty:
+        preds[position] = {"prob": "?", "tags": ["a", None, 1]}
+    document = {**with_preds(*preds), "device_id": device_id, "unknown": []}
+    walk = _Walk(None, MAX_FAULTS)
+    with suppress(InvalidEvent):
+        walk.read(document, _EVENT)
+    body = json.dumps(document).encode()
+    if walk.faults:
+        with pytest.raises(InvalidEvent) as caught:
+            read_event(body)
+        assert caught.value.faults == walk.faults
+    else:
+        event = read_event(body)
+        assert event == finish(_quickly(document, None)) == finish(_carefully(document, None, MAX_FAULTS))
+        assert event["data"]["preds"] == [a_pred(prob=1.0, tags=["a", "é"])] * MANY
+    (alone,) = events_of(body, True, MANY)
+    assert isinstance(alone, InvalidEvent) == bool(walk.faults)
 
 
 def test_every_fault_is_named_at_once() -> None:
@@ -542,7 +578,7 @@ def test_a_batch_gives_each_event_its_own_outcome(lines: bool) -> None:
         json.dumps(document) for document in (an_event(), {**an_event(), "device_id": None}, with_preds(a_pred()))
     ]
     body = "\r\n\n".join(documents) if lines else f"[{','.join(documents)}]"
-    good, bad, other = normalise_batch(body.encode(), lines, MAX_PREDS)
+    good, bad, other = events_of(body.encode(), lines, MAX_PREDS)
     assert good == (write_json(an_event()), an_event()["device_id"], len(an_event()["data"]["preds"]))
     assert isinstance(other, NormalEvent)
     assert other.body == write_json(with_preds(a_pred()))
@@ -563,13 +599,13 @@ def test_a_batch_gives_each_event_its_own_outcome(lines: bool) -> None:
 )
 def test_a_batch_that_cannot_be_taken_is_refused_whole(body: bytes, kind: str) -> None:
     with pytest.raises(InvalidEvent) as caught:
-        next(normalise_batch(body, False, MAX_PREDS))
+        events_of(body, False, MAX_PREDS)
     assert [(fault["loc"][0], fault["type"]) for fault in caught.value.faults] == [("body", kind)]  # type: ignore[index]
 
 
 def test_beyond_the_most_faults_an_event_has_one_that_says_so() -> None:
     """Beyond the most faults an event of a batch has one that says so."""
-    *bad, good = normalise_batch(b"\n".join([b"{}"] * 2501 + [write_json(an_event())]), True, 10_000)
+    *bad, good = events_of(b"\n".join([b"{}"] * 2501 + [write_json(an_event())]), True, 10_000)
     assert isinstance(good, NormalEvent)
     faults = [item.faults for item in bad if isinstance(item, InvalidEvent)]
     assert len(faults) == 2501
@@ -580,7 +616,7 @@ def test_beyond_the_most_faults_an_event_has_one_that_says_so() -> None:
 
 def test_predictions_are_bounded_for_each_event_of_a_batch() -> None:
     """The predictions of a batch are bounded for each event only."""
-    events = normalise_batch(json.dumps([with_preds(*[a_pred()] * 6)] * 50).encode(), False, MAX_PREDS)
+    events = events_of(json.dumps([with_preds(*[a_pred()] * 6)] * 50).encode(), False, MAX_PREDS)
     assert len([event for event in events if isinstance(event, NormalEvent)]) == 50
 
 
@@ -604,7 +640,7 @@ def test_each_line_of_a_batch_is_judged_as_it_would_be_alone(frame_bytes: int) -
             alone.append(normalise_event(text.encode(), MAX_PREDS))
         except InvalidEvent as error:
             alone.append([(fault["loc"][1:], fault["type"]) for fault in error.faults])  # type: ignore[index]
-    together = list(normalise_batch("\n".join(documents).encode(), True, MAX_PREDS))
+    together = events_of("\n".join(documents).encode(), True, MAX_PREDS)
     assert [
         [(fault["loc"][2:], fault["type"]) for fault in item.faults] if isinstance(item, InvalidEvent) else item  # type: ignore[index]
         for item in together
@@ -616,12 +652,12 @@ def test_an_array_is_read_once_and_refused_whole() -> None:
     """What orjson refuses in one event of a JSON array refuses the array; NDJSON is read line by line."""
     for text in ONE_BY_ONE[3:6]:
         with pytest.raises(InvalidEvent) as caught:
-            next(normalise_batch(f"[{json.dumps(an_event())},{text}]".encode(), False, MAX_PREDS))
+            events_of(f"[{json.dumps(an_event())},{text}]".encode(), False, MAX_PREDS)
         assert [fault["type"] for fault in caught.value.faults] == ["json_invalid"]
 
 
 def test_too_many_lines_are_refused_before_they_are_split() -> None:
     """Lines beyond all measure are refused before they are split."""
     with pytest.raises(InvalidEvent) as caught:
-        next(normalise_batch(b"\n" * 1_000_000, True, MAX_PREDS))
+        events_of(b"\n" * 1_000_000, True, MAX_PREDS)
     assert [fault["type"] for fault in caught.value.faults] == ["json_too_large"]

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import InvalidEvent
-from common.event.document import bound_values, write_json
-from common.event.schema import MAX_FAULTS, normalise_batch, normalise_event, read_event
+from common.event.document import bound_values, finish
+from common.event.schema import MAX_FAULTS, normalise_batch, normalise_event, normalise_in_steps, read_event
 
 MAX_PREDS = 10_000
 BODY_BYTES = 8 << 20
-# Measured: 60 ms for the worst of them, on a busy machine. Without the bounds several take seconds.
-CPU_SECONDS = 0.25
+# What the contract grants one client to delay another. Measured: 30 ms for the worst of them, on a busy machine.
+STEP_SECONDS = 0.05
 
 PRED = b'{"image_frame":"f","prob":0.5,"tags":["a"]}'
 
@@ -44,20 +44,23 @@ def with_tags(tags: bytes) -> bytes:
     return an_event(PRED.replace(b'"a"', tags))
 
 
-def answer(body: bytes) -> tuple[str, float]:
-    """The type of the first fault (or "ok"), and the CPU seconds it took."""
-    for _ in range(3):  # the machine is shared: one quick answer proves it
-        start = time.process_time()
-        try:
-            normalise_event(body, MAX_PREDS)
-            kind = "ok"
-        except InvalidEvent as error:
-            kind = str(error.faults[0]["type"])
-            write_json({"detail": error.faults})
-        seconds = time.process_time() - start
-        if seconds < CPU_SECONDS:
+def kind_of(make: Callable[[], Iterator[object]]) -> str:
+    """The type of the fault with which a body is refused whole, or "ok". None of the steps may be long."""
+    for _ in range(3):  # the machine is shared: one quick run proves it
+        steps, kind, longest = make(), "", 0.0
+        while not kind:
+            began = time.thread_time()
+            try:
+                next(steps)
+            except StopIteration:
+                kind = "ok"
+            except InvalidEvent as error:
+                kind = str(error.faults[0]["type"])
+            longest = max(longest, time.thread_time() - began)
+        if longest < STEP_SECONDS:
             break
-    return kind, seconds
+    assert longest < STEP_SECONDS
+    return kind
 
 
 TOO_MANY_VALUES: dict[str, Callable[[], bytes]] = {
@@ -83,9 +86,8 @@ def test_too_many_values_are_refused_before_parsing(make: Callable[[], bytes], m
         raise AssertionError("parsed")
 
     monkeypatch.setattr("common.event.schema.read_json", never)
-    kind, seconds = answer(make())
-    assert kind == "json_too_large"
-    assert seconds < CPU_SECONDS
+    body = make()
+    assert kind_of(lambda: normalise_in_steps(body, MAX_PREDS)) == "json_too_large"
 
 
 @given(
@@ -95,10 +97,10 @@ def test_values_are_counted_exactly(runs: list[tuple[bytes, int]]) -> None:
     """The limit on values is exact, be they many or few in a stretch of the document."""
     body = b"".join(text * count for text, count in runs)
     values = sum(body.count(char) for char in (b",", b"[", b"{"))
-    bound_values([body], values)
+    finish(bound_values(body, False, values))
     if values:
         with pytest.raises(InvalidEvent):
-            bound_values([body], values - 1)
+            finish(bound_values(body, False, values - 1))
 
 
 COSTLY: dict[str, tuple[Callable[[], bytes], str]] = {
@@ -107,6 +109,20 @@ COSTLY: dict[str, tuple[Callable[[], bytes], str]] = {
     "two-byte characters": (lambda: filled(with_frame(b'"?"'), "é".encode()), "ok"),
     "short escapes": (lambda: filled(with_frame(b'"?"'), b"\\n"), "ok"),
     "long escapes": (lambda: filled(with_frame(b'"?"'), b"\\u0001"), "ok"),
+    "escapes beside an id of 30 digits": (
+        lambda: filled(an_event(PRED.replace(b'"f"', b'"?"'), device_id=b"1" * 30), b"\\n"),
+        "string_type",
+    ),
+    "numbers of 700 digits in strings": (
+        lambda: an_event(list_of(PRED.replace(b"0.5", b'"0.' + b"1" * 700 + b'"'), MAX_PREDS)),
+        "ok",
+    ),
+    "two-byte tags, the last at fault": (lambda: with_tags(list_of('"é"'.encode(), 120_000) + b",1"), "string_type"),
+    "two-byte frames, the last at fault": (
+        lambda: an_event(list_of(PRED.replace(b'"f"', b'"' + "é".encode() * 370 + b'"'), MAX_PREDS - 1) + b",1"),
+        "model_attributes_type",
+    ),
+    "names of 50 bytes": (lambda: b"{" + b",".join(b'"%050d":1' % n for n in range(120_000)) + b"}", "missing"),
     "white space": (lambda: b" " * BODY_BYTES, "json_invalid"),
     "white space around a fault": (lambda: with_frame(b"1") + b" " * (BODY_BYTES - 200), "string_type"),
     "NULs": (lambda: b"\0" * BODY_BYTES, "json_invalid"),
@@ -143,12 +159,10 @@ COSTLY: dict[str, tuple[Callable[[], bytes], str]] = {
 
 
 @pytest.mark.parametrize(("make", "kind"), COSTLY.values(), ids=COSTLY)
-def test_a_costly_body_has_its_answer_soon(make: Callable[[], bytes], kind: str) -> None:
+def test_a_costly_body_takes_no_long_step(make: Callable[[], bytes], kind: str) -> None:
     body = make()
     assert len(body) <= BODY_BYTES
-    found, seconds = answer(body)
-    assert found == kind
-    assert seconds < CPU_SECONDS
+    assert kind_of(lambda: normalise_in_steps(body, MAX_PREDS)) == kind
 
 
 def test_the_list_of_faults_is_bounded_and_says_so() -> None:
@@ -195,20 +209,15 @@ COSTLY_BATCHES: dict[str, tuple[Callable[[], bytes], bool, str]] = {
         True,
         "json_too_large",
     ),
+    "escaped commas": (lambda: b"[" + list_of(b'"' + b'\\",' * 20 + b'"', 129_000) + b"]", False, "too_long"),
+    "one large event": (lambda: b"[" + an_event(list_of(PRED, MAX_PREDS - 1)) + b"]", False, "ok"),
+    "one large event, faulty": (lambda: b"[" + an_event(list_of(PRED, MAX_PREDS - 1) + b",{}") + b"]", False, "ok"),
+    "one large line, all escaped": (lambda: filled(with_frame(b'"?"', b"null"), b"\\n"), True, "ok"),
     "an empty object in each line": (lambda: b"\n".join([b"{}"] * MAX_PREDS), True, "ok"),
 }
 
 
 @pytest.mark.parametrize(("make", "lines", "kind"), COSTLY_BATCHES.values(), ids=COSTLY_BATCHES)
-def test_a_costly_batch_has_its_answer_soon(make: Callable[[], bytes], lines: bool, kind: str) -> None:
+def test_a_costly_batch_takes_no_long_step(make: Callable[[], bytes], lines: bool, kind: str) -> None:
     body = make()
-    for _ in range(3):  # the machine is shared: one quick answer proves it
-        start, found = time.process_time(), "ok"
-        try:
-            list(normalise_batch(body, lines, MAX_PREDS))
-        except InvalidEvent as error:
-            found = str(error.faults[0]["type"])
-        assert found == kind
-        if (seconds := time.process_time() - start) < CPU_SECONDS:
-            break
-    assert seconds < CPU_SECONDS
+    assert kind_of(lambda: normalise_batch(body, lines, MAX_PREDS)) == kind

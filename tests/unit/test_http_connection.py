@@ -391,6 +391,21 @@ def test_slow_pipelined_requests_give_the_loop_back(server: Server) -> None:
     assert transport.reading
 
 
+def test_cheap_pipelined_requests_give_the_loop_back_as_well(server: Server) -> None:
+    """Answers that free the pipeline do not begin a new slice."""
+    server.slow_seconds = 0.0001
+    connection, transport = server.connect()
+    began = server.now
+    connection.data_received(GET * 1000)
+    assert server.now - began < 0.004
+    while server.soon:
+        began = server.now
+        server.turn()
+        assert server.now - began < 0.01
+    assert bytes(transport.sent).count(b"hello") == 1000
+    assert transport.reading
+
+
 def test_an_exchange_is_answered_once(server: Server) -> None:
     connection, transport = server.connect()
     connection.data_received(LATER)

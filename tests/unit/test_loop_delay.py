@@ -21,9 +21,40 @@ EVENT = json.dumps(
     }
 ).encode()
 MOST_BODY_BYTES = 8 * 2**20 - 1
+PRED = b'{"image_frame":"a","prob":"0.5","tags":["x"]}'
+LONG_PRED = b'{"image_frame":"%b","prob":"0.%b","tags":["%b"]}' % ("é".encode() * 10, b"1" * 700, "é".encode())
+
+
+def around_preds(device_id: bytes) -> tuple[bytes, bytes]:
+    """What stands in front of the predictions of an event, and behind them."""
+    head = b'{"device_id":%b,"client_id":"c","created_at":"t","data":{"license_id":"l","preds":[' % device_id
+    return head, b"]}}"
+
+
+def around_frame(device_id: bytes) -> tuple[bytes, bytes]:
+    """What stands in front of the text of a frame, and behind it."""
+    before, after = around_preds(device_id)
+    return before + b'{"image_frame":"', b'","prob":1,"tags":[]}' + after
+
+
 # What a body repeats, and what stands in front of it and behind it.
 PARTS = [b"[", b"{}", b"1", b'""', b" ", b"1e400", b'"\\ud800"', b'{"a":[{}]}', b'{"data":{"preds":[{},{},{}]}}', EVENT]
+PARTS += [
+    PRED,
+    LONG_PRED,
+    PRED[:-1],
+    b"A",
+    b"\\n",
+    b"\\u20ac",
+    b"\\ud800",
+    b'\\"',
+    b"\\\\",
+    "é".encode(),
+    "😀".encode(),
+    b"0.1",
+]
 FRAMES = [(b"", b""), (b"[", b"]"), (b'{"data":{"preds":[', b"]}}"), (b'{"device_id":"', b'"}'), (b" ", EVENT)]
+FRAMES += [make(device_id) for make in (around_preds, around_frame) for device_id in (b'"d"', b"9" * 30, b"null")]
 SEPARATORS = [b"", b",", b"\n"]
 FIELDS = {
     "": b"",
@@ -77,6 +108,9 @@ def measured(streams: list[bytes]) -> float:
 @example(b"/process/batch", PARTS[8], b",", FRAMES[1], 300_000, "gzip", 0, 32, 1)
 @example(b"/process", b" ", b"", FRAMES[4], 7_900_000, "", 48, 1, 1)
 @example(b"/process", b"{}", b",", FRAMES[2], 15_000, "", 0, 32, 4)
+@example(b"/process", LONG_PRED, b",", around_preds(b"9" * 30), MOST_BODY_BYTES, "", 0, 1, 1)
+@example(b"/process", b"\\n", b"", around_frame(b"9" * 30), 4_100_000, "gzip", 0, 1, 2)
+@example(b"/process/batch", b'\\"', b",", around_frame(b"null"), MOST_BODY_BYTES, "lines", 0, 1, 1)
 def test_no_bytes_delay_the_others(
     path: bytes,
     part: bytes,
@@ -93,6 +127,13 @@ def test_no_bytes_delay_the_others(
     seconds = measured([stream * min(pipelined, most)] * min(clients, most))
     target(seconds)
     assert seconds < MOST_SECONDS
+
+
+@pytest.mark.parametrize("path", [b"/healthz", b"/metrics", b"/openapi.json", b"/docs", b"/nowhere"])
+def test_pipelined_pages_delay_nobody(path: bytes) -> None:
+    """As many as are read at once, on each of several connections."""
+    get = b"GET %b HTTP/1.1\r\nHost: h\r\n\r\n" % path
+    assert measured([get * (100_000 // len(get))] * 4) < MOST_SECONDS
 
 
 def test_a_body_in_tiny_chunks_is_refused_soon() -> None:
