@@ -7,7 +7,7 @@ import io
 
 import pytest
 
-from common.config import ConsumerSettings, ProducerSettings, Settings, describe, parse
+from common.config import LEAST_DEDUP_WINDOW, ConsumerSettings, ProducerSettings, Settings, describe, parse
 from common.errors import SettingError
 
 
@@ -103,3 +103,8 @@ def test_help_prints_every_setting_with_its_default(kind: type[Settings]) -> Non
     for name in kind.__dataclass_fields__:
         assert "--" + name.replace("_", "-") in text
     assert text.count("(default") >= len(kind.__dataclass_fields__)
+
+
+def test_a_small_dedup_window_is_raised_to_the_least() -> None:
+    assert consumer(DEDUP_WINDOW="0").dedup_window == LEAST_DEDUP_WINDOW
+    assert consumer(DEDUP_WINDOW=str(LEAST_DEDUP_WINDOW + 1)).dedup_window == LEAST_DEDUP_WINDOW + 1

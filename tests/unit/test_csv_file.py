@@ -191,3 +191,28 @@ def test_only_temporary_files_of_ours_are_cleaned_up(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     clean_up(str(tmp_path / "data.csv"))
     assert sorted(os.listdir(tmp_path)) == sorted(others)
+
+
+def test_bytes_set_aside_are_on_the_disk_before_they_are_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The new file is synced whole, then its name, and only then is the CSV cut."""
+    path = tmp_path / "data.csv"
+    path.write_bytes(b"keep this")
+    file = CsvFile(str(path))
+    steps = []
+    fsync, ftruncate = os.fsync, os.ftruncate
+
+    def synced(fd: int) -> None:
+        fsync(fd)
+        steps.append(f"synced {os.readlink(f'/proc/self/fd/{fd}').rpartition('.')[2]} {os.fstat(fd).st_size}")
+
+    def cut(fd: int, length: int) -> None:
+        ftruncate(fd, length)
+        steps.append(f"cut at {length}")
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "ftruncate", cut)
+    file.set_aside(4)
+    file.close()
+    assert steps[0] == "synced part 5"
+    assert steps[1].startswith(f"synced {tmp_path}")
+    assert steps[2] == "cut at 4"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -19,6 +20,7 @@ from common.http.connection import (
 from common.http.exchange import Exchange
 from common.http.parser import Head, Limits, Request
 from common.http.phases import CLOSED, CLOSING, IDLE, LAST_REQUEST_SECONDS, LINGERING, NEXT, Phase, granted
+from common.http.server import SWEEP_SECONDS, HttpServer
 from tests.support.transport import FakeTransport
 
 LIMITS = ServerLimits(
@@ -424,3 +426,44 @@ def test_a_phase_that_cannot_follow_is_a_bug(server: Server) -> None:
         connection._enter(IDLE)
     assert LINGERING in Phase
     assert transport.closing
+
+
+def test_what_an_exchange_holds_counts_until_its_answer(server: Server) -> None:
+    """Also when the client is gone by then."""
+    for leaves in (False, True):
+        connection, _ = server.connect()
+        connection.data_received(LATER)
+        exchange = server.waiting.pop()
+        exchange.hold(600_000)
+        exchange.hold(400_000)
+        assert server.state.held_bytes == 400_000
+        if leaves:
+            connection.connection_lost(None)
+        exchange.answer(200, b"")
+        assert server.state.held_bytes == 0
+
+
+def test_who_waits_for_a_turn_does_not_count_as_stalled(server: Server) -> None:
+    """It is our delay, not the client's: its connection is not closed in favour of another."""
+    (waiting, transport), (slow, _) = server.connect(), server.connect()
+    server.slow_seconds = STALL_SECONDS
+    slow.data_received(GET)
+    waiting.data_received(GET)
+    server.now += STALL_SECONDS + 0.1
+    assert slow.is_stalled(server.now)
+    assert not waiting.is_stalled(server.now)
+    server.turn()
+    assert status(transport) == 200
+
+
+async def test_a_late_sweep_takes_nobody_for_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What clients sent while the process did not run is not read yet, and comes first."""
+    server = HttpServer(LIMITS, Server())
+    sweeps: list[float] = []
+    monkeypatch.setattr(server.state, "sweep", lambda: sweeps.append(1.0))
+    now = asyncio.get_running_loop().time()
+    server._sweep(now - SWEEP_SECONDS)
+    assert not sweeps
+    server._sweep(now)
+    assert sweeps
+    server.abort()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -82,3 +83,33 @@ def test_a_damaged_line_is_told_and_the_file_kept(tmp_path: Path) -> None:
     aside = spill.set_aside()
     assert Path(aside).exists()
     assert not spill.waiting
+
+
+def test_letters_are_synced_before_they_are_acked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`append` returns, and lets the caller ack, only after an fsync of the whole file."""
+    path = tmp_path / "spill"
+    spill = Spill(str(path))
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.fstat(fd).st_size))
+    for body in (b"first", b"second"):
+        spill.append(letters(body))
+        assert synced[-1] == path.stat().st_size == spill.bytes
+    spill.close()
+
+
+def test_a_failed_append_leaves_nothing_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The caller repeats it: a letter must not be there twice, and no half line before it."""
+    path = tmp_path / "spill"
+    spill = Spill(str(path))
+    spill.append(letters(b"first"))
+
+    def full(fd: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space") as failure:
+            spill.append(letters(b"second"))
+    assert failure.value.filename == str(path)
+    spill.append(letters(b"second"))
+    assert bodies(spill) == [b"first", b"second"]

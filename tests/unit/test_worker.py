@@ -160,6 +160,22 @@ async def test_a_batch_of_a_lost_link_is_acked_on_no_link(bench: MakeBench, monk
         assert b.metric(b.counters.reconnects) == 1
 
 
+async def test_poison_of_a_lost_link_is_not_dead_lettered(bench: MakeBench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes again on the next link, on which its delivery tag means another message."""
+    async with bench() as b:
+        await b.link()
+        with b.slow_appends(monkeypatch) as hangs:
+            b.worker.deliveries([delivery(1), delivery(2, b"poison")])
+            await until("the batch is being stored", hangs.is_set)
+            b.worker.down("cut by the test")
+            second = await b.link()
+        await until("it is stored", lambda: b.devices() == ["device-1"])
+        b.worker.deliveries([delivery(1, redelivered=True)])
+        await until("it is acked", lambda: second.lane.acks)
+        assert not b.worker._outgoing.held
+        assert second.lane.acks == [(1, True)]
+
+
 async def test_nothing_is_acked_that_is_not_stored(bench: MakeBench, monkeypatch: pytest.MonkeyPatch) -> None:
     async with bench() as b:
         link = await b.link()
