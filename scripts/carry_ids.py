@@ -1,7 +1,7 @@
-"""Part of changing PARTITIONS (docs/scaling.md): what the old CSVs remember of messages, the new ones remember too.
+"""A step of changing PARTITIONS (docs/scaling.md): the new CSVs get the message ids that the old ones remember.
 
 `python -m scripts.carry_ids --csv-file data/data.csv --from 1 --to 4`, while no consumer runs. A client that got no
-answer before the change and tries again after it meets another partition, which then knows that the event is stored.
+answer before the change and retries after it meets another partition, which then knows that the event is stored.
 Each new CSV gets the ids of all: which device an id came from is not remembered. Run again, it changes nothing.
 """
 
@@ -55,7 +55,7 @@ def csv_files(path: str, partitions: int) -> list[str]:
 
 
 def latest(lists: Sequence[Sequence[bytes]], count: int) -> list[bytes]:
-    """The last `count` ids of lists in the order of time, oldest first, the same share of each list."""
+    """Return the last `count` ids of lists in order of time, oldest first, with the same share of each list."""
     from_the_end = chain.from_iterable(zip_longest(*(reversed(ids) for ids in lists)))
     distinct = dict.fromkeys(id for id in from_the_end if id is not None)
     return list(islice(distinct, count))[::-1]

@@ -36,12 +36,12 @@ class Epmd:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """No-op if it runs."""
+        """Start epmd. No-op if it runs."""
         if self._process is None:
             self._process = _spawn([_epmd(), "-port", str(self.port)], self.environment, self._log, signal.SIGKILL)
 
     def stop(self) -> None:
-        """No-op if it does not run."""
+        """Stop epmd. No-op if it does not run."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -49,7 +49,7 @@ class Epmd:
 
     @property
     def environment(self) -> dict[str, str]:
-        """For it, and for whoever asks it."""
+        """The environment of epmd, and of the programs that ask it."""
         path = os.environ.get("PATH", os.defpath)
         return {"PATH": path, "ERL_EPMD_PORT": str(self.port), "ERL_EPMD_ADDRESS": "127.0.0.1"}
 
@@ -60,9 +60,9 @@ class RabbitMQ:
     def __init__(
         self, directory: Path, port: int = 0, name: str = "predlog", epmd: Epmd | None = None, erlang: str = ""
     ) -> None:
-        """`port` 0 takes a free one. Ports stay the same for the life of the object. `epmd`: one that others use too.
+        """Choose the ports, which stay the same for the life of the object. `port` 0 takes a free one.
 
-        `erlang`: more flags of the VM.
+        `epmd` is one that others use too; `erlang` has more flags of the VM.
         """
         self.directory = directory.absolute()
         self.name = f"{name}@localhost"
@@ -199,7 +199,7 @@ def free_port(wanted: int = 0) -> int:
 
 
 def orphans_get(signal_number: signal.Signals) -> Callable[[], None]:
-    """For `preexec_fn`: the kernel sends this signal to the child when the thread that started it is gone."""
+    """Return a `preexec_fn` that has the kernel send a signal to the child when the thread that started it ends."""
     if sys.platform != "linux":
         return lambda: None
     prctl = ctypes.CDLL(None).prctl  # looked up before the fork

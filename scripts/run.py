@@ -45,7 +45,7 @@ class Container:
         return False
 
     def start(self, timeout_seconds: float = 300.0) -> None:
-        """Return once it greets a client; the first time, the image is pulled. Raises BrokerError."""
+        """Return once it greets a client; the first time, the image is pulled. Raise BrokerError."""
         subprocess.run(["docker", "rm", "--force", self.NAME], capture_output=True)  # left by a run that was killed
         # RabbitMQ finds its data by host name.
         options = ["--rm", "--name", self.NAME, "--hostname", "predlog", "--volume", f"{self.NAME}:/var/lib/rabbitmq"]
@@ -103,7 +103,7 @@ def main() -> int:
 
 
 def choose_broker() -> RabbitMQ | Container | None:
-    """Return a broker to start, or None when there is one already. Raises BrokerError."""
+    """Return a broker to start, or None when there is one already. Raise BrokerError."""
     if os.environ.get("AMQP_URL") or os.environ.get("RABBITMQ_HOST"):
         return None
     if speaks_amqp(AMQP_PORT):

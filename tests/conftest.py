@@ -29,7 +29,7 @@ settings.load_profile("default")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Prints what tests measured (`record_property`); their own output is not seen when they run in parallel."""
+    """Print what tests measured (`record_property`); their own output is not seen when they run in parallel."""
     for report in terminalreporter.getreports("passed"):
         for name, value in report.user_properties:
             terminalreporter.write_line(f"{name}: {value}")
@@ -37,7 +37,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture
 def nobodys_port() -> Iterator[int]:
-    """A port where nobody listens, nor will."""
+    """A port where no process listens, now or later."""
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         yield bound.getsockname()[1]
@@ -47,7 +47,7 @@ class Service:
     """A running producer.py or consumer.py: where it is, what it said, and ways to end it."""
 
     def __init__(self, name: str, url: str, environment: dict[str, str], directory: Path) -> None:
-        """Starts it; see `wait_until_ready`."""
+        """Start it; see `wait_until_ready`."""
         self.name = name
         self.url = url
         self.csv_file = Path(environment.get("CSV_FILE", ""))
@@ -64,18 +64,18 @@ class Service:
             )
 
     def log(self) -> str:
-        """All that it has printed."""
+        """Return all that it has printed."""
         return self._log_path.read_text()
 
     def is_ready(self) -> bool:
-        """Whether /readyz says 200, and of no partition that it is down."""
+        """Tell whether /readyz says 200, and of no partition that it is down."""
         try:
             return self.not_ready() == ""
         except OSError:
             return False
 
     def not_ready(self) -> str:
-        """Why /readyz says no, of all or of some partitions, in its words; "" when it is ready."""
+        """Return why /readyz says no, of all or of some partitions; "" when it is ready."""
         try:
             with urllib.request.urlopen(f"{self.url}/readyz", timeout=5) as answer:
                 return str(json.load(answer).get("down", ""))
@@ -85,7 +85,7 @@ class Service:
             return "it does not listen"
 
     def metric(self, sample: str) -> float:
-        """The value of a sample, such as `predlog_rows_total`, as /metrics has it. `sample` has its labels."""
+        """Return the value of a sample, such as `predlog_rows_total`, as /metrics has it. `sample` has its labels."""
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=5) as page:
             lines = page.read().decode().splitlines()
         values = [line.removeprefix(f"{sample} ") for line in lines if line.startswith(f"{sample} ")]
@@ -93,7 +93,7 @@ class Service:
         return float(values[0])
 
     def wait_until_ready(self, timeout_seconds: float = READY_TIMEOUT_SECONDS) -> None:
-        """Polls /readyz; fails the test with the log when it ends or the time is over."""
+        """Poll /readyz; fail the test with the log when the process ends or the time is over."""
         deadline = time.monotonic() + timeout_seconds
         while not self.is_ready():
             if self.process.poll() is not None:
@@ -103,12 +103,12 @@ class Service:
             time.sleep(0.02)
 
     def stop(self, timeout_seconds: float = 20.0) -> int:
-        """SIGTERM, and the exit code once it has drained."""
+        """Send SIGTERM; return the exit code once it has drained."""
         self.process.terminate()
         return self.process.wait(timeout_seconds)
 
     def kill(self) -> None:
-        """kill -9."""
+        """Send SIGKILL."""
         self.process.kill()
         self.process.wait()
 
@@ -176,7 +176,7 @@ def producer(request: pytest.FixtureRequest, queue_name: str, start_service: Sta
 
 @pytest.fixture
 def consumer(request: pytest.FixtureRequest, queue_name: str, tmp_path: Path, start_service: Start) -> Start:
-    """Starts a consumer of the test's own queue, its CSV in tmp_path. Started again, it goes on with the same CSV."""
+    """Starts a consumer of the test's own queue, its CSV in tmp_path. Started again, it continues with the same CSV."""
 
     def start(wait: bool = True, **settings: object) -> Service:
         port = settings.pop("HEALTH_PORT", None) or free_port()

@@ -57,7 +57,7 @@ class RabbitMQ(rabbitmq.RabbitMQ):
         self.process = None
 
     def pause(self) -> None:
-        """Freezes the VM: connections stay open, and nothing answers."""
+        """Freeze the VM: connections stay open, and nothing answers."""
         self._signal(signal.SIGSTOP)
 
     def resume(self) -> None:
@@ -70,11 +70,11 @@ class RabbitMQ(rabbitmq.RabbitMQ):
         super().stop()
 
     def drain(self) -> None:
-        """What comes before a stop in a rolling upgrade: clients are sent away, leaders move to other nodes."""
+        """Do what comes before a stop in a rolling upgrade: send clients away, move leaders to other nodes."""
         self._tool("rabbitmq-upgrade", "drain", timeout_seconds=60)
 
     def restart(self) -> None:
-        """An orderly stop and a start, on the same ports and data."""
+        """Stop in an orderly way and start, on the same ports and data."""
         self.stop()
         self.start()
 

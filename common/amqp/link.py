@@ -135,14 +135,14 @@ _lookups: dict[tuple[str, int], asyncio.Future[list[Any]]] = {}  # of names, in 
 async def _candidates(address: Address) -> list[_Candidate]:
     """Return every address of its only host. Raise OSError when there is none.
 
-    Whoever looks up the same name at the same time gets the same answer: uvloop has two threads for look-ups, and one
-    name without an answer must not occupy both.
+    Look-ups of one name at the same time are one: uvloop has two threads for look-ups, and one name without an answer
+    must not occupy both.
     """
     ((host, port),) = address.hosts
 
     def ended(lookup: asyncio.Future[Any]) -> None:
         del _lookups[host, port]
-        _error_of(lookup)  # retrieved: it may be that nobody waits for it any more
+        _error_of(lookup)  # marks it as retrieved: all waiters may be gone, and asyncio would report it
 
     lookup = _lookups.get((host, port))
     if lookup is None:

@@ -37,7 +37,7 @@ class Health:
         return b""
 
     def is_probe(self, head: Head) -> bool:
-        """Whether an orchestrator asks how we are."""
+        """Tell whether an orchestrator asks for liveness or readiness."""
         return head.path in (b"/healthz", b"/readyz")
 
     def answered(self, exchange: Exchange, status: int) -> None:

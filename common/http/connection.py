@@ -159,11 +159,11 @@ class ServerState:
             raise _too_much()
 
     def has_place(self) -> bool:
-        """Whether there is a place for one more connection within the limit, once the longest idle one made room."""
+        """Tell whether one more connection is within the limit, after closing the longest idle one if need be."""
         return len(self.connections) - len(self.spare) < self.limits.connections or self._evict_idle()
 
     def add_spare(self, connection: Connection) -> None:
-        """Let a connection be beyond the limit. The oldest make room, once what came with them has been read."""
+        """Admit a connection beyond the limit. The oldest of these make room, once what came with them is read."""
         self.spare[connection] = self.now()
         if len(self.spare) > SPARE_CONNECTIONS and not self._spare_is_due:
             self._spare_is_due = True
@@ -181,7 +181,7 @@ class ServerState:
         return self.check(head)
 
     def sweep(self) -> None:
-        """Act on every deadline that is over."""
+        """Act on every deadline that has passed."""
         now = self.now()
         for connection in list(self.connections):
             connection.sweep(now)
@@ -595,7 +595,7 @@ class Connection(asyncio.Protocol):
             self._close()
 
     def cut_short(self) -> None:
-        """Close a connection beyond the limit: with an answer if it had none."""
+        """Close a connection beyond the limit, with an answer if it had none."""
         if self.phase >= LAST:
             self.abort()
             return

@@ -22,7 +22,7 @@ class Application(Protocol):
         """
 
     def is_probe(self, head: Head) -> bool:
-        """Whether this asks only how we are, and is answered at once: then a connection beyond the limit may ask it."""
+        """Tell whether this is a health check that is answered at once. A connection beyond the limit may send it."""
 
     def handle(self, request: Request, exchange: Exchange) -> None:
         """Answer the exchange, now or later, or raise HttpError."""

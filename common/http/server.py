@@ -98,7 +98,7 @@ class HttpServer:
         self._sweep_at(self._loop.time() + seconds)
 
     async def stop_listening(self) -> None:
-        """Answer who has connected, take nobody else, and end every connection with its next answer.
+        """Answer the clients that have connected, accept no others, and end each connection with its next answer.
 
         A listening socket that closes resets what waits in its queue, with requests that may have been sent already.
         """

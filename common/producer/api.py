@@ -133,7 +133,7 @@ class Api:
                 require_known_coding(head.content_encoding)
 
     def is_probe(self, head: Head) -> bool:
-        """Whether an orchestrator asks how we are."""
+        """Tell whether an orchestrator asks for liveness or readiness."""
         return head.path in PROBES and head.method in METHODS[head.path]
 
     def _authorize(self, given: bytes | None) -> None:

@@ -114,7 +114,7 @@ def _summary(load: Load, seconds: float, console: Console) -> None:
 
 
 def _verify(csv: Path, events: Events, ledger: Ledger, console: Console) -> Verdict:
-    """Waits until the consumer has caught up; rows of others may be in the file and are only counted."""
+    """Wait until the consumer has caught up, then compare. Rows of others may be in the file and are only counted."""
     with console.status(f"waiting until {csv} stops growing"):
         give_up = time.monotonic() + _VERIFY_SECONDS
         size, since = total_bytes(csv), time.monotonic()

@@ -56,7 +56,7 @@ class Verdict:
 
 
 def check(events: Events, ledger: Ledger, files: Iterable[tuple[str, BinaryIO]]) -> Verdict:
-    """Reads every file of one CSV (the live one and the rotated ones, in any order) and judges every event."""
+    """Read every file of one CSV (the live one and the rotated ones, in any order) and judge every event."""
     verdict = Verdict()
     whole = bytearray(len(ledger))  # copies of event n that were found in one piece: nearly all
     pieces: dict[int, Counter[bytes]] = {}  # rows of event n found in any other way
@@ -119,7 +119,7 @@ def _judge_unknown_row(verdict: Verdict, name: str, row: bytes, whole_id: bool =
 
 
 def _records(stream: BinaryIO, prefix: bytes) -> Iterator[bytes]:
-    """Cuts a file where a line end is outside of quotes.
+    """Cut a file where a line end is outside quotes.
 
     Also before a line that begins as our rows do (no cell has such a line): one torn row must not swallow the rest.
     """

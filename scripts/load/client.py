@@ -24,7 +24,7 @@ class Target(NamedTuple):
 
     @classmethod
     def parse(cls, url: str) -> "Target":
-        """`http://host:port[/path]`, the path being /process unless given; raises ValueError."""
+        """Parse `http://host:port[/path]`; the path is /process unless given. Raise ValueError."""
         parts = urlsplit(url if "//" in url else f"http://{url}")
         if parts.scheme != "http" or not parts.hostname:
             raise ValueError(f"url: {url!r} is not http://HOST:PORT")
@@ -52,7 +52,7 @@ class Connection(asyncio.Protocol):
 
     @classmethod
     async def open(cls, target: Target, answer_timeout_seconds: float) -> "Connection":
-        """Raises OSError (TimeoutError is one)."""
+        """Connect. Raise OSError, of which TimeoutError is one."""
         async with asyncio.timeout(CONNECT_TIMEOUT_SECONDS):
             _, connection = await asyncio.get_running_loop().create_connection(
                 lambda: cls(answer_timeout_seconds), target.host, target.port
@@ -64,7 +64,7 @@ class Connection(asyncio.Protocol):
         return self._transport is not None and not self._transport.is_closing()
 
     def send(self, request: bytes) -> "asyncio.Future[Answer]":
-        """The future never raises: a connection that ends answers CUT."""
+        """Send a request; return the future of its answer, which is CUT if the connection ends."""
         future: asyncio.Future[Answer] = self._loop.create_future()
         if self._transport is None or self._transport.is_closing():
             future.set_result(Answer(CUT, b"", 0.0))

@@ -40,7 +40,7 @@ class Frames:
 
     @classmethod
     def parse(cls, text: str) -> "Frames":
-        """`5x20KB`, `3x512`; raises ValueError."""
+        """Parse `5x20KB` or `3x512`. Raise ValueError."""
         match = re.fullmatch(r"(\d+)x(\d+)(B|KB|MB)?", text, re.IGNORECASE)
         if match is None:
             raise ValueError(f"frames: {text!r} is not COUNTxSIZE, as in 5x20KB")
@@ -70,7 +70,7 @@ class Events:
         large_every: int = 0,
         batch_every: int = 0,
     ) -> None:
-        """Without `frames`, 0 to 10 small predictions.
+        """Prepare the events of `seed`. Without `frames`, each has 0 to 10 small predictions.
 
         Every `keyless_every`-th event has no Idempotency-Key, every `large_every`-th is larger than an AMQP frame. Of
         the BATCH_EVENTS in a row, every `batch_every`-th are a batch, with one key for all.
@@ -87,18 +87,18 @@ class Events:
         self._large = _shape(chooser, _LARGE)
 
     def id(self, number: int) -> bytes:
-        """The device_id: nobody else's, and the first cell of each of the event's rows."""
+        """Return the device_id, which is unique to the event, and the first cell of each of its rows."""
         return b"%b%09d" % (self.prefix, number)
 
     def number(self, device_id: bytes) -> int | None:
-        """The event's number, or None when the id is not one of ours."""
+        """Return the event's number, or None when the id is not of this seed."""
         digits = device_id.removeprefix(self.prefix)
         if len(digits) < 9 or not digits.isdigit() or self.id(int(digits)) != device_id:
             return None
         return int(digits)
 
     def key(self, number: int) -> bytes | None:
-        """The event's Idempotency-Key. Two events share each 16th key, which must lose neither of them."""
+        """Return the event's Idempotency-Key. Two events share each 16th key, which must lose neither of them."""
         if (key := self.batch_key(number)) is not None:
             return key
         if self._keyless_every and number % self._keyless_every == 0:
@@ -106,21 +106,21 @@ class Events:
         return b"key-%b" % self.id(number - 1 if number % 16 == 15 else number)
 
     def batch_key(self, number: int) -> bytes | None:
-        """The Idempotency-Key of the batch that the event is in, if it is in one."""
+        """Return the Idempotency-Key of the event's batch, if it is in one."""
         batch = number // BATCH_EVENTS
         if not self._batch_every or batch % self._batch_every:
             return None
         return b"batch-%d-%b" % (batch, self.prefix)
 
     def body(self, number: int, variant: int = 0) -> bytes:
-        """JSON of the event: compact, or in another way (of VARIANTS) that means the same."""
+        """Return the event as JSON, compact or in another of VARIANTS that mean the same."""
         shape = self._of(number)
         variant %= VARIANTS
         encoded = shape.body if variant == 0 else _encode_otherwise(shape.document, variant)
         return encoded.replace(_PLACE.encode(), self.id(number))
 
     def rows(self, number: int) -> list[bytes]:
-        """What the event becomes in the CSV: whole lines, each one different."""
+        """Return the event's rows in the CSV, as whole lines, each one different."""
         own = self.id(number)
         return [row.replace(_PLACE.encode(), own) for row in self._of(number).rows]
 
@@ -131,7 +131,7 @@ class Events:
 
 
 def encode_row(cells: Sequence[object]) -> bytes:
-    """One record in the dialect of the contract."""
+    """Return one record in the dialect of the CSV."""
     line = io.StringIO()
     csv.writer(line, delimiter=";").writerow(cells)
     return line.getvalue().encode()

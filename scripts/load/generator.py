@@ -37,7 +37,7 @@ class Load:
         rate: float | None = None,
         log: TextIO | None = None,
     ) -> None:
-        """Sends `count` events (None: until `stop`), at most `rate` a second, `pipeline` at once on a connection.
+        """Prepare `count` events (None: until `stop`), at most `rate` a second, `pipeline` at once on a connection.
 
         With `retries` each event has an Idempotency-Key and is sent until it is answered 200 or refused for good, for
         GIVE_UP_SECONDS; a retry may write the same event differently. `log` gets each answer as a JSON line.
@@ -63,7 +63,7 @@ class Load:
         self._again: deque[int] = deque()
 
     def stop(self) -> None:
-        """No new event is begun; `run` ends when those begun are settled."""
+        """Begin no new event. `run` ends when those in flight are settled."""
         self._stopping = True
 
     async def run(self) -> None:
@@ -129,7 +129,7 @@ class Load:
             await _back_off(attempt)
 
     async def _deliver_batch(self, lines: list["_Line"], numbers: list[int]) -> None:
-        """As an array or as lines; a retry is of the whole batch."""
+        """Send a batch as an array or as lines. A retry is of the whole batch."""
         self.batches += 1
         key, as_lines = self._events.batch_key(numbers[0]), self.batches % 2 == 0
         content_type = "application/x-ndjson" if as_lines else "application/json"
@@ -182,7 +182,7 @@ class _Line:
         self._connecting = asyncio.Lock()
 
     async def connected(self, give_up: float) -> Connection | None:
-        """None when there is no connection before `give_up` (of time.monotonic)."""
+        """Return an open connection; None if there is none before `give_up` (of time.monotonic)."""
         if self._connection is not None and self._connection.is_open:
             return self._connection
         async with self._connecting:
@@ -205,7 +205,7 @@ async def _back_off(attempt: int) -> None:
 
 
 def percentile(values: "array[float] | deque[float]", per_cent: float) -> float:
-    """Of values in any order; 0 when there is none."""
+    """Return a percentile of values in any order; 0 without values."""
     ranked = sorted(values)
     return ranked[min(len(ranked) - 1, int(len(ranked) * per_cent / 100))] if ranked else 0.0
 
@@ -214,7 +214,7 @@ Progress = Callable[[Load], None]
 
 
 async def run_with_progress(load: Load, show: Progress, every_seconds: float = 0.25) -> None:
-    """Runs the load and calls `show` now and then."""
+    """Run the load; call `show` repeatedly."""
 
     async def watch() -> None:
         while True:

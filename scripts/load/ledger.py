@@ -23,13 +23,13 @@ class Ledger:
         return len(self.accepted)
 
     def open(self) -> int:
-        """The next event's number; it has not been sent yet."""
+        """Return the number of the next event, which has not been sent yet."""
         self.accepted.append(0)
         self.unknown.append(0)
         return len(self.accepted) - 1
 
     def record(self, number: int, status: int) -> None:
-        """Enters one answer. 503 and 4xx are refusals: contract 1.1, nothing of that attempt may become a row."""
+        """Record one answer. 503 and 4xx are refusals: nothing of that attempt may become a row."""
         self.answers[status] += 1
         if status == 200:
             self.accepted[number] = min(self.accepted[number] + 1, _LIMIT)

@@ -8,28 +8,28 @@ from typing import BinaryIO, cast
 
 
 def csv_files(csv: Path) -> list[Path]:
-    """`data.csv`, or `data.0.csv`, `data.1.csv`, … of partitions; each with those that it was rotated into."""
+    """Return `data.csv`, or `data.0.csv`, `data.1.csv`, … of partitions, each with its rotated files."""
     partitions = csv.parent.glob(f"{csv.stem}.*{csv.suffix}")
     own = [path for path in sorted(partitions) if path.suffixes[-2][1:].isdecimal()]
     return [found for each in (csv, *own) for found in _with_rotated(each)]
 
 
 def _with_rotated(csv: Path) -> list[Path]:
-    """`data.csv`, `data-<UTC>.csv`, `data-<UTC>.csv.gz`; a file that is there with and without .gz counts once."""
+    """Return `data.csv`, `data-<UTC>.csv`, `data-<UTC>.csv.gz`. A file with and without .gz counts once."""
     packed = sorted(csv.parent.glob(f"{csv.stem}-*{csv.suffix}.gz"))
     plain = sorted(csv.parent.glob(f"{csv.stem}-*{csv.suffix}"))
     return packed + [path for path in plain if path.with_name(f"{path.name}.gz") not in packed] + [csv] * csv.exists()
 
 
 def opened(csv: Path) -> Iterator[tuple[str, BinaryIO]]:
-    """Each file in turn, open until the next one is asked for."""
+    """Yield each file in turn, open until the next one is asked for."""
     for path in csv_files(csv):
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
             yield path.name, cast(BinaryIO, stream)
 
 
 def total_bytes(csv: Path) -> int:
-    """Of all of them; a file that goes away while they are counted counts nothing."""
+    """Return the size of all files. A file that disappears meanwhile counts nothing."""
     total = 0
     for path in csv_files(csv):
         with suppress(FileNotFoundError):

@@ -7,13 +7,14 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from common import __version__
+from common import __version__, process
 from common.errors import Fatal, SettingError, StartupError
 from common.logs import JsonFormatter, TextFormatter
 from common.process import inherited_socket, run
@@ -87,6 +88,19 @@ def test_a_socket_of_systemds_is_for_the_process_it_names() -> None:
     assert inherited_socket({"LISTEN_PID": "7", "LISTEN_FDS": "0"}, 7) is None
     with pytest.raises(StartupError, match="must be 1"):
         inherited_socket({"LISTEN_PID": "7", "LISTEN_FDS": "2"}, 7)
+
+
+def test_a_socket_of_systemds_is_not_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It listens, and a program that this process executes does not inherit it by accident."""
+    with socket.create_server(("127.0.0.1", 0)) as held:
+        fd = os.dup(held.fileno())
+        os.set_inheritable(fd, True)
+        monkeypatch.setattr(process, "_FIRST_INHERITED", fd)
+        found = inherited_socket({"LISTEN_PID": "7", "LISTEN_FDS": "1"}, 7)
+        assert found is not None
+        assert found.getsockname() == held.getsockname()
+        assert not found.get_inheritable()
+        found.close()
 
 
 @pytest.mark.parametrize("program", ["producer.py", "consumer.py"])
