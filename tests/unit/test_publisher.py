@@ -308,6 +308,16 @@ def test_an_event_above_the_brokers_limit_is_refused() -> None:
         bench.publish(size=101)
 
 
+def test_a_republished_event_above_the_brokers_limit_is_unknown() -> None:
+    """The broker may have taken its first copy: 413 would say that it is not stored."""
+    bench = Bench()
+    large = bench.publish(1, size=200)
+    bench.publisher.down("cut by the test")
+    bench.publisher.link_up(bench.lane, 131072)
+    bench.publisher.down("closed: PRECONDITION_FAILED - message size 200 is larger than configured max size 100")
+    assert large.outcomes == [504]
+
+
 def test_the_trouble_of_a_partition_is_its_devices_alone() -> None:
     publisher = Publisher("predictions.3", 10, 1000, 10.0, lambda: 0.0, lambda: 0.0, partition=3)
     trouble = publisher.trouble()

@@ -933,6 +933,17 @@ def test_a_store_that_was_overtaken_stops_and_touches_nothing(case: Case, monkey
     assert len(case.open()._journal) == 4
 
 
+def test_an_overtaken_store_rotates_nothing(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even while the other has written nothing yet, so that the file is as this one left it."""
+    later = overtake(case, monkeypatch)
+    with pytest.raises(TakenOver):
+        case.store.rotate()
+    assert case.content == CSV_HEADER + rows(1, 2)
+    assert not list(case.folder.glob("data-*.csv"))
+    case.store.close()
+    later.close()
+
+
 def test_rows_of_an_overtaken_store_are_set_aside(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """It wrote them before it saw the other; it acks nothing, and the other stores them again."""
     later = overtake(case, monkeypatch)
