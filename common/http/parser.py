@@ -41,7 +41,7 @@ class Head(NamedTuple):
     expect_continue: bool  # there is content, and the client may wait for 100 Continue before it sends it
     content_type: bytes | None
     content_encoding: bytes | None
-    host: bytes | None  # None in HTTP/1.0 only
+    host: bytes | None  # that of the target, if it has one, or of the field; None in HTTP/1.0 only
     origin: bytes | None  # of the page that makes a browser send the request (Fetch standard, 3.2)
     sec_fetch_site: bytes | None  # the relation of that page to this server, set by the browser (Fetch Metadata, 2.3)
     idempotency_key: bytes | None
@@ -84,7 +84,7 @@ _ORIGIN_FORM = re.compile(
     rb"(/(?:[%b]++|%b)*)(?:\?((?:[%b?\[\]{}|\\^`]++|%b)*))?" % (_PCHARS, _ESCAPE, _PCHARS, _ESCAPE)
 )
 # absolute-form = absolute-URI (RFC 9112 section 3.2.2), of http and https
-_ABSOLUTE_FORM = re.compile(rb"(?i:https?)://%b(?::[0-9]{0,5})?([/?].*+)?" % _HOST)
+_ABSOLUTE_FORM = re.compile(rb"(?i:https?)://(%b(?::[0-9]{0,5})?)([/?].*+)?" % _HOST)
 # authority-form = uri-host ":" port (RFC 9112 section 3.2.3)
 _AUTHORITY_FORM = re.compile(rb"%b:[0-9]{1,5}" % _HOST)
 # Host = uri-host [ ":" port ] (RFC 9110 section 7.2); empty for a target without an authority
@@ -126,8 +126,8 @@ def _field(line: bytes) -> tuple[bytes, bytes]:
 
 
 @lru_cache(64)
-def _request_line(line: bytes, target_bytes: int) -> tuple[bytes, bytes, bytes, bytes, bool]:
-    """Return method, target, path, query, and whether the version is 1.0 (RFC 9112 section 3).
+def _request_line(line: bytes, target_bytes: int) -> tuple[bytes, bytes, bytes, bytes, bytes | None, bool]:
+    """Return method, target, path, query, the target's host, and whether the version is 1.0 (RFC 9112 section 3).
 
     Raise HttpError 400, 414, 501 or 505.
     """
@@ -139,12 +139,13 @@ def _request_line(line: bytes, target_bytes: int) -> tuple[bytes, bytes, bytes, 
         raise HttpError(505, "only HTTP/1.1 and HTTP/1.0 are supported")
     if len(target) > target_bytes:
         raise HttpError(414, f"request target longer than {target_bytes} bytes")
-    path, query = _target(method, target)
-    return method, target, path, query, minor == b"0"  # a higher minor version is read as 1.1 (RFC 9110 section 6.2)
+    path, query, host = _target(method, target)
+    # A higher minor version is read as 1.1 (RFC 9110 section 6.2).
+    return method, target, path, query, host, minor == b"0"
 
 
-def _target(method: bytes, target: bytes) -> tuple[bytes, bytes]:
-    """Return path and query of a request target in one of its four forms (RFC 9112 section 3.2).
+def _target(method: bytes, target: bytes) -> tuple[bytes, bytes, bytes | None]:
+    """Return path, query and host (if any) of a request target in one of its four forms (RFC 9112 section 3.2).
 
     Raise HttpError 400, and 501 for CONNECT.
     """
@@ -154,19 +155,20 @@ def _target(method: bytes, target: bytes) -> tuple[bytes, bytes]:
         raise HttpError(400, "malformed request target")
     if target == b"*":
         if method == b"OPTIONS":
-            return b"*", b""
+            return b"*", b"", None
         raise HttpError(400, "only OPTIONS may have the target *")
+    host = None
     if absolute := _ABSOLUTE_FORM.fullmatch(target):
-        target = absolute[1] or b""
+        host, target = absolute[1], absolute[2] or b""
         if not target and method == b"OPTIONS":
-            return b"*", b""  # RFC 9112 section 3.2.4
+            return b"*", b"", host  # RFC 9112 section 3.2.4
         if not target.startswith(b"/"):
             target = b"/" + target
     origin = _ORIGIN_FORM.fullmatch(target)
     if origin is None:
         raise HttpError(400, "malformed request target")
     path, query = origin.groups(b"")
-    return unquote_to_bytes(path) if b"%" in path else path, query
+    return unquote_to_bytes(path) if b"%" in path else path, query, host
 
 
 def parse_head(raw: bytes, limits: Limits) -> Head:
@@ -180,7 +182,7 @@ def parse_head(raw: bytes, limits: Limits) -> Head:
     if len(field_lines) > limits.headers:
         raise HttpError(431, f"more than {limits.headers} header lines")
 
-    method, target, path, query, http10 = _request_line(request_line, limits.target_bytes)
+    method, target, path, query, target_host, http10 = _request_line(request_line, limits.target_bytes)
 
     headers = []
     once: dict[bytes, bytes] = {}
@@ -201,6 +203,8 @@ def parse_head(raw: bytes, limits: Limits) -> Head:
             raise HttpError(400, "no Host header")
     elif not _HOST_VALUE.fullmatch(host):
         raise HttpError(400, "malformed Host header")
+    if target_host is not None:
+        host = target_host  # and not the field (RFC 9112 section 3.2.2)
 
     content_length, chunked = _content(once, http10, limits)
     expect = None if http10 else once.get(b"expect")  # RFC 9110 section 10.1.1: ignored in HTTP/1.0

@@ -11,6 +11,7 @@ from common.http.parser import Head
 
 _SAFE = frozenset({b"GET", b"HEAD"})
 PROBES = frozenset({b"/healthz", b"/readyz"})  # orchestrators call them by address
+_DEFAULT_PORTS = {b"http": b":80", b"https": b":443"}
 _PREFLIGHT = (
     b"Access-Control-Allow-Methods: POST\r\n"
     b"Access-Control-Allow-Headers: Authorization, Content-Type, Content-Encoding, Idempotency-Key\r\n"
@@ -26,6 +27,9 @@ class Origins:
     def __init__(self, allowed_hosts: str, cors_origins: str) -> None:
         self._hosts = frozenset(host.lower().encode() for host in allowed_hosts.split(",") if host)
         self._origins = frozenset(origin.lower().encode() for origin in cors_origins.split(",") if origin)
+        # A cache must not give one origin's page what another's was answered (Fetch standard, "CORS protocol and HTTP
+        # caches").
+        self._vary = b"Vary: Origin\r\n" if self._origins else b""
 
     def check(self, head: Head) -> bytes:
         """Return the header lines that let a listed origin read the answer. Raise HttpError 403."""
@@ -38,16 +42,24 @@ class Origins:
                 % origin
             )
         if head.method in _SAFE:
-            return b""  # links may lead here from anywhere, and the browser lets no other page read the answer
+            return self._vary  # links may lead here from anywhere, and the browser lets no other page read the answer
         if head.sec_fetch_site is not None:
             # The browser sets this field and no page can. It holds also behind a proxy that changes Host.
             foreign = head.sec_fetch_site not in (b"same-origin", b"none")
         else:
-            named = None if origin is None else origin.lower().partition(b"://")[2]
-            foreign = named is not None and (head.host is None or named != head.host.lower())
+            foreign = origin is not None and not _is_own(origin, head.host)
         if foreign:
             raise HttpError(403, "a page of another origin may not do this unless CORS_ORIGINS lists it")
         return b""
+
+
+def _is_own(origin: bytes, host: bytes | None) -> bool:
+    """Whether an Origin value names the host that was called. Which of the two schemes it was, a proxy may hide."""
+    scheme, _, named = origin.lower().partition(b"://")
+    port = _DEFAULT_PORTS.get(scheme)
+    if port is None or not named or host is None:
+        return False
+    return named.removesuffix(port) == host.lower().removesuffix(port)
 
 
 def _name(host: bytes | None) -> bytes:

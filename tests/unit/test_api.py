@@ -184,7 +184,17 @@ ORIGINS: list[tuple[dict[str, str], int]] = [
     ({}, 200),
     ({"Origin": "http://h"}, 200),
     ({"Origin": "http://evil.example"}, 403),
+    ({"Origin": "HTTPS://H:443"}, 200),
+    ({"Origin": "http://h:8000"}, 403),
+    ({"Origin": "http://h:8000", "Host": "h:8000"}, 200),
+    ({"Origin": "http://h", "Host": "h:80"}, 200),
+    ({"Origin": "https://h", "Host": "h:80"}, 403),
+    ({"Origin": "http://[::1]:8000", "Host": "[::1]:8000"}, 200),
+    ({"Origin": "http://h.evil.example"}, 403),
+    ({"Origin": "ftp://h"}, 403),
     ({"Origin": "null"}, 403),
+    ({"Origin": "null", "Host": ""}, 403),
+    ({"Origin": ""}, 403),
     ({"Sec_Fetch_Site": "cross-site"}, 403),
     ({"Sec_Fetch_Site": "same-site"}, 403),
     ({"Origin": "http://evil.example", "Sec_Fetch_Site": "cross-site"}, 403),
@@ -219,6 +229,27 @@ def test_a_preflight_is_answered_for_a_listed_origin_only() -> None:
     assert yes.fields["access-control-allow-origin"] == "https://dash.example"
     assert "Idempotency-Key" in yes.fields["access-control-allow-headers"]
     assert no.status == 403
+
+
+def test_answers_vary_by_origin_where_origins_are_listed() -> None:
+    """A cache must not give one origin what another was answered."""
+    page = "GET /openapi.json HTTP/1.1\r\nHost: h\r\n{}\r\n"
+    for origin in ("", "Origin: https://dash.example\r\n", "Origin: https://evil.example\r\n"):
+        (answer,) = FakeProducer(cors_origins="https://dash.example").send(page.format(origin).encode())
+        assert answer.status == 200
+        assert answer.fields["vary"] == "Origin"
+        assert ("access-control-allow-origin" in answer.fields) == ("dash" in origin)
+        (answer,) = FakeProducer().send(page.format(origin).encode())
+        assert "vary" not in answer.fields
+
+
+def test_the_host_of_the_target_counts_before_the_field() -> None:
+    """So RFC 9112 section 3.2.2; else ALLOWED_HOSTS would judge by a name that was not called."""
+    for target, host, status in (("a.example", "b.example", 200), ("b.example", "a.example", 403)):
+        (answer,) = FakeProducer(allowed_hosts="a.example").send(
+            f"GET http://{target}/openapi.json HTTP/1.1\r\nHost: {host}\r\n\r\n".encode()
+        )
+        assert answer.status == status
 
 
 @pytest.mark.parametrize(("host", "status"), [("a.example", 200), ("A.example:80", 200), ("b.example", 403)])

@@ -90,6 +90,7 @@ ACCEPTED = [
     case("3986-3.3 all pchar", get(b"/-._~!$&'()*+,;=:@"), {"path": b"/-._~!$&'()*+,;=:@"}),
     case("9112-3.2.2 absolute form", get(b"http://x/process?a"), {"path": b"/process", "query": b"a"}),
     case("9112-3.2.2 absolute form overrides Host", get(b"HTTPS://[::1]:8000/process"), {"path": b"/process"}),
+    case("9112-3.2.2 absolute form counts, not Host", get(b"http://y:8/a"), {"path": b"/a", "host": b"y:8"}),
     case("9112-3.2.2 absolute form without path", get(b"http://x"), {"path": b"/", "target": b"http://x"}),
     case("9112-3.2.2 absolute form with query only", get(b"http://x:80?a"), {"path": b"/", "query": b"a"}),
     case("9112-3.2.4 asterisk form", request(b"OPTIONS * HTTP/1.1", b"Host: x"), {"path": b"*"}),
