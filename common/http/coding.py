@@ -46,7 +46,8 @@ def decoded(content_encoding: bytes | None, body: bytes, max_bytes: int) -> Step
             try:
                 data += inflater.decompress(piece, min(_OUTPUT_BYTES, max_bytes + 1 - len(data)))
             except zlib.error as error:
-                raise HttpError(400, f"invalid {name.decode()} content") from error
+                form = " (it must be the zlib format, RFC 1950)" if name == b"deflate" else ""
+                raise HttpError(400, f"invalid {name.decode()} content{form}") from error
             if len(data) > max_bytes:
                 raise HttpError(413, f"content longer than {max_bytes} bytes when inflated")
             if fresh:

@@ -44,10 +44,13 @@ TURN_SECONDS = 0.005
 STALL_SECONDS = 1.0
 # Finding the longest idle of 16,000 connections takes about 5 ms, too long to do for each new one.
 IDLE_SCAN_SECONDS = 0.1
-# Connections beyond the limit: who asks whether we live is answered, all others are told to try again. So many, and no
-# longer than this (and a sweep) from their first byte to their last.
+# Connections beyond the limit, of which only probes are answered: so many at once, each for this long and a sweep.
 SPARE_CONNECTIONS = 64
 SPARE_SECONDS = 1.0
+
+# In favour of a newcomer, those go first that were refused and only linger.
+_EVICTED = (LINGERING, IDLE, HEAD)
+_CLIENTS_TURN = (IDLE, HEAD, BODY, LINGERING)
 
 _TRY_AGAIN = (("Retry-After", "1"),)
 
@@ -197,13 +200,13 @@ class ServerState:
             found = [
                 each
                 for each in self.connections
-                if each.phase <= HEAD and each.is_stalled(now) and each not in self.spare
+                if each.phase in _EVICTED and each.is_stalled(now) and each not in self.spare
             ]
-            found.sort(key=lambda each: (each.phase, each.deadline), reverse=True)
+            found.sort(key=lambda each: (_EVICTED.index(each.phase), each.deadline), reverse=True)
             self._idlest = found[-1000:]
         while self._idlest:
             connection = self._idlest.pop()
-            if connection.phase <= HEAD and connection.is_stalled(now):
+            if connection.phase in _EVICTED and connection.is_stalled(now):
                 connection.evict()
                 if connection.phase is LINGERING:
                     self.add_spare(connection)
@@ -543,7 +546,7 @@ class Connection(asyncio.Protocol):
             return False
         if self.stuck:
             return self.deadline - self.state.limits.write_seconds <= now - STALL_SECONDS
-        return self.phase <= BODY and self.deadline - self.state.seconds[self.phase] <= now - STALL_SECONDS
+        return self.phase in _CLIENTS_TURN and self.deadline - self.state.seconds[self.phase] <= now - STALL_SECONDS
 
     def give_up_memory(self) -> None:
         """Free what is held. A client that reads its answers gets 503; any other is cut off."""
@@ -589,7 +592,7 @@ class Connection(asyncio.Protocol):
             return
         if self.phase is HEAD:
             self._refuse(HttpError(408, "the header section did not arrive in time"))
-        elif transport.get_write_buffer_size():
+        elif self.phase is LINGERING or transport.get_write_buffer_size():
             self.abort()
         else:
             self._close()

@@ -312,6 +312,18 @@ def test_places_that_become_free_are_given_to_all(server: Server) -> None:
     assert not transport.sent
 
 
+def test_who_was_refused_and_only_lingers_gives_its_place_up_first(server: Server) -> None:
+    (refused, transport), *others = [server.connect() for _ in range(3)]
+    refused.data_received(b"POST /none HTTP/1.1\r\nHost: h\r\nContent-Length: 7000000\r\n\r\n")
+    server.now += 3
+    newcomer, new_transport = server.connect()
+    newcomer.data_received(GET)
+    assert status(new_transport) == 200
+    assert not new_transport.closing
+    assert transport.aborted
+    assert not any(each.closing for _, each in others)
+
+
 def test_who_gave_its_place_up_is_not_read_for_long(server: Server) -> None:
     """A head in pieces: refused in favour of another, it lingers beyond the limit."""
     others = [server.connect() for _ in range(3)]
