@@ -134,6 +134,14 @@ def broker() -> Iterator[RabbitMQ]:
 
 
 @pytest.fixture
+def node(broker: RabbitMQ) -> Iterator[RabbitMQ]:
+    """The session's broker, to ill-treat. It runs again for the next test, however this one ends."""
+    yield broker
+    broker.resume()
+    broker.start()
+
+
+@pytest.fixture
 def queue_name() -> str:
     """A queue that no other test uses."""
     return f"test-{uuid.uuid4().hex}"

@@ -29,6 +29,7 @@ from scripts.rabbitmq import BrokerError
 from tests.chaos import cluster_troubles, troubles
 from tests.chaos.stage import LoadThread, Stage, StageError
 from tests.chaos.troubles import Play, Trouble
+from tests.rabbitmq import RabbitMQ
 
 EVENTS_PER_SECOND = 400.0
 KEYLESS_EVERY, LARGE_EVERY, BATCH_EVERY = 8, 301, 4
@@ -146,17 +147,23 @@ class _Display:
 
 
 def run(
-    seed: int, limit: Limit, directory: Path, console: Console, cluster_nodes: int = 0, kinds: Sequence[str] = ()
+    seed: int,
+    limit: Limit,
+    directory: Path,
+    console: Console,
+    cluster_nodes: int = 0,
+    kinds: Sequence[str] = (),
+    broker: RabbitMQ | None = None,
 ) -> Report:
-    """Raises StageError when even the end is not reached; `directory` then tells why.
+    """Raise StageError when even the end is not reached; `directory` then tells why.
 
-    `kinds`: the troubles of the first rounds, in place of the seed's choice.
+    `kinds` are the troubles of the first rounds, in place of the seed's choice. `broker` is used in place of a new one.
     """
     settings = {"ROTATE_BYTES": "2000000", "ROTATE_GZIP": "1", "CONFIRM_TIMEOUT_MS": "5000"}
     if cluster_nodes:
         play = cluster_troubles.on_stage(directory, seed, cluster_nodes, **settings)
     else:
-        play = troubles.on_stage(directory, seed, **settings)
+        play = troubles.on_stage(directory, seed, broker, **settings)
     trouble, stage = play.trouble, play.trouble.stage
     events = Events(seed, keyless_every=KEYLESS_EVERY, large_every=LARGE_EVERY, batch_every=BATCH_EVERY)
     load = Load(stage.targets(), events, concurrency=32, retries=True, rate=EVENTS_PER_SECOND)

@@ -128,9 +128,9 @@ def test_a_clock_set_back_delays_no_rotation(stage: SingleStage) -> None:
     assert verdict.holds, str(verdict)
 
 
-def test_the_promise_holds_through_a_short_seeded_run(tmp_path: Path) -> None:
+def test_the_promise_holds_through_a_short_seeded_run(tmp_path: Path, node: RabbitMQ) -> None:
     kinds = ("kill_broker", "rename_csv")
-    report = run(1, Limit(rounds=2, seconds=0), tmp_path, Console(quiet=True), kinds=kinds)
+    report = run(1, Limit(rounds=2, seconds=0), tmp_path, Console(quiet=True), kinds=kinds, broker=node)
     assert report.good, (str(report.verdict), report.problems)
     assert report.rounds == 2
     assert report.load.ledger.accepted_events > 500

@@ -290,9 +290,9 @@ def undo(trouble: SingleTrouble) -> None:
         trouble.start_consumer()
 
 
-def on_stage(directory: Path, seed: int, **settings: str) -> Play:
-    """Settings are environment variables of all processes."""
-    stage = SingleStage(directory, RabbitMQ(directory / "rabbitmq"), **settings)
+def on_stage(directory: Path, seed: int, broker: RabbitMQ | None = None, **settings: str) -> Play:
+    """Without a `broker`, one is started. Settings are environment variables of all processes."""
+    stage = SingleStage(directory, broker or RabbitMQ(directory / "rabbitmq"), **settings)
     trouble = SingleTrouble(stage, seed)
 
     def begin() -> None:
@@ -301,6 +301,8 @@ def on_stage(directory: Path, seed: int, **settings: str) -> Play:
         stage.broker.sync_new_queues()
 
     def end() -> None:
+        if broker is not None:
+            return
         if stage.broker.process is not None:
             stage.broker.kill()  # nobody needs its data any more
         stage.broker.stop()

@@ -30,15 +30,7 @@ from tests.rabbitmq import RabbitMQ
 from tests.support.polling import wait_until
 
 RECOVERY_SECONDS = 15.0  # of which we may need a few; the rest is for a busy machine
-HEARTBEAT = "?heartbeat=2"
-
-
-@pytest.fixture
-def node(broker: RabbitMQ) -> Iterator[RabbitMQ]:
-    """The session's broker, to ill-treat. It runs again for the next test, however this one ends."""
-    yield broker
-    broker.resume()
-    broker.start()
+HEARTBEAT = "?heartbeat=1"
 
 
 @pytest.fixture
