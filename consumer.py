@@ -1,10 +1,17 @@
 """The consumer: predictions from RabbitMQ into CSV, each exactly once.
 
-The way of a message: FastLane.data_received (common/amqp/transport.py) → Worker.deliveries → Pending.add
-(common/consumer/pending.py) → Worker.run (common/consumer/worker.py) → in the thread of the store: prepare_batch
-(common/consumer/prepare.py: decode, drop known ids, rows) and Store.append (common/storage/store.py: write, fsync,
-journal) → Worker._ack. A message that is not an event leaves prepare_batch as Poison, for Outgoing
-(common/consumer/dead_letters/outgoing.py), which has it acked once it is a dead letter.
+The way of a message, from the socket to the row and the ack:
+
+    FastLane.data_received     common/amqp/transport.py       deliveries out of the byte stream
+    Worker.deliveries          common/consumer/worker.py      to those that wait
+    Pending.add                common/consumer/pending.py     until a batch is due
+    Worker.run                 common/consumer/worker.py      batch after batch, in the thread of the store
+    prepare_batch              common/consumer/prepare.py     decoded, without known ids, as rows
+    Store.append               common/storage/store.py        write, fsync, journal
+    Worker._ack                common/consumer/worker.py      one ack for the batch
+
+A message that is not an event leaves prepare_batch as Poison. Outgoing (common/consumer/dead_letters/outgoing.py) has
+it acked once it is a dead letter.
 """
 
 from __future__ import annotations
@@ -32,7 +39,7 @@ log = logging.getLogger("predlog.consumer")
 
 def main(argv: Sequence[str], environ: dict[str, str]) -> int:
     """Run the consumer, one for each partition, or a command on its dead letters; return the exit code."""
-    parser = parser_for(ConsumerSettings, "consumer.py", "Messages from RabbitMQ into CSV, each exactly once.")
+    parser = parser_for(ConsumerSettings, "consumer.py", "Write events from RabbitMQ to CSV, each exactly once.")
     commands = parser.add_mutually_exclusive_group()
     commands.add_argument("--dead-letters", action="store_true", help="list the dead letters, and end")
     commands.add_argument("--replay-dead-letters", action="store_true", help="move the dead letters back, and end")

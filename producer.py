@@ -2,15 +2,15 @@
 
 The way of an event, from the socket to the broker and back:
 
-    Connection.data_received   common/http/connection.py    bytes to requests, by RequestParser
-    Api.check, Api.handle      common/producer/api.py       who may, and what it means
-    normalise_event            common/event/schema.py       JSON to an event in normal form
-    Publisher.publish          common/producer/publisher.py into the confirm window of its partition
-    FastLane.send              common/amqp/transport.py     one write a turn of the loop
-    FastLane.data_received     common/amqp/transport.py     the broker's confirm
-    Publisher.confirms         common/producer/publisher.py whose it is
-    _Post.confirmed            common/producer/api.py       200
-    Exchange.answer            common/http/exchange.py      in the order of the requests
+    Connection.data_received   common/http/connection.py      bytes into requests, by RequestParser
+    Api.check, Api.handle      common/producer/api.py         permission, then the route
+    normalise_event            common/event/schema.py         JSON into an event in normal form
+    Publisher.publish          common/producer/publisher.py   into the confirm window of its partition
+    FastLane.send              common/amqp/transport.py       one write for each turn of the event loop
+    FastLane.data_received     common/amqp/transport.py       the broker's confirms
+    Publisher.confirms         common/producer/publisher.py   from delivery tag to event
+    _Post.confirmed            common/producer/api.py         200
+    Exchange.answer            common/http/exchange.py        answers in the order of the requests
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from common.producer.metrics import Counters
 
 log = logging.getLogger("predlog.producer")
 
-WHAT = "Takes events over HTTP, answers 200 once RabbitMQ has them on disk."
+WHAT = "Take events over HTTP; answer 200 once RabbitMQ has them on disk."
 
 
 def main(argv: Sequence[str], environ: dict[str, str]) -> int:
