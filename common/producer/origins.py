@@ -54,7 +54,7 @@ class Origins:
 
 
 def _is_own(origin: bytes, host: bytes | None) -> bool:
-    """Whether an Origin value names the host that was called. Which of the two schemes it was, a proxy may hide."""
+    """Tell whether an Origin value names the host that was called. Either scheme will do, as a proxy may hide it."""
     scheme, _, named = origin.lower().partition(b"://")
     port = _DEFAULT_PORTS.get(scheme)
     if port is None or not named or host is None:
