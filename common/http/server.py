@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import errno
 import os
 import socket
 import ssl
+import struct
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from email.utils import formatdate
 
@@ -25,6 +28,22 @@ BACKLOG = 4096  # Linux cuts it to net.core.somaxconn, which is 4,096 by default
 # small, so that what a slow client takes shows soon, and as progress.
 UNSENT_BYTES_IN_KERNEL = 128 * 1024
 
+HANDSHAKES_SECONDS = 0.05  # for those in flight when a stop begins: a round trip each
+# Socket options that Python has no name for (asm-generic/socket.h). Their programs are in classic BPF.
+_SO_ATTACH_FILTER, _SO_ATTACH_REUSEPORT_CBPF = 26, 51
+_LOAD_BYTE, _SKIP_UNLESS_BITS, _RETURN = 0x30, 0x45, 0x06
+# A socket's filter sees a segment from its TCP header on (RFC 9293 section 3.1).
+_DROP_SYN = ((_LOAD_BYTE, 0, 0, 13), (_SKIP_UNLESS_BITS, 0, 1, 0x02), (_RETURN, 0, 0, 0), (_RETURN, 0, 0, 0xFFFFFFFF))
+
+
+def _attach(listener: socket.socket, option: int, program: Sequence[tuple[int, int, int, int]]) -> None:
+    """Give the kernel a program for `listener`, each instruction as in struct sock_filter; do nothing without Linux."""
+    code = b"".join(struct.pack("HBBI", *instruction) for instruction in program)
+    buffer = ctypes.create_string_buffer(code, len(code))
+    fprog = struct.pack("HP", len(program), ctypes.addressof(buffer))  # struct sock_fprog
+    with suppress(OSError):
+        listener.setsockopt(socket.SOL_SOCKET, option, fprog)
+
 
 class HttpServer:
     """A listener and its connections. Make it inside a running event loop."""
@@ -36,6 +55,7 @@ class HttpServer:
         self.state.date = formatdate(usegmt=True).encode()
         self._tls: ssl.SSLContext | None = None
         self._server: asyncio.Server | None = None
+        self._inherited = False
         self._sweeper: asyncio.TimerHandle | None = None
 
     @property
@@ -47,14 +67,17 @@ class HttpServer:
         host: str,
         port: int,
         tls: ssl.SSLContext | None = None,
-        reuse_port: bool = False,
+        processes: int = 1,
         inherited: socket.socket | None = None,
     ) -> int:
         """Start listening; return the port. `inherited` is a bound socket to use in place of `host` and `port`.
 
+        `processes` is how many share the port, each with a socket of its own; while one more listens, which replaces
+        another, all new clients are its.
         Raise StartupError if the address cannot be bound.
         """
         self._tls = tls
+        self._inherited = inherited is not None
         handshake_seconds = HANDSHAKE_SECONDS if tls else None
         try:
             if inherited is not None:
@@ -68,7 +91,7 @@ class HttpServer:
                     port,
                     ssl=tls,
                     ssl_handshake_timeout=handshake_seconds,
-                    reuse_port=reuse_port or None,
+                    reuse_port=processes > 1 or None,
                     backlog=BACKLOG,
                 )
         except OSError as error:
@@ -79,6 +102,9 @@ class HttpServer:
         for listener in self._server.sockets:
             with suppress(OSError, AttributeError):  # Linux has it; each accepted socket inherits it
                 listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES_IN_KERNEL)
+            if processes > 1 and inherited is None:
+                # The sockets of a port are numbered from 0 as they come. A number that none has leaves it to the hash.
+                _attach(listener, _SO_ATTACH_REUSEPORT_CBPF, ((_RETURN, 0, 0, processes),))
         self._sweep_at(self._loop.time() + SWEEP_SECONDS)
         return int(self._server.sockets[0].getsockname()[1])
 
@@ -100,13 +126,20 @@ class HttpServer:
     async def stop_listening(self) -> None:
         """Answer the clients that have connected, accept no others, and end each connection with its next answer.
 
-        A listening socket that closes resets what waits in its queue, with requests that may have been sent already.
+        When a listening socket closes, the kernel resets the connections in its queue, whose requests may have been
+        sent, and those whose handshake is in flight. So the handshakes end first, and none begins: the client sends its
+        SYN again after a second (RFC 6298 section 2), and is refused then or served by another process.
         """
-        server, self._server = self._server, None
+        server = self._server
         queues: list[socket.socket] = []
         if server is not None:
+            if not self._inherited:  # the filter would stay on the socket, for the next process
+                for listener in server.sockets:
+                    _attach(listener, _SO_ATTACH_FILTER, _DROP_SYN)
+                await asyncio.sleep(HANDSHAKES_SECONDS)
             queues = [socket.socket(fileno=os.dup(listener.fileno())) for listener in server.sockets]
             server.close()
+            self._server = None
             await asyncio.sleep(0)
         accepted: list[socket.socket] = []
         for queue in queues:

@@ -113,8 +113,7 @@ class Producer:
                     await self._all_up()
         tls = self._certificate.context if self._certificate is not None else None
         wanted = settings.http_port if self._shared_port is None else self._shared_port
-        reuse_port = self._shared_port is not None and self._inherited is None
-        port = await self._server.listen(settings.http_host, wanted, tls, reuse_port, self._inherited)
+        port = await self._server.listen(settings.http_host, wanted, tls, settings.workers, self._inherited)
         host = f"[{settings.http_host}]" if ":" in settings.http_host else settings.http_host
         log.info("POST to %s://%s:%d/process, pages at /docs", "https" if tls else "http", host, port)
         return port

@@ -1,0 +1,108 @@
+"""A server on real sockets: what its stop, and its replacement, mean for the clients that come at that moment."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from common.http.exchange import Exchange
+from common.http.parser import Head, Limits, Request
+from common.http.server import HttpServer, ServerLimits
+from common.workers import reserve_port
+
+LIMITS = ServerLimits(
+    request=Limits(),
+    connections=100,
+    pipelined=4,
+    buffered_bytes=1_000_000,
+    head_seconds=10.0,
+    body_seconds=10.0,
+    idle_seconds=5.0,
+    write_seconds=20.0,
+)
+
+
+class Hello:
+    """An application that answers every request."""
+
+    def check(self, head: Head) -> bytes:
+        return b""
+
+    def is_probe(self, head: Head) -> bool:
+        return False
+
+    def handle(self, request: Request, exchange: Exchange) -> None:
+        exchange.answer(200, b"hello")
+
+    def answered(self, exchange: Exchange, status: int) -> None:
+        pass
+
+
+async def get(client: socket.socket) -> bytes:
+    """Send a request and read to the end of the connection."""
+    loop, answer = asyncio.get_running_loop(), b""
+    await loop.sock_sendall(client, b"GET / HTTP/1.1\r\nHost: h\r\n\r\n")
+    while piece := await loop.sock_recv(client, 1000):
+        answer += piece
+    return answer
+
+
+@pytest.fixture
+def client() -> Iterator[socket.socket]:
+    with socket.socket() as client:
+        client.setblocking(False)
+        yield client
+
+
+async def test_a_stop_refuses_who_comes_and_resets_nobody(client: socket.socket) -> None:
+    """A client that was connected when its listener closed could be reset with its request on the way."""
+    server = HttpServer(LIMITS, Hello())
+    port = await server.listen("127.0.0.1", 0)
+    with socket.create_connection(("127.0.0.1", port)) as early:  # in the queue, not accepted yet
+        early.setblocking(False)
+        stop = asyncio.create_task(server.stop_listening())
+        await asyncio.sleep(0)
+        with pytest.raises(ConnectionRefusedError):
+            await asyncio.get_running_loop().sock_connect(client, ("127.0.0.1", port))
+        assert (await get(early)).startswith(b"HTTP/1.1 200")
+    await stop
+    await server.drained()
+    server.abort()
+
+
+async def test_clients_that_come_in_a_replacement_go_to_the_new_one() -> None:
+    """Then the old one can stop without any that it would have to turn away; afterwards all of them share again."""
+    port = reserve_port("127.0.0.1", 0)
+    old, staying, new = servers = [HttpServer(LIMITS, Hello()) for _ in range(3)]
+    loop, clients = asyncio.get_running_loop(), list[socket.socket]()
+
+    async def connect(count: int) -> None:
+        for _ in range(count):
+            clients.append(socket.socket())
+            clients[-1].setblocking(False)
+            await loop.sock_connect(clients[-1], port.getsockname())
+        async with asyncio.timeout(10):
+            while sum(len(server.connections) for server in servers) < len(clients):
+                await asyncio.sleep(0.001)
+
+    try:
+        for server in (old, staying):
+            await server.listen("127.0.0.1", port.getsockname()[1], processes=2)
+        await connect(40)
+        before = len(old.connections), len(staying.connections)
+        assert min(before) > 0
+        await new.listen("127.0.0.1", port.getsockname()[1], processes=2)
+        await connect(20)
+        assert [len(server.connections) for server in servers] == [*before, 20]
+        await old.stop_listening()
+        await connect(40)
+        assert len(staying.connections) > before[1]
+        assert len(new.connections) > 20
+    finally:
+        for server in servers:
+            server.abort()
+        for each in (port, *clients):
+            each.close()
