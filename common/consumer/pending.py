@@ -12,8 +12,8 @@ from common.event.rows import count_rows
 FULL_BYTES = 16 * 1024 * 1024  # fills a batch of large events long before it has many rows
 COUNTED_BYTES = 8 * 1024  # rows are counted only up to this size: searching images costs too much
 # Group commit: a batch waits for as long as the last one took, so that the disk is busy for half of the time at most.
-# It waits for at least this long, which bounds the batches to 330 a second, with two fsyncs each.
-LEAST_WAIT_SECONDS = 0.003
+# It waits for at least this long, which bounds the batches to 160 a second, with two fsyncs each.
+LEAST_WAIT_SECONDS = 0.006
 
 
 class Pending:

@@ -11,7 +11,6 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from typing import Any, TypeVar
 
 from common.amqp.codec import Confirm, Delivery, ack_frames
@@ -24,13 +23,14 @@ from common.consumer.dead_letters.spill import Spill
 from common.consumer.metrics import Counters
 from common.consumer.pending import Pending, ack_ranges, rotation_due
 from common.consumer.prepare import Prepared, prepare_batch
-from common.storage.store import Store
+from common.storage.store import Store, Timing
 
 log = logging.getLogger("predlog.consumer")
 
 T = TypeVar("T")
 
 HELD_BACK_BYTES = 64 * 1024 * 1024  # of deliveries in memory; beyond it the broker's socket is not read
+TRICKLE_BYTES, TRICKLE_SECONDS = 16 * 1024, 0.05  # what is less, and for as long at most, may wait in the socket
 RETRY_FIRST_SECONDS, RETRY_MOST_SECONDS = 0.1, 5.0
 TROUBLE_POLL_SECONDS = 0.25
 IDLE_SECONDS = 1.0
@@ -133,11 +133,9 @@ class Worker:
             if link is not None and self._pending.bytes <= HELD_BACK_BYTES:
                 link.lane.hold_back(False)
             self._storing = len(deliveries), since
-            prepared = await self._in_thread(
-                prepare_batch, deliveries, self._store.seen, self._settings.low_prob_threshold
-            )
-            if prepared.ids or prepared.data:
-                await self._store_until_done(prepared)
+            prepared, outcome = await self._in_thread(self._prepare_and_append, deliveries)
+            if outcome is not None:
+                await self._store_until_done(prepared, outcome)
             self._storing = None
             self._counters.metrics.values[self._counters.duplicates] += prepared.duplicates
             if link is self._link:  # else it is delivered again, and these tags mean other messages
@@ -155,10 +153,29 @@ class Worker:
                 return True
             if self._draining:
                 return False
-            self._wake.clear()
-            with suppress(TimeoutError):  # not wait_for, which may swallow a cancellation in Python 3.11
-                async with asyncio.timeout(IDLE_SECONDS if wait is None else wait):
-                    await self._wake.wait()
+            await (self._wait(IDLE_SECONDS) if wait is None else self._gather(wait))
+
+    async def _gather(self, seconds: float) -> None:
+        """Let a batch grow. A trickle waits in the socket meanwhile, and is read at once: each read costs a wake-up."""
+        link = self._link
+        if link is None or self._pending.bytes > TRICKLE_BYTES or seconds > TRICKLE_SECONDS:
+            await self._wait(seconds)
+            return
+        link.lane.hold_back(True)
+        try:
+            await self._wait(seconds)
+        finally:
+            link.lane.hold_back(False)
+        await asyncio.sleep(0)  # the event loop reads
+
+    async def _wait(self, seconds: float) -> None:
+        """Wait until woken, for so long at most."""
+        self._wake.clear()
+        timer = self._loop.call_later(seconds, self._wake.set)
+        try:
+            await self._wake.wait()
+        finally:
+            timer.cancel()
 
     async def _between_batches(self) -> None:
         """Do what must not happen while a batch is stored: rotate, reopen, put dead letters into their file."""
@@ -177,30 +194,42 @@ class Worker:
                 log.error("cannot begin a new file: %s: %s; retrying", error.filename, error.strerror)
             self._rotation_failed = True
 
-    async def _store_until_done(self, prepared: Prepared) -> None:
-        """Append a batch. In disk trouble (full, I/O error) wait and retry: nothing is acked before it is safe."""
+    def _prepare_and_append(self, deliveries: Sequence[Delivery]) -> tuple[Prepared, Timing | OSError | None]:
+        """Prepare and append a batch, both in one call of the store's thread. None: there was nothing to append."""
+        prepared = prepare_batch(deliveries, self._store.seen, self._settings.low_prob_threshold)
+        return prepared, self._append(prepared) if prepared.ids or prepared.data else None
+
+    def _append(self, prepared: Prepared) -> Timing | OSError:
+        """Try to append a batch, in the store's thread."""
+        try:
+            return self._store.append(prepared.data, prepared.ids)
+        except OSError as error:
+            return error
+
+    async def _store_until_done(self, prepared: Prepared, outcome: Timing | OSError) -> None:
+        """Settle the first try to append a batch.
+
+        In disk trouble (full, I/O error) wait and retry: nothing is acked before it is safe.
+        """
         counters, delay = self._counters, RETRY_FIRST_SECONDS
-        while True:
-            try:
-                timing = await self._in_thread(self._store.append, prepared.data, prepared.ids)
-                break
-            except OSError as error:
-                counters.metrics.values[counters.store_failures] += 1.0
-                trouble = f"{error.filename}: {error.strerror}"
-                if not self._trouble:
-                    log.error("cannot store: %s; nothing is acked, retrying", trouble)
-                self._trouble = trouble
-                await asyncio.sleep(delay)
-                delay = min(2 * delay, RETRY_MOST_SECONDS)
+        while isinstance(outcome, OSError):
+            counters.metrics.values[counters.store_failures] += 1.0
+            trouble = f"{outcome.filename}: {outcome.strerror}"
+            if not self._trouble:
+                log.error("cannot store: %s; nothing is acked, retrying", trouble)
+            self._trouble = trouble
+            await asyncio.sleep(delay)
+            delay = min(2 * delay, RETRY_MOST_SECONDS)
+            outcome = await self._in_thread(self._append, prepared)
         if self._trouble:
             log.info("storing again")
             self._trouble = ""
-        self._pending.stored(sum(timing))
+        self._pending.stored(sum(outcome))
         counters.metrics.values[counters.rows] += prepared.rows
         counters.batch_rows.observe(prepared.rows)
-        counters.write_seconds.observe(timing.write_seconds)
-        counters.fsync_seconds.observe(timing.fsync_seconds)
-        counters.commit_seconds.observe(timing.commit_seconds)
+        counters.write_seconds.observe(outcome.write_seconds)
+        counters.fsync_seconds.observe(outcome.fsync_seconds)
+        counters.commit_seconds.observe(outcome.commit_seconds)
 
     async def _in_thread(self, call: Callable[..., T], *args: object) -> T:
         future = self._loop.run_in_executor(self._thread, call, *args)

@@ -118,7 +118,7 @@ def _ack_before_fsync() -> None:
             self._ack(link, prepared.stored)
             await asyncio.sleep(0.2)  # the broker has it now
             if prepared.ids or prepared.data:
-                await self._store_until_done(prepared)
+                await self._store_until_done(prepared, await self._in_thread(self._append, prepared))
 
     Worker.run = run  # type: ignore[method-assign]
 

@@ -17,7 +17,7 @@ def deliveries(*bodies: bytes) -> list[Delivery]:
 
 
 def test_the_disk_sets_the_pace_of_the_batches() -> None:
-    """A batch waits as long as the one before took the disk, 3 ms at least and FLUSH_INTERVAL_MS at most."""
+    """A batch waits as long as the one before took the disk, 6 ms at least and FLUSH_INTERVAL_MS at most."""
     pending = Pending(batch_max_rows=10, prefetch_count=100, flush_interval_seconds=0.05)
     assert pending.due_in(0.0) is None
     for seconds, wait in ((0.0, LEAST_WAIT_SECONDS), (0.02, 0.02), (3.0, 0.05), (0.001, LEAST_WAIT_SECONDS)):

@@ -321,3 +321,20 @@ async def test_poison_of_a_lost_link_is_acked_on_no_link(bench: MakeBench) -> No
         await until("the good event is acked", lambda: second.lane.acks)
         assert (first.lane.acks, second.lane.acks) == ([], [(1, True)])
         assert b.mover.moved == []
+
+
+async def test_a_trickle_waits_in_the_socket_while_a_batch_grows(
+    bench: MakeBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each read wakes the event loop. It is read before the batch is stored; more than a trickle is never held back."""
+    async with bench() as b:
+        link = await b.link()
+        holds: list[bool] = []
+        monkeypatch.setattr(link.lane, "hold_back", holds.append)
+        b.worker.deliveries([delivery(1)])
+        await until("it is acked", lambda: link.lane.acks)
+        assert holds[:2] == [True, False]
+        assert not any(holds[2:])
+        b.worker.deliveries([delivery(2, event("large", "x" * worker_module.TRICKLE_BYTES))])
+        await until("it is acked", lambda: len(link.lane.acks) == 2)
+        assert not any(holds[2:])
