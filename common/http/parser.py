@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
 from urllib.parse import unquote_to_bytes
 
 from common.errors import HttpError
@@ -27,7 +26,8 @@ class Limits:
     keep_alive: bool = True  # else the first request is the last
 
 
-class Head(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Head:
     """A request line and header section. Immutable: equal heads may be one object."""
 
     method: bytes
@@ -369,10 +369,12 @@ class RequestParser:
         "_searched_bytes",
         "_start",
         "head",
+        "idle",
     )
 
     def __init__(self, limits: Limits) -> None:
         self.head: Head | None = None  # of the request whose content is not complete yet
+        self.idle = True  # nothing has arrived after the requests returned
         self._limits = limits
         self._request_line_bytes = min(limits.target_bytes + _METHOD_AND_VERSION_BYTES, limits.head_bytes - 2)
         self._quick_head_bytes = min(_CACHED_HEAD_BYTES, self._request_line_bytes)
@@ -395,13 +397,10 @@ class RequestParser:
         """Whether `next_request` returned None only because it had done enough at once: call it again."""
         return self._chunked is not None and self._chunked.has_more
 
-    @property
-    def idle(self) -> bool:
-        """Whether nothing has arrived after the requests returned."""
-        return not self._buffer and self.head is None and not self._dropped
-
     def receive_data(self, data: bytes) -> None:
         """Store bytes from the socket."""
+        if data:
+            self.idle = False
         if not self._buffer:
             if self._ended:
                 self._dropped |= bool(data)
@@ -434,15 +433,20 @@ class RequestParser:
                         self._buffer = b""
                         self._empty_lines = self._searched_bytes = 0
                         return Request(whole, buffer[end:])
-            head = self.head or self._next_head()
-            if head is None:
-                self._release()
-                return None
-            body = self._chunked_body() if head.chunked else self._take(head.content_length)
+            return self._next_request()
         except HttpError as error:
             self._error = error
             self._end()
             raise
+        finally:
+            self.idle = not self._buffer and self.head is None and not self._dropped
+
+    def _next_request(self) -> Request | None:
+        head = self.head or self._next_head()
+        if head is None:
+            self._release()
+            return None
+        body = self._chunked_body() if head.chunked else self._take(head.content_length)
         if body is None:
             self.head = head
             self._release()

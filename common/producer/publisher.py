@@ -139,14 +139,6 @@ class Publisher:
         """Return why no event can be accepted now; None if one can be, given room in the window."""
         return self._trouble
 
-    def _is_full(self) -> bool:
-        return (
-            self._lane is None  # then there is trouble too
-            or self._lane.congested
-            or self.unconfirmed_bytes >= self.max_unconfirmed_bytes
-            or len(self._sent) >= self._max_unconfirmed  # nothing is held while there is a lane
-        )
-
     def has_room_for_batch(self) -> bool:
         """Tell whether an event of a batch may be published now. Half of the window is kept for single events."""
         return (
@@ -164,7 +156,14 @@ class Publisher:
     def publish(self, event: Publication) -> None:
         """Send one event, which is then told its outcome. Raise Unavailable or TooLarge if nothing was sent."""
         lane, body_bytes = self._lane, len(event.body)
-        if self._trouble is not None or body_bytes > self._most_body_bytes or lane is None or self._is_full():
+        if (
+            self._trouble is not None
+            or lane is None  # then there is trouble, too
+            or lane.congested
+            or body_bytes > self._most_body_bytes
+            or self.unconfirmed_bytes >= self.max_unconfirmed_bytes
+            or len(self._sent) >= self._max_unconfirmed  # nothing is held while there is a lane
+        ):
             raise self._refusal(body_bytes)  # not in a local variable, which would keep the event alive in a cycle
         self.unconfirmed_bytes += body_bytes
         event.since, event.sent_before = self._now(), False

@@ -13,7 +13,7 @@ import h11
 import httptools
 
 from common.errors import HttpError
-from common.http.parser import Limits, Request, RequestParser
+from common.http.parser import Head, Limits, Request, RequestParser
 
 CORPUS = Path(__file__).parent / "corpus"
 LIMITS = Limits(target_bytes=200, head_bytes=1000, headers=20, body_bytes=500, chunk_overhead_bytes=100)
@@ -23,7 +23,7 @@ STATUSES = {400, 413, 414, 417, 431, 501, 505}
 class Outcome(NamedTuple):
     """All that a parser says about a stream: the requests in it, the status of the error after them."""
 
-    requests: tuple[tuple[object, ...], ...]  # the members of each Head, then the body
+    requests: tuple[tuple[Head, bytes], ...]
     status: int | None  # None: waits for more
     idle: bool
 
@@ -37,7 +37,7 @@ def read(
 ) -> Outcome:
     """Feed a stream piece by piece. Fails when the parser stores more than its limits allow, or forgets its error."""
     parser = RequestParser(limits)
-    requests: list[tuple[object, ...]] = []
+    requests: list[tuple[Head, bytes]] = []
     status: int | None = None
     for piece in pieces:
         parser.receive_data(piece)
@@ -45,7 +45,7 @@ def read(
             while (request := parser.next_request()) is not None or parser.has_more:
                 if request is None:
                     continue
-                requests.append((*request.head, request.body))
+                requests.append((request.head, request.body))
                 if on_request is not None:
                     on_request(request)
             now = None

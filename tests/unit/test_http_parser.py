@@ -9,6 +9,7 @@ import itertools
 import time
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import h11
@@ -357,9 +358,9 @@ REFUSED = [
 @pytest.mark.parametrize(("stream", "expected"), ACCEPTED)
 def test_accepts(stream: bytes, expected: dict[str, object]) -> None:
     found = single_request(stream)
-    values = {"body": found.body, **found.head._asdict()}
+    values = {"body": found.body, **asdict(found.head)}
     assert {name: values[name] for name in expected} == expected
-    assert read_in_every_way(stream) == Outcome(((*found.head, found.body),), None, True)
+    assert read_in_every_way(stream) == Outcome(((found.head, found.body),), None, True)
 
 
 @pytest.mark.parametrize(("stream", "_"), ACCEPTED)
@@ -375,7 +376,7 @@ def test_no_beginning_of_a_request_is_taken_for_it(stream: bytes, _: object) -> 
 def test_requests_before_and_after_are_apart(stream: bytes, expected: dict[str, object]) -> None:
     found = single_request(stream)
     outcome = read([GET + stream + GET], ROOMY)
-    assert [values[2] for values in outcome.requests] == [b"/good", found.head.path, b"/good"][
+    assert [head.path for head, _ in outcome.requests] == [b"/good", found.head.path, b"/good"][
         : 3 if found.head.keep_alive else 2
     ]
     assert outcome.status is None
@@ -391,7 +392,7 @@ def test_refuses(status: int | None, stream: bytes) -> None:
 def test_requests_before_a_bad_one_are_answered_none_after(status: int | None, stream: bytes) -> None:
     """Requests before a bad one are answered and nothing after it."""
     outcome = read([GET, GET + stream + GET, GET], ROOMY)
-    assert [values[2] for values in outcome.requests] == [b"/good", b"/good"]
+    assert [head.path for head, _ in outcome.requests] == [b"/good", b"/good"]
     assert outcome.status == status
 
 
