@@ -74,6 +74,11 @@ class BareConnection:
     def delete(self, queue: str) -> None:
         self._call(commands.Queue.Delete(queue=queue))
 
+    def detach(self) -> socket.socket:
+        """Turn confirms on, and hand the socket over."""
+        self._call(commands.Confirm.Select())
+        return self._socket
+
     def publish(self, blobs: Iterable[bytes], count: int, window: int = 4096) -> None:
         """Send `count` messages in blobs of BLOB_MESSAGES (see `blobs`), with at most `window` unconfirmed."""
         self._call(commands.Confirm.Select())

@@ -12,6 +12,7 @@ from tests.bench.results import (
     BASELINE,
     BRIDGE,
     BRIDGE_TUNED,
+    FLOOR,
     HALF_LOAD,
     IMAGES,
     IMAGES_CASE,
@@ -72,8 +73,9 @@ TOPICS = (
         "the publisher confirm of a persistent message in a quorum queue. *mq-bridge* validates nothing, echoes "
         "nothing, and its messages have no id and are not mandatory; it runs with its defaults and *tuned*, in the "
         "best combination of its settings that was found. *plain aiormq* is predlog's own HTTP server and API with "
-        "`channel.basic_publish` instead of the fast lane. *RabbitMQ alone* takes pre-encoded frames from a bare "
-        "socket with 4,096 unconfirmed. Memory is the peak of the process so far.",
+        "`channel.basic_publish` instead of the fast lane. *The floor* is the smallest program on uvloop and orjson "
+        "that reads a request, publishes its event and echoes it, and checks neither. *RabbitMQ alone* takes "
+        "pre-encoded frames from a bare socket with 4,096 unconfirmed. Memory is the peak of the process so far.",
         ("rate", "cpu_us", "p50_ms", "p99_ms", "memory_mb"),
     ),
     Topic(
@@ -232,6 +234,16 @@ def lane_sentence(results: Results) -> str:
     return f"With the fast lane compared with plain aiormq — {'; '.join(parts)}." if parts else ""
 
 
+def floor_sentence(results: Results) -> str:
+    """How far from the floor predlog is, in words; empty when it was not measured."""
+    parts = []
+    for case, words in (("32 connections", "small events, 32 connections"), (IMAGES_CASE, "events with images")):
+        rate, cpu = (results.ratio("producer", case, value, FLOOR) for value in ("rate", "cpu_us"))
+        if rate and cpu:
+            parts.append(f"{words}: {rate:.2f} × as many per second with {cpu:.1f} × the CPU")
+    return f"predlog compared with the floor — {'; '.join(parts)}." if parts else ""
+
+
 def record_line(record: Record) -> str:
     """One line for the terminal."""
     known = [(*VALUES[name], value) for name, value in record.values.items() if name in VALUES]
@@ -314,6 +326,8 @@ def markdown(results: Results, machine: dict[str, str], load_text: str, rounds: 
             parts += [f"## {topic.title}", topic.text, markdown_table(table(results, topic))]
     if sentence := lane_sentence(results):
         parts += ["## What the fast lane buys", sentence]
+    if sentence := floor_sentence(results):
+        parts += ["## How far the floor is", sentence]
     parts += ["## Machine and versions", "\n".join(f"- {name}: {value}" for name, value in machine.items())]
     return "\n\n".join(parts) + "\n"
 

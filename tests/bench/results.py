@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 PREDLOG, BASELINE = "predlog", "FastAPI + aio-pika"
 BRIDGE, BRIDGE_TUNED = "mq-bridge (Rust)", "mq-bridge, tuned"
-PLAIN, LIMIT = "plain aiormq", "RabbitMQ alone"
+PLAIN, FLOOR, LIMIT = "plain aiormq", "the floor", "RabbitMQ alone"
 
 SMALL, IMAGES = "small events", "5 images of 20 KB"
 IMAGES_CASE = f"32 connections, {IMAGES}"  # of the producer; its small events have the number of connections only

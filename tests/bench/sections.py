@@ -16,7 +16,7 @@ from tests.bench import broker_limit, events, load
 from tests.bench.events import HEADER, Load
 from tests.bench.growth import Growth
 from tests.bench.process import Process
-from tests.bench.results import BASELINE, IMAGES, IMAGES_CASE, LIMIT, PLAIN, PREDLOG, SMALL, Record, Results
+from tests.bench.results import BASELINE, FLOOR, IMAGES, IMAGES_CASE, LIMIT, PLAIN, PREDLOG, SMALL, Record, Results
 from tests.bench.stage import BRIDGES, SUBJECTS, Consumer, Producer, Stage
 
 CLIENT_CONNECTIONS = 64
@@ -49,12 +49,12 @@ def producer(stage: Stage, _: Results) -> Iterator[Record]:
     small, images = events.small(), events.with_frames()
     cases = (
         ("1 connection", small, 1, SUBJECTS),
-        ("32 connections", small, 32, (*SUBJECTS, *BRIDGES, PLAIN)),
+        ("32 connections", small, 32, (*SUBJECTS, *BRIDGES, PLAIN, FLOOR)),
         ("256 connections", small, 256, (*SUBJECTS, *BRIDGES)),
-        (IMAGES_CASE, images, 32, (*SUBJECTS, *BRIDGES, PLAIN)),
+        (IMAGES_CASE, images, 32, (*SUBJECTS, *BRIDGES, PLAIN, FLOOR)),
     )
     limits = {"256 connections": 20_000, IMAGES_CASE: 500}  # messages for each second of measuring
-    with _producers(stage, *SUBJECTS, *BRIDGES, PLAIN) as running, stage.queue("bench-limit") as limit:
+    with _producers(stage, *SUBJECTS, *BRIDGES, PLAIN, FLOOR) as running, stage.queue("bench-limit") as limit:
         for case, messages, connections, subjects in cases:
             file = load.write_bodies(messages, stage.folder / "bodies.jsonl")
             for subject in subjects:

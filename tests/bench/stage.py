@@ -16,7 +16,7 @@ from pathlib import Path
 from tests.bench.bare_amqp import BareConnection, blobs
 from tests.bench.events import Load
 from tests.bench.process import Process
-from tests.bench.results import BASELINE, BRIDGE, BRIDGE_TUNED, PLAIN, PREDLOG
+from tests.bench.results import BASELINE, BRIDGE, BRIDGE_TUNED, FLOOR, PLAIN, PREDLOG
 
 PROGRAMS: dict[str, dict[str, tuple[str, ...]]] = {
     PREDLOG: {"producer": ("producer.py",), "consumer": ("consumer.py",)},
@@ -30,6 +30,7 @@ PROGRAMS: dict[str, dict[str, tuple[str, ...]]] = {
         "producer": ("-m", "tests.bench.plain_producer"),
         "consumer": ("-m", "tests.bench.plain_consumer"),
     },
+    FLOOR: {"producer": ("-m", "tests.bench.floor_producer")},
 }
 SUBJECTS = (PREDLOG, BASELINE)
 BRIDGES = (BRIDGE, BRIDGE_TUNED) if importlib.util.find_spec("mq_bridge") else ()

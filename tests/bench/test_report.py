@@ -9,13 +9,13 @@ import pytest
 
 from tests.bench import charts, report
 from tests.bench.bare_amqp import Confirms
-from tests.bench.results import BASELINE, BRIDGE_TUNED, HALF_LOAD, LIMIT, PLAIN, PREDLOG, SMALL, Record, Results
+from tests.bench.results import BASELINE, BRIDGE_TUNED, FLOOR, HALF_LOAD, LIMIT, PLAIN, PREDLOG, SMALL, Record, Results
 
-RATES = {PREDLOG: 8000.0, BRIDGE_TUNED: 5000.0, BASELINE: 1000.0, PLAIN: 4000.0}
+RATES = {PREDLOG: 8000.0, BRIDGE_TUNED: 5000.0, BASELINE: 1000.0, PLAIN: 4000.0, FLOOR: 10_000.0}
 
 
 def made_up(baseline_cpu_us: float = 700.0) -> Results:
-    cpu_us = {PREDLOG: 50.0, BRIDGE_TUNED: 40.0, BASELINE: baseline_cpu_us, PLAIN: 100.0}
+    cpu_us = {PREDLOG: 50.0, BRIDGE_TUNED: 40.0, BASELINE: baseline_cpu_us, PLAIN: 100.0, FLOOR: 25.0}
     records = [Record("producer", "32 connections", s, {"rate": r, "cpu_us": cpu_us[s]}) for s, r in RATES.items()]
     for subject, factor in {PREDLOG: 1.0, BRIDGE_TUNED: 2.0, BASELINE: 4.0, LIMIT: 0.5}.items():
         values = {"offered": 500.0, "p50_ms": factor, "p99_ms": 3 * factor, "p999_ms": 9 * factor}
@@ -48,6 +48,12 @@ def test_the_worst_case_of_the_latency_counts() -> None:
 def test_the_page_says_what_the_fast_lane_buys() -> None:
     page = report.markdown(made_up(), {"machine": "none"}, "no load", 3)
     assert "as many per second with 1/2.0 of the CPU" in page
+
+
+def test_the_page_says_how_far_the_floor_is() -> None:
+    page = report.markdown(made_up(), {"machine": "none"}, "no load", 3)
+    assert "predlog compared with the floor" in page
+    assert "as many per second with 2.0" in page
 
 
 @pytest.mark.parametrize("results", [made_up(), Results()], ids=["measured", "nothing measured"])
