@@ -17,15 +17,15 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 OLDEST_PYTHON = (3, 11)
 
-# `make run` finds its broker by itself; without a browser or nginx, the tests that want one say so and are skipped.
+# `make run` finds its broker by itself. Tests that want a browser, nginx or HAProxy say so and are skipped without it.
 APT_PACKAGES = {
     "run": (),
     "check": (),
     "chaos": ("rabbitmq-server",),
     "bench": ("rabbitmq-server", "wrk"),
-    "test": ("rabbitmq-server", "chromium", "chromium-driver", "nginx-light"),
+    "test": ("rabbitmq-server", "chromium", "chromium-driver", "nginx-light", "haproxy"),
 }
-OPTIONAL = {"chromium", "chromium-driver", "nginx-light"}
+OPTIONAL = {"chromium", "chromium-driver", "nginx-light", "haproxy"}
 
 # A package must start no service, now (policy-rc.d: 101) or at the next boot: only its programs are wanted, and a
 # broker on port 5672 would take the place of the private node and its messages.
