@@ -12,9 +12,9 @@ run:  ## producer, consumer and a broker in the foreground; Ctrl-C drains and st
 	@$(PYTHON) -m scripts.setup run
 	@$(VENV_PYTHON) -m scripts.run
 
-test: check  ## the checks, then all tests but those of the compose deployment; under three minutes
+test: check  ## the checks, then all tests but those of the compose deployment; about three minutes
 	@$(PYTHON) -m scripts.setup test
-	$(VENV_PYTHON) -m pytest -n 2 --dist worksteal --benchmark-disable
+	$(VENV_PYTHON) -m pytest -n 3 --dist worksteal --benchmark-disable
 
 check:  ## lint, format, types, and the schemas of the YAML that other programs read
 	@$(PYTHON) -m scripts.setup check
