@@ -123,7 +123,7 @@ class RabbitMQ:
         if not self._shares_epmd:
             self._epmd.stop()
 
-    def ctl(self, *arguments: str, timeout_seconds: float = 30.0) -> str:
+    def ctl(self, *arguments: str, timeout_seconds: float = 60.0) -> str:
         """Run `rabbitmqctl` on this node and return what it prints; raise CalledProcessError."""
         return self._tool("rabbitmqctl", *arguments, timeout_seconds=timeout_seconds)
 
