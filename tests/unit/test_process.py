@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -10,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -42,6 +44,16 @@ def test_a_json_log_line_reads_back_as_what_was_logged() -> None:
     assert json.loads(line)["message"] == f"hears {HOSTILE}"
 
 
+@pytest.fixture
+def collector() -> Iterator[None]:
+    """The garbage collector of the tests as it was: what stays frozen at the end is reported as leaked by nanobind."""
+    thresholds = gc.get_threshold()
+    yield
+    gc.unfreeze()
+    gc.set_threshold(*thresholds)
+
+
+@pytest.mark.usefixtures("collector")
 @pytest.mark.parametrize(("kind", "exit_code"), [(Fatal, 1), (StartupError, 1), (SettingError, 2)])
 def test_what_ends_a_process_is_one_line_and_an_exit_code(
     kind: type[Fatal], exit_code: int, capsys: pytest.CaptureFixture[str]
