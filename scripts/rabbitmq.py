@@ -189,12 +189,19 @@ def speaks_amqp(port: int, host: str = "127.0.0.1", timeout_seconds: float = 2.0
 
 
 def free_port(wanted: int = 0) -> int:
-    """Return `wanted` if it is free on the loopback interface, else any port that is."""
+    """Return `wanted` if it is free on the loopback interface, else any port that is.
+
+    Linux gives it to nobody who asks for any port, as long as this process runs: the bound socket stays open. Whoever
+    binds it by its number and with SO_REUSEADDR, as servers do, can listen there.
+    """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         with contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", wanted))
-            return int(probe.getsockname()[1])
+            port = int(probe.getsockname()[1])
+            if sys.platform == "linux":
+                probe.detach()
+            return port
     return free_port()
 
 
