@@ -46,7 +46,7 @@ def with_tags(tags: bytes) -> bytes:
 
 def kind_of(make: Callable[[], Iterator[object]]) -> str:
     """The type of the fault with which a body is refused whole, or "ok". None of the steps may be long."""
-    for _ in range(3):  # the machine is shared: one quick run proves it
+    for _ in range(10):  # the machine is shared: one quick run proves it
         steps, kind, longest = make(), "", 0.0
         while not kind:
             began = time.thread_time()

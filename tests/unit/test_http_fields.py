@@ -16,6 +16,7 @@ from common.errors import HttpError
 from common.http import coding
 from common.http.coding import require_known_coding
 from common.http.fields import JSON, NDJSON, idempotency_key, is_json_lines, media_type, require_json
+from tests.support.cpu import least
 
 
 def refusal(action: Callable[..., object], *args: object) -> HttpError:
@@ -79,15 +80,18 @@ def test_json_lines_are_taken_only_where_they_are_asked_for() -> None:
 
 
 def test_a_hostile_media_type_is_read_in_linear_time() -> None:
-    began = time.process_time()
-    for value in (
-        b"a/b" + b" ;" * 8000 + b"\x00",
-        b"a/b;" + b'a="\\\\' * 3000,
-        b"a" * 16000,
-        b"a/b" + b";a=b" * 4000 + b"=",
-    ):
-        assert media_type(value) is None
-    assert time.process_time() - began < 0.1
+    def seconds() -> float:
+        began = time.process_time()
+        for value in (
+            b"a/b" + b" ;" * 8000 + b"\x00",
+            b"a/b;" + b'a="\\\\' * 3000,
+            b"a" * 16000,
+            b"a/b" + b";a=b" * 4000 + b"=",
+        ):
+            assert media_type(value) is None
+        return time.process_time() - began
+
+    assert least(seconds, 0.1) < 0.1
 
 
 @pytest.mark.parametrize("coding", [b"gzip", b"GZIP", b"x-gzip"])
@@ -183,9 +187,13 @@ def test_a_bomb_is_413_and_never_inflated_past_the_limit() -> None:
 
 def test_very_many_members_are_400_soon() -> None:
     body = gzip.compress(b"") * 400_000
-    began = time.process_time()
-    assert refusal(inflate, body, 1_000_000).status == 400
-    assert time.process_time() - began < 0.5
+
+    def seconds() -> float:
+        began = time.process_time()
+        assert refusal(inflate, body, 1_000_000).status == 400
+        return time.process_time() - began
+
+    assert least(seconds, 0.5) < 0.5
     assert inflate(gzip.compress(b"a") * 1000, 1000) == b"a" * 1000
 
 

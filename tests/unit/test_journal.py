@@ -19,6 +19,7 @@ import pytest
 from common.errors import TakenOver
 from common.storage.journal import Journal, JournalCorrupt
 from common.storage.state import FileState, LastRun
+from tests.support.cpu import least
 
 STATE = FileState(device=1, inode=2, committed_bytes=65, chunk_offset=0, chunk_crc32=7, started_at=1.5)
 log = logging.getLogger(__name__)
@@ -325,11 +326,17 @@ def test_200_000_ids_load_in_well_under_a_second(path: Path) -> None:
     for number in range(0, 200_000, 1000):
         journal.commit(STATE, ids(*range(number, number + 1000)))
     journal.close()
-    again = open_journal(path, dedup_window=200_000)
-    began = time.process_time()
-    again.load()
-    assert time.process_time() - began < 0.5
-    assert len(again) == 200_000
+
+    def seconds() -> float:
+        again = open_journal(path, dedup_window=200_000)
+        began = time.process_time()
+        again.load()
+        taken = time.process_time() - began
+        assert len(again) == 200_000
+        again.close()
+        return taken
+
+    assert least(seconds, 0.5) < 0.5
 
 
 # Generations
