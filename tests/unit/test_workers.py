@@ -19,12 +19,12 @@ BEGIN = """
 import logging, os, select, signal, sys, time
 from common import workers
 logging.basicConfig(format="%(message)s")
-workers.KILL_GRACE_SECONDS = 0.1
+shutdown_seconds = 60
 def say(*words):
     os.write(1, (" ".join(map(str, words)) + "\\n").encode())  # one write: lines of two processes do not mix
 """
 END = """
-sys.exit(workers.supervise(2, work, 0.1))
+sys.exit(workers.supervise(2, work, shutdown_seconds))
 """
 
 Supervise = Callable[[str], "subprocess.Popen[str]"]
@@ -60,7 +60,7 @@ def work(index, alive_fd, replaces):
         raise ValueError("a bug in a worker")
     time.sleep(60)
 """)
-    _, said = supervisor.communicate(timeout=10)
+    _, said = supervisor.communicate(timeout=30)
     assert supervisor.returncode == 1
     assert "worker 1 failed\nTraceback" in said
     assert "ValueError: a bug in a worker" in said
@@ -69,6 +69,7 @@ def work(index, alive_fd, replaces):
 def test_workers_that_had_to_be_killed_give_exit_code_1(supervise: Supervise) -> None:
     """Workers that had to be killed are said and give exit code 1."""
     supervisor = supervise("""
+shutdown_seconds = workers.KILL_GRACE_SECONDS = 0.1
 def work(index, alive_fd, replaces):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     say("ready")
@@ -76,7 +77,7 @@ def work(index, alive_fd, replaces):
 """)
     lines(supervisor, 2)
     supervisor.terminate()
-    _, said = supervisor.communicate(timeout=10)
+    _, said = supervisor.communicate(timeout=30)
     assert (supervisor.returncode, said) == (1, "2 worker(s) did not stop in time; killed\n")
 
 
@@ -90,7 +91,7 @@ def work(index, alive_fd, replaces):
 """)
     lines(supervisor, 2)
     supervisor.terminate()
-    _, said = supervisor.communicate(timeout=10)
+    _, said = supervisor.communicate(timeout=30)
     assert (supervisor.returncode, said) == (0, "")
 
 
@@ -108,7 +109,7 @@ def work(index, alive_fd, replaces):
     assert lines(supervisor, 2) == ["worker 0 hears SIGHUP", "worker 1 hears SIGHUP"]
     assert supervisor.poll() is None
     supervisor.terminate()
-    supervisor.wait(10)
+    supervisor.wait(30)
 
 
 def test_a_dead_worker_is_replaced_and_the_new_one_knows_it(supervise: Supervise) -> None:
@@ -126,7 +127,7 @@ def work(index, alive_fd, replaces):
     assert (again, replaces) == (index, "True")
     assert new_pid != pid
     supervisor.terminate()
-    supervisor.wait(10)
+    supervisor.wait(30)
 
 
 def test_every_worker_hears_of_a_killed_supervisor(supervise: Supervise) -> None:
@@ -188,7 +189,7 @@ def work(index, alive_fd, replaces):
 def replacement(index, alive_fd, ready_fd):
     say("replacement")
     os._exit(3)
-sys.exit(workers.supervise(2, work, 0.1, replacement))
+sys.exit(workers.supervise(2, work, shutdown_seconds, replacement))
 """)
     before = [line.split()[1] for line in lines(supervisor, 2)]
     supervisor.send_signal(signal.SIGHUP)
@@ -198,4 +199,4 @@ sys.exit(workers.supervise(2, work, 0.1, replacement))
     for pid in before:
         os.kill(int(pid), 0)
     supervisor.terminate()
-    supervisor.wait(10)
+    supervisor.wait(30)
