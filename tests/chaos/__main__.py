@@ -154,10 +154,12 @@ def run(
     cluster_nodes: int = 0,
     kinds: Sequence[str] = (),
     broker: RabbitMQ | None = None,
+    events: int = 0,
 ) -> Report:
     """Raise StageError when even the end is not reached; `directory` then tells why.
 
     `kinds` are the troubles of the first rounds, in place of the seed's choice. `broker` is used in place of a new one.
+    It does not end before so many `events` are accepted.
     """
     settings = {"ROTATE_BYTES": "2000000", "ROTATE_GZIP": "1", "CONFIRM_TIMEOUT_MS": "5000"}
     if cluster_nodes:
@@ -165,8 +167,8 @@ def run(
     else:
         play = troubles.on_stage(directory, seed, broker, **settings)
     trouble, stage = play.trouble, play.trouble.stage
-    events = Events(seed, keyless_every=KEYLESS_EVERY, large_every=LARGE_EVERY, batch_every=BATCH_EVERY)
-    load = Load(stage.targets(), events, concurrency=32, retries=True, rate=EVENTS_PER_SECOND)
+    made_up = Events(seed, keyless_every=KEYLESS_EVERY, large_every=LARGE_EVERY, batch_every=BATCH_EVERY)
+    load = Load(stage.targets(), made_up, concurrency=32, retries=True, rate=EVENTS_PER_SECOND)
     problems, slowest_seconds = [], 0.0
     try:
         with _Display(console, stage, load, limit) as display:
@@ -181,14 +183,14 @@ def run(
             except StageError as error:
                 problems.append(str(error))
             display.say("recovering")
-            problems += _end(play, thread)
+            problems += _end(play, thread, events)
             metrics = sum((service.metrics() for service in stage.services), start=Counter[str]())
             display.say("stopping")
             for service in (*stage.standbys, *stage.consumers, *stage.producers):
                 if service.alive and (code := service.stop()):
                     problems.append(f"{service.name} ended with {code} after SIGTERM")
             display.say("comparing")
-            verdict = stage.verdict(events, load)
+            verdict = stage.verdict(made_up, load)
             return Report(
                 seed, display.rounds, display.seconds, trouble, load, verdict, slowest_seconds, metrics, problems
             )
@@ -220,11 +222,12 @@ def _round(kind: str, play: Play, load: Load, display: _Display) -> float:
     return seconds
 
 
-def _end(play: Play, thread: LoadThread) -> list[str]:
+def _end(play: Play, thread: LoadThread, events: int) -> list[str]:
     """Undo all, end the load, wait until everything is stored; return what is wrong besides the CSV."""
     stage, load = play.trouble.stage, thread.load
     play.undo()
     stage.wait_until_ready()
+    stage.wait_until(f"{events} events are accepted", lambda: load.ledger.accepted_events >= events, 60)
     thread.finish(now=True)
     stage.wait_until_stored()
     problems = []

@@ -19,7 +19,7 @@ from tests.chaos.faulty_consumer import RECOVERING, ROTATING, STORING
 from tests.chaos.stage import Service, SingleStage, Stage, StageError
 from tests.rabbitmq import RabbitMQ
 
-REACHED_SECONDS = 6.0  # in which a consumer under load passes any fault point
+REACHED_SECONDS = 6.0  # in which a consumer under load passes any fault point, on a machine that is not busy
 _DEAD_AT = -signal.SIGKILL
 
 
@@ -59,6 +59,7 @@ class SingleTrouble(Trouble):
     """What happens to one broker, one producer, one CSV."""
 
     stage: SingleStage
+    reached_seconds = REACHED_SECONDS
 
     def kill(self, *who: str) -> None:
         """kill -9, at a random moment of the next half second."""
@@ -81,7 +82,7 @@ class SingleTrouble(Trouble):
     def aim(self, point: str, passage: int, *options: str, **environment: str) -> None:
         """A consumer that kills itself at this point. Not every point is always passed."""
         self.start_consumer(CHAOS_FAULT=":".join((point, str(passage), *options)), **environment)
-        deadline = time.monotonic() + REACHED_SECONDS
+        deadline = time.monotonic() + self.reached_seconds
         while self.stage.consumer.alive and time.monotonic() < deadline:
             self.stage.sleep(0.05)
         if self.stage.consumer.alive:
