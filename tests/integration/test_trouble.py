@@ -29,16 +29,16 @@ from tests.integration.test_contract import EVENT, call
 from tests.rabbitmq import RabbitMQ
 from tests.support.polling import wait_until
 
-RECOVERY_SECONDS = 15.0  # of which we may need a few; the rest is for a busy machine
+RECOVERY_SECONDS = 40.0  # of which we may need a few; the rest is for a busy machine
 HEARTBEAT = "?heartbeat=1"
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MB."""
+    """A file system with room for the load of minutes."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    command = ["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(disk)]
     if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode != 0:
         pytest.skip("only root may mount a small file system; the limit on the file's size is tested anyway")
     yield disk
@@ -49,7 +49,7 @@ def filled(disk: Path) -> Path:
     """The file that takes all the space that was left."""
     filler = disk / "filler"
     with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
-        while file.write(b"x" * 4096):
+        while file.write(b"x" * 65536):
             pass
     return filler
 
@@ -98,6 +98,11 @@ def until_ready(*services: Service) -> None:
         until(f"{service.name} is ready", service.is_ready)
 
 
+def until_lost(service: Service, connections: int) -> None:
+    lost = functools.partial(service.metric, "predlog_amqp_reconnects_total")
+    until(f"{service.name} has lost {connections} connections", lambda: lost() == connections)
+
+
 def limit_file_size(service: Service, size_bytes: int) -> None:
     """Writes beyond it fail, the one that crosses it in its middle. Leave some room for the service's log."""
     resource.prlimit(service.process.pid, resource.RLIMIT_FSIZE, (size_bytes, resource.RLIM_INFINITY))
@@ -120,7 +125,7 @@ def test_a_standby_takes_over_within_seconds_of_a_kill(producer: Start, consumer
     active.kill()
     killed = time.monotonic()
     until_ready(standby)
-    assert time.monotonic() - killed < 5
+    assert time.monotonic() - killed < 15, "no time-out of the broker's was waited for"
     traffic.wait_for_more()
     traffic.assert_exactly_once()
 
@@ -134,7 +139,7 @@ def test_a_full_disk_is_told_and_waited_out(small_disk: Path, producer: Start, c
     until_not_ready(storing, "No space left on device")
     traffic.wait_for_more()
     assert storing.metric("predlog_store_ok") == 0
-    assert storing.metric("predlog_unacked") >= 50
+    until("it has the events", lambda: storing.metric("predlog_unacked") >= 50)
     assert storing.log().count("cannot store") == 1
     filler.unlink()
     until_ready(storing)
@@ -269,7 +274,7 @@ def test_a_memory_alarm_refuses_events_until_it_ends(producer: Start, consumer: 
     try:
         until_not_ready(posting, "low on memory")
         until("events are refused", lambda: traffic.load.ledger.answers[503] > 0)
-        assert storing.is_ready(), "what is in the queue can be taken out"
+        until_ready(storing)  # what is in the queue can be taken out
     finally:
         node.ctl("set_vm_memory_high_watermark", "0.4")
     until_ready(posting)
@@ -292,10 +297,12 @@ def test_a_deleted_queue_is_declared_again_by_both(
 def test_connections_closed_by_the_broker_come_back(producer: Start, consumer: Start, node: RabbitMQ) -> None:
     posting, storing = producer(AMQP_URL=node.url), consumer(AMQP_URL=node.url)
     traffic = Traffic(posting, storing.csv_file)
-    for _ in range(2):
+    for number in (1, 2):
         traffic.wait_for_more()
         node.ctl("close_all_connections", "test")
-    until_ready(posting, storing)
+        for service in (posting, storing):
+            until_lost(service, number)
+        until_ready(posting, storing)
     traffic.assert_exactly_once()
     assert storing.metric("predlog_amqp_reconnects_total") == 2
     assert posting.metric("predlog_amqp_reconnects_total") == 2
@@ -359,7 +366,7 @@ def test_fifty_reconnects_drop_and_dead_letter_no_message(
 
     async def reconnect_often() -> None:
         for _ in range(50):
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(30):
                 await take_all_and_go()
 
     asyncio.run(reconnect_often())
