@@ -21,7 +21,7 @@ from scripts.rabbitmq import free_port, orphans_get
 from tests.rabbitmq import RabbitMQ
 
 ROOT = Path(__file__).resolve().parent.parent
-READY_TIMEOUT_SECONDS = 20.0
+READY_TIMEOUT_SECONDS = 45.0
 
 settings.register_profile("default", deadline=None)
 settings.register_profile("fuzz", deadline=None, max_examples=20_000)
@@ -77,7 +77,7 @@ class Service:
     def not_ready(self) -> str:
         """Return why /readyz says no, of all or of some partitions; "" when it is ready."""
         try:
-            with urllib.request.urlopen(f"{self.url}/readyz", timeout=5) as answer:
+            with urllib.request.urlopen(f"{self.url}/readyz", timeout=20) as answer:
                 return str(json.load(answer).get("down", ""))
         except urllib.error.HTTPError as refusal:
             return str(json.load(refusal)["detail"])
@@ -86,7 +86,7 @@ class Service:
 
     def metric(self, sample: str) -> float:
         """Return the value of a sample, such as `predlog_rows_total`, as /metrics has it. `sample` has its labels."""
-        with urllib.request.urlopen(f"{self.url}/metrics", timeout=5) as page:
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=20) as page:
             lines = page.read().decode().splitlines()
         values = [line.removeprefix(f"{sample} ") for line in lines if line.startswith(f"{sample} ")]
         assert len(values) == 1, f"{self.name} has {len(values)} of {sample}"

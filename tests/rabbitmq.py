@@ -34,7 +34,7 @@ class RabbitMQ(rabbitmq.RabbitMQ):
 
     def is_up(self) -> bool:
         """Tell whether it greets a client, at every port; raise BrokerError when it has ended."""
-        return super().is_up() and (not self.tls_port or _listens(self.tls_port))
+        return super().is_up() and (not self.tls_port or listens(self.tls_port))
 
     def sync_new_queues(self) -> None:
         """Call it between the first declare of a quorum queue and `kill`.
@@ -83,7 +83,8 @@ class RabbitMQ(rabbitmq.RabbitMQ):
         self.process.send_signal(number)
 
 
-def _listens(port: int) -> bool:
+def listens(port: int) -> bool:
+    """Tell whether a connection is accepted there."""
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 2):
         return True
     return False

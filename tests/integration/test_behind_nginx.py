@@ -93,7 +93,7 @@ def test_a_stop_behind_nginx_is_seen_by_nobody(producer: Start, tmp_path: Path) 
 
 
 def test_a_drain_delay_listens_while_readyz_says_no(producer: Start) -> None:
-    service = producer(DRAIN_DELAY_MS=1500)
+    service = producer(DRAIN_DELAY_MS=4000)
     service.process.terminate()
     wait_until("not ready", lambda: not service.is_ready())
     assert service.process.poll() is None

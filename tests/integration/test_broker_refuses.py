@@ -32,7 +32,7 @@ def wait_for_stall(service: Service, device_id: str, words: str) -> None:
         post(service, device_id)
         return words in service.not_ready()
 
-    wait_until(f"/readyz says {words!r}", told, explain=service.log)
+    wait_until(f"/readyz says {words!r}", told, 90, explain=service.log)
 
 
 def limit(broker: RabbitMQ, queue_name: str) -> None:

@@ -51,7 +51,7 @@ def post(service: Service, document: Any, path: str = "/process", **headers: str
 async def messages(broker: RabbitMQ, queue: str, count: int) -> list[Any]:
     """Take `count` messages from a queue (by consuming: RabbitMQ refuses basic.get with a single active consumer)."""
     taken: asyncio.Queue[Any] = asyncio.Queue()
-    async with aiormq.connect(broker.url) as connection, asyncio.timeout(10):
+    async with aiormq.connect(broker.url) as connection, asyncio.timeout(40):
         channel = await connection.channel()
         await channel.basic_consume(queue, taken.put, no_ack=True)
         return [await taken.get() for _ in range(count)]
@@ -75,7 +75,7 @@ async def test_200_echoes_the_event_as_it_was_published(producer: Start, broker:
     assert (properties.content_type, properties.delivery_mode) == ("application/json", 2)
     assert len(properties.message_id) == 32
     assert int(properties.message_id, 16) >= 0
-    assert abs(properties.timestamp.timestamp() - time.time()) < 10
+    assert abs(properties.timestamp.timestamp() - time.time()) < 30
 
 
 async def test_a_queue_with_other_arguments_is_one_clear_line(
@@ -370,7 +370,7 @@ def test_workers_share_a_port_and_metrics_and_are_replaced(producer: Start) -> N
     assert len(first) == 2
     os.kill(first[0], signal.SIGKILL)
     wait_until("the killed one is reaped", lambda: first[0] not in children(service.process.pid), explain=service.log)
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + 45
     answered = 40
     while answered < 60 or len(children(service.process.pid)) < 2 or service.metric("predlog_amqp_connected") < 1:
         assert post(service, EVENT)[0] == 200  # a new worker takes none before it has its broker

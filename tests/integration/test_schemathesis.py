@@ -29,10 +29,11 @@ def test_schemathesis_finds_nothing_with_all_its_checks(producer: Start, tmp_pat
         *("run", f"{service.url}/openapi.json", "--header", "Authorization: Bearer s3cret"),
         *("--checks", "all", "--mode", "all", "--max-examples", "30", "--seed", "1"),
         *("--generation-database", "none", "--no-color"),
+        *("--suppress-health-check", "too_slow", "--request-timeout", "60"),
     ]
     environment = {**os.environ, "SCHEMATHESIS_HOOKS": "hooks", "PYTHONPATH": str(tmp_path)}
     done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=120
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=240
     )
     print(done.stdout[done.stdout.find("SUMMARY") :])
     assert service.process.poll() is None, service.log()

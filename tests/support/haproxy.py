@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from scripts.rabbitmq import free_port
+from tests.rabbitmq import listens
 from tests.support.polling import wait_until
 
 PROGRAM = shutil.which("haproxy") or shutil.which("haproxy", path="/usr/sbin")
@@ -35,7 +36,9 @@ def haproxy(directory: Path, urls: Sequence[str]) -> Iterator[str]:
         command = [PROGRAM, "-db", "-f", str(directory / "haproxy.cfg")]
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
         try:
-            wait_until("HAProxy runs", stats.exists, explain=(directory / "log").read_text)
+            wait_until(
+                "HAProxy listens", lambda: stats.exists() and listens(port), explain=(directory / "log").read_text
+            )
             yield f"http://127.0.0.1:{port}"
         finally:
             process.terminate()

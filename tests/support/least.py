@@ -1,4 +1,4 @@
-"""The CPU time of a piece of work, on a machine that others use too."""
+"""How long a piece of work takes, on a machine that others use too."""
 
 from __future__ import annotations
 

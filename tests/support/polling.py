@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 
-TIMEOUT_SECONDS = 20.0
+TIMEOUT_SECONDS = 45.0
 _POLL_SECONDS = 0.02
 
 

@@ -16,7 +16,7 @@ from common.errors import HttpError
 from common.http import coding
 from common.http.coding import require_known_coding
 from common.http.fields import JSON, NDJSON, idempotency_key, is_json_lines, media_type, require_json
-from tests.support.cpu import least
+from tests.support.least import least
 
 
 def refusal(action: Callable[..., object], *args: object) -> HttpError:

@@ -20,7 +20,7 @@ from common.errors import HttpError
 from common.http.parser import Head, Limits, Request, RequestParser
 from common.http.response import CONTINUE, encode_response
 from tests.fuzz.http1_oracle import Outcome, read, single_bytes
-from tests.support.cpu import least
+from tests.support.least import least
 
 ROOMY = Limits()
 GET = b"GET /good HTTP/1.1\r\nHost: x\r\n\r\n"

@@ -19,7 +19,7 @@ import pytest
 from common.errors import TakenOver
 from common.storage.journal import Journal, JournalCorrupt
 from common.storage.state import FileState, LastRun
-from tests.support.cpu import least
+from tests.support.least import least
 
 STATE = FileState(device=1, inode=2, committed_bytes=65, chunk_offset=0, chunk_crc32=7, started_at=1.5)
 log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, example, given, settings, target
 from hypothesis import strategies as st
 
 from tests.fuzz.loop_delay import MOST_SECONDS, delay_of
-from tests.support.cpu import least
+from tests.support.least import least
 
 EVENT = json.dumps(
     {
