@@ -71,7 +71,8 @@ def serve_all(settings: ProducerSettings, inherited: socket.socket | None, comma
         told = " ".join(map(str, (index, shared_port, *fds)))
         os.execve(command[0], list(command), {**os.environ, WORKER: told})
 
-    return workers.supervise(settings.workers, work, settings.shutdown_timeout_ms / 1000, replacement)
+    stop_seconds = (settings.drain_delay_ms + settings.shutdown_timeout_ms) / 1000
+    return workers.supervise(settings.workers, work, stop_seconds, replacement)
 
 
 def serve_as_replacement(settings: ProducerSettings, told: str) -> int:

@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from common import workers
+from common.config import ProducerSettings
 from common.errors import StartupError
+from common.producer.processes import serve_all
 from tests.conftest import ROOT
 
 BEGIN = """
@@ -200,3 +202,17 @@ sys.exit(workers.supervise(2, work, shutdown_seconds, replacement))
         os.kill(int(pid), 0)
     supervisor.terminate()
     supervisor.wait(30)
+
+
+def test_a_stop_with_a_drain_delay_has_the_shutdown_timeout_besides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The supervisor killed workers that still served their delay, and those that finished accepted work after it."""
+    given: list[float] = []
+
+    def supervise(count: int, work: object, shutdown_seconds: float, replacement: object) -> int:
+        given.append(shutdown_seconds)
+        return 0
+
+    monkeypatch.setattr(workers, "supervise", supervise)
+    settings = ProducerSettings(http_port=0, workers=2, drain_delay_ms=30_000, shutdown_timeout_ms=10_000)
+    assert serve_all(settings, None, []) == 0
+    assert given == [40.0]
