@@ -17,6 +17,7 @@ from common.http.parser import Limits
 from common.http.server import HttpServer, ServerLimits
 from common.process import end, first_of, raise_file_limit
 from common.producer.api import Api
+from common.producer.batch import PARSED_FACTOR
 from common.producer.metrics import Counters
 from common.producer.publisher import Publisher
 from common.producer.slices import Slices
@@ -27,11 +28,11 @@ log = logging.getLogger("predlog.producer")
 SWEEP_SECONDS = 0.1
 ALL_UP_SECONDS = 5.0  # for every partition to get its connection; then the start stops waiting for the rest
 FILES_BESIDES_CONNECTIONS = 64 + SPARE_CONNECTIONS
-BUFFERED_BYTES = 256 * 1024 * 1024  # of incomplete requests and unread answers, over all connections
+BUFFERED_BYTES = 256 * 1024 * 1024  # of incomplete requests and unread answers, over all connections, at least
 LAST_ANSWERS_SECONDS = 0.1  # for sending the answers that end a drain
 
 
-def _limits(settings: ProducerSettings, most_connections: int) -> ServerLimits:
+def limits_of(settings: ProducerSettings, most_connections: int) -> ServerLimits:
     return ServerLimits(
         request=Limits(
             target_bytes=settings.max_target_bytes,
@@ -42,7 +43,8 @@ def _limits(settings: ProducerSettings, most_connections: int) -> ServerLimits:
         ),
         connections=min(settings.max_connections, most_connections),
         pipelined=settings.max_pipelined,
-        buffered_bytes=max(BUFFERED_BYTES, 2 * settings.max_body_bytes),
+        # Room for the largest batch while it is read, and for two bodies that arrive meanwhile.
+        buffered_bytes=max(BUFFERED_BYTES, (PARSED_FACTOR + 2) * settings.max_body_bytes),
         head_seconds=settings.head_timeout_ms / 1000,
         body_seconds=settings.body_timeout_ms / 1000,
         idle_seconds=settings.idle_timeout_ms / 1000,
@@ -91,7 +93,7 @@ class Producer:
         ]
         slices = Slices(asyncio.get_running_loop().call_soon)
         self._api = Api(settings, self._publishers, counters, slices, rows or (counters.metrics.values,))
-        self._server = HttpServer(_limits(settings, _most_connections(settings)), self._api)
+        self._server = HttpServer(limits_of(settings, _most_connections(settings)), self._api)
         self._tasks: list[asyncio.Task[None]] = []
         counters.metrics.values[counters.start_time] = time.time()
 

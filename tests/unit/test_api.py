@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 
+from common.config import ProducerSettings
+from common.producer.batch import PARSED_FACTOR
 from common.producer.intake import random_uuids
+from common.producer.service import limits_of
 from tests.support.polling import wait_until
 from tests.support.producer import Answer, FakeProducer, an_event, post
 
@@ -312,3 +315,10 @@ def test_the_only_partition_that_is_down_is_503_without_a_number() -> None:
     producer.api.tick(0)
     producer.publishers[0].down("cut")
     assert readiness(producer) == (503, "no broker: cut")
+
+
+def test_the_largest_batch_is_within_the_bound_on_memory() -> None:
+    """With MAX_BODY_BYTES of 64 MiB, a batch above 32 MiB was 503 forever, though nothing else was there."""
+    for mib in (8, 64):
+        settings = ProducerSettings(max_body_bytes=mib << 20)
+        assert limits_of(settings, 100).buffered_bytes > PARSED_FACTOR * settings.max_body_bytes
