@@ -17,6 +17,7 @@ from email.utils import formatdate
 from common.errors import StartupError
 from common.http.connection import Connection, ServerLimits, ServerState
 from common.http.exchange import Application, Exchange
+from common.http.phases import IDLE, LAST_REQUEST_SECONDS
 
 __all__ = ["Application", "Exchange", "HttpServer", "ServerLimits"]
 
@@ -56,6 +57,9 @@ class HttpServer:
         self._tls: ssl.SSLContext | None = None
         self._server: asyncio.Server | None = None
         self._inherited = False
+        self._handshakes: dict[Connection, float] = {}  # of TLS, that may be in progress, and when each began
+        self._arrivals: set[asyncio.Task[None]] = set()  # of connections that were in the queue when the stop began
+        self._arrive_until = 0.0
         self._sweeper: asyncio.TimerHandle | None = None
 
     @property
@@ -109,7 +113,19 @@ class HttpServer:
         return int(self._server.sockets[0].getsockname()[1])
 
     def _connection(self) -> Connection:
-        return Connection(self.state)
+        connection = Connection(self.state)
+        if self._tls is not None:
+            self._handshakes[connection] = self._loop.time()
+        return connection
+
+    def _forget_handshakes(self) -> None:
+        """Forget the handshakes that have ended. Nothing tells of one that failed, so its time must pass."""
+        since = self._loop.time() - HANDSHAKE_SECONDS
+        self._handshakes = {
+            connection: began
+            for connection, began in self._handshakes.items()
+            if connection.transport is None and connection.phase is IDLE and began > since
+        }
 
     def _sweep_at(self, when: float) -> None:
         self._sweeper = self._loop.call_at(when, self._sweep, when)
@@ -121,6 +137,7 @@ class HttpServer:
         # A sweep that the loop delayed is skipped: what clients sent meanwhile is not read yet.
         if self._loop.time() - due < seconds:
             state.sweep()
+        self._forget_handshakes()
         self._sweep_at(self._loop.time() + seconds)
 
     async def stop_listening(self) -> None:
@@ -148,23 +165,32 @@ class HttpServer:
                 while len(accepted) < BACKLOG:  # of a socket that another process listens on too, others may come
                     accepted.append(queue.accept()[0])
             queue.close()  # with nothing between: a client that comes now is refused, and can go elsewhere
-        for client in accepted:
-            with suppress(OSError):
-                client.setblocking(False)
-                await self._loop.connect_accepted_socket(
-                    self._connection,
-                    client,
-                    ssl=self._tls,
-                    ssl_handshake_timeout=HANDSHAKE_SECONDS if self._tls else None,
-                )
+        self._arrivals = {self._loop.create_task(self._arrive(client)) for client in accepted}
+        self._arrive_until = self._loop.time() + LAST_REQUEST_SECONDS
         self.state.drain()
         if self._sweeper is not None:
             self._sweeper.cancel()
             self._sweep_at(self._loop.time() + DRAIN_SWEEP_SECONDS)
 
+    async def _arrive(self, client: socket.socket) -> None:
+        with suppress(OSError):
+            client.setblocking(False)
+            await self._loop.connect_accepted_socket(
+                self._connection,
+                client,
+                ssl=self._tls,
+                ssl_handshake_timeout=HANDSHAKE_SECONDS if self._tls else None,
+            )
+
+    def _is_one_arriving(self) -> bool:
+        """Tell whether a client has connected that is in no connection yet, and may still be waited for."""
+        self._forget_handshakes()
+        arriving = bool(self._handshakes) or any(not task.done() for task in self._arrivals)
+        return arriving and self._loop.time() < self._arrive_until
+
     async def drained(self) -> None:
-        """Wait until every connection has had its answers and is closed."""
-        while self.state.connections:
+        """Wait until every connection has had its answers and is closed. TLS handshakes have LAST_REQUEST_SECONDS."""
+        while self.state.connections or self._is_one_arriving():
             await asyncio.sleep(0.01)
 
     def abort(self) -> None:
@@ -173,5 +199,7 @@ class HttpServer:
             self._sweeper.cancel()
         if self._server is not None:
             self._server.close()
+        for task in self._arrivals:
+            task.cancel()
         for connection in list(self.state.connections):
             connection.abort()

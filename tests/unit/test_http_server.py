@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 from collections.abc import Iterator
 
 import pytest
+import trustme
 
 from common.http.exchange import Exchange
 from common.http.parser import Head, Limits, Request
@@ -71,6 +73,55 @@ async def test_a_stop_refuses_who_comes_and_resets_nobody(client: socket.socket)
     await stop
     await server.drained()
     server.abort()
+
+
+@pytest.fixture
+def tls() -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    trustme.CA().issue_cert("h").configure_cert(context)
+    return context
+
+
+async def test_a_stop_answers_a_client_in_its_tls_handshake(tls: ssl.SSLContext) -> None:
+    """Its connection was not counted yet, so the process ended and cut it off."""
+    server = HttpServer(LIMITS, Hello())
+    port = await server.listen("127.0.0.1", 0, tls)
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    client = context.wrap_bio(incoming, outgoing)
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    with pytest.raises(ssl.SSLWantReadError):
+        client.do_handshake()
+    writer.write(outgoing.read())
+    incoming.write(await reader.read(10_000))
+    await server.stop_listening()
+    drained = asyncio.create_task(server.drained())
+    await asyncio.sleep(0.02)
+    assert not drained.done()  # it would end the process
+    client.do_handshake()
+    client.write(b"GET / HTTP/1.1\r\nHost: h\r\n\r\n")
+    writer.write(outgoing.read())
+    async with asyncio.timeout(5):
+        incoming.write(await reader.read(10_000))
+        assert client.read(1000).startswith(b"HTTP/1.1 200")
+        writer.close()
+        await drained
+    server.abort()
+
+
+async def test_clients_that_never_begin_tls_delay_a_stop_by_a_second_in_all(tls: ssl.SSLContext) -> None:
+    """It waited 10 s for each that was in the queue, one after the other."""
+    server = HttpServer(LIMITS, Hello())
+    listener = socket.create_server(("127.0.0.1", 0))
+    await server.listen("127.0.0.1", 0, tls, inherited=listener)
+    silent = [socket.create_connection(listener.getsockname()) for _ in range(3)]
+    async with asyncio.timeout(5):
+        await server.stop_listening()
+        await server.drained()
+    server.abort()
+    for each in silent:
+        each.close()
 
 
 async def test_clients_that_come_in_a_replacement_go_to_the_new_one() -> None:
