@@ -130,7 +130,9 @@ async def end(*tasks: asyncio.Task[Any]) -> None:
 async def first_of(stop: asyncio.Event, *tasks: asyncio.Task[Any]) -> None:
     """Wait for `stop`, or until one of `tasks` fails; then raise its exception. The tasks never end by themselves."""
     stopping = asyncio.ensure_future(stop.wait())
-    done, _ = await asyncio.wait({stopping, *tasks}, return_when=asyncio.FIRST_COMPLETED)
-    stopping.cancel()
+    try:
+        done, _ = await asyncio.wait({stopping, *tasks}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        stopping.cancel()
     for task in done - {stopping}:
         task.result()

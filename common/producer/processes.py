@@ -34,13 +34,13 @@ async def serve(
 ) -> None:
     """Run one producer until a signal, or until the supervisor at `alive_fd` is gone; then drain.
 
-    `ready_fd` is written to once it listens.
+    `ready_fd` is written to once it listens. Whoever reads it keeps an old worker until then.
     """
     stop = on_stop(alive_fd)
     producer = Producer(settings, counters, rows, shared_port, inherited)
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, producer.reload_certificate)
     try:
-        await producer.start(replaces)
+        await producer.start(replaces, takes_over=ready_fd is not None)
         if ready_fd is not None:
             os.write(ready_fd, b"1")
             os.close(ready_fd)

@@ -97,11 +97,12 @@ class Producer:
         self._tasks: list[asyncio.Task[None]] = []
         counters.metrics.values[counters.start_time] = time.time()
 
-    async def start(self, replaces: bool = False) -> int:
+    async def start(self, replaces: bool = False, takes_over: bool = False) -> int:
         """Connect and listen; return the port. Raise StartupError.
 
-        A worker that `replaces` another listens only once it has its broker, as others serve the clients meanwhile. So
-        does one with an inherited socket, whose clients wait in the queue.
+        A worker that `replaces` another waits some seconds for its broker before it listens, as others serve the
+        clients meanwhile. So does one with an inherited socket, whose clients wait in the queue. One that `takes_over`
+        from a worker that still serves waits for as long as whoever started it allows.
         """
         settings = self._settings
         self._tasks = [
@@ -113,6 +114,8 @@ class Producer:
             with suppress(TimeoutError):
                 async with asyncio.timeout(ALL_UP_SECONDS):
                     await self._all_up()
+        if takes_over:
+            await self._one_up()
         tls = self._certificate.context if self._certificate is not None else None
         wanted = settings.http_port if self._shared_port is None else self._shared_port
         port = await self._server.listen(settings.http_host, wanted, tls, settings.workers, self._inherited)
@@ -161,6 +164,12 @@ class Producer:
     async def _all_up(self) -> None:
         for publisher in self._publishers:
             await first_of(publisher.was_up, *self._tasks)
+
+    async def _one_up(self) -> None:
+        while not any(publisher.was_up.is_set() for publisher in self._publishers):
+            with suppress(TimeoutError):
+                async with asyncio.timeout(SWEEP_SECONDS):
+                    await first_of(asyncio.Event(), *self._tasks)
 
     async def _tick(self) -> None:
         while True:
