@@ -2,13 +2,11 @@
 
 from pathlib import Path
 
-import pytest
 from rich.console import Console
 
 from tests.chaos.__main__ import Limit, run
 
 
-@pytest.mark.timeout(360)  # three brokers and what kills them take a minute on two idle cores
 def test_the_promise_holds_while_a_cluster_loses_nodes(tmp_path: Path) -> None:
     """One of three is cut off from the others, then one is killed: two continue, and three are whole again."""
     report = run(12, Limit(2, 0), tmp_path, Console(quiet=True), 3, ("cut_off_node", "kill_node"), events=500)
