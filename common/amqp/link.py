@@ -326,6 +326,8 @@ async def _up(listener: LinkListener, link: Link) -> None:
         if not setting_up.done():
             setting_up.cancel()
             await asyncio.wait({setting_up})
+        if not setting_up.cancelled():
+            setting_up.exception()  # else asyncio logs it, when this was cancelled
     if link.lane.lost is not None and not _is_hopeless(setting_up):
         raise ConnectionError(link.lane.lost)
     if setting_up.cancelled():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import socket
 from collections.abc import AsyncIterator
@@ -107,7 +108,10 @@ async def test_cut_at_any_byte_of_the_set_up_it_ends_connected(broker: RabbitMQ,
             group.create_task(through_every(first))
 
 
-async def test_cancelled_at_any_turn_of_the_loop_after_a_cut_it_ends(broker: RabbitMQ, queue_name: str) -> None:
+async def test_cancelled_at_any_turn_of_the_loop_after_a_cut_it_ends(
+    broker: RabbitMQ, queue_name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It ends, and asyncio has nothing to log about a task whose exception nobody looked at."""
     total = await set_up_bytes(broker, queue_name)
     for place in range(10):
         for turns in range(20):
@@ -118,6 +122,8 @@ async def test_cancelled_at_any_turn_of_the_loop_after_a_cut_it_ends(broker: Rab
                     for _ in range(turns):
                         await asyncio.sleep(0)
                 assert one.task.cancelled()
+    gc.collect()
+    assert [record.getMessage() for record in caplog.records if record.name == "asyncio"] == []
 
 
 async def test_cancelled_at_any_turn_after_a_loss_in_a_call_it_ends(broker: RabbitMQ, queue_name: str) -> None:

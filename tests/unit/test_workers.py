@@ -214,5 +214,6 @@ def test_a_stop_with_a_drain_delay_has_the_shutdown_timeout_besides(monkeypatch:
 
     monkeypatch.setattr(workers, "supervise", supervise)
     settings = ProducerSettings(http_port=0, workers=2, drain_delay_ms=30_000, shutdown_timeout_ms=10_000)
-    assert serve_all(settings, None, []) == 0
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        assert serve_all(settings, listener, []) == 0
     assert given == [40.0]
