@@ -17,17 +17,17 @@ from common.errors import HttpError, InvalidEvent, NotConfirmed, Unavailable
 from common.event.document import write_json
 from common.event.schema import NormalEvent, normalise_event, normalise_in_steps
 from common.http.coding import decoded, require_known_coding
+from common.http.exchange import Exchange
 from common.http.fields import idempotency_key, is_json_lines, require_json
 from common.http.parser import Head, Request
-from common.http.server import Exchange
+from common.http.turns import Job, Turns
 from common.metrics import CONTENT_TYPE as METRICS_TYPE
 from common.producer import openapi
 from common.producer.batch import Batch
 from common.producer.intake import Intake
 from common.producer.metrics import METHODS, OTHER, Counters
-from common.producer.origins import PROBES, Origins
+from common.producer.origins import Origins
 from common.producer.publisher import Publication, Publisher
-from common.producer.slices import Job, Slices
 
 log = logging.getLogger("predlog.http")
 
@@ -71,7 +71,7 @@ class Api:
         settings: ProducerSettings,
         publishers: Sequence[Publisher],
         counters: Counters,
-        slices: Slices,
+        turns: Turns,
         rows: Sequence[Sequence[float]],
     ) -> None:
         self._settings = settings
@@ -79,7 +79,7 @@ class Api:
         self._publishers = publishers
         self._only_publisher = publishers[0] if len(publishers) == 1 else None
         self._counters = counters
-        self._slices = slices
+        self._turns = turns
         self._rows = rows
         self._intake = Intake(publishers, counters)
         self._origins = Origins(settings.allowed_hosts, settings.cors_origins)
@@ -134,10 +134,6 @@ class Api:
             if head.content_encoding is not None:
                 require_known_coding(head.content_encoding)
 
-    def is_probe(self, head: Head) -> bool:
-        """Tell whether an orchestrator asks for liveness or readiness."""
-        return head.path in PROBES and head.method in METHODS[head.path]
-
     def _authorize(self, given: bytes | None) -> None:
         if given is not None and given[:7].lower() == b"bearer ":
             given = b"Bearer " + given[7:].strip()
@@ -164,7 +160,7 @@ class Api:
             if head.content_encoding is None and len(request.body) <= WHOLE_BYTES:
                 self._process(request.body, idempotency_key(head.idempotency_key), exchange)
             else:
-                self._in_slices(self._process_in_steps(request, exchange), request, exchange)
+                self._in_turns(self._process_in_steps(request, exchange), request, exchange)
         elif head.method == b"OPTIONS":
             if path == b"*":
                 exchange.answer(200, b"", extra=b"Allow: GET, HEAD, POST, OPTIONS\r\n")
@@ -229,11 +225,11 @@ class Api:
         batch = Batch(self._intake, exchange, key, settings.confirm_timeout_ms / 1000)
         lines = is_json_lines(head.content_type)
         steps = batch.steps(request.body, head.content_encoding, lines, settings.max_body_bytes, settings.max_preds)
-        self._in_slices(steps, request, exchange)
+        self._in_turns(steps, request, exchange)
 
-    def _in_slices(self, job: Job, request: Request, exchange: Exchange) -> None:
+    def _in_turns(self, job: Job, request: Request, exchange: Exchange) -> None:
         exchange.hold(len(request.body))
-        self._slices.add(exchange.client, self._answered(job, exchange))
+        self._turns.add(exchange.client, self._answered(job, exchange))
 
     def _answered(self, job: Job, exchange: Exchange) -> Job:
         """Run the job; answer 500 if it fails, as the server does for `handle`."""

@@ -8,10 +8,10 @@ from common.errors import InvalidEvent, NotConfirmed, Unavailable
 from common.event.document import write_json
 from common.event.schema import NormalEvent, normalise_batch
 from common.http.coding import decoded
-from common.http.server import Exchange
+from common.http.exchange import Exchange
+from common.http.turns import Job
 from common.producer.intake import Intake
 from common.producer.publisher import Publication, Publisher
-from common.producer.slices import Job
 
 PARSED_FACTOR = 8  # the memory of a document of small values, compared with its JSON
 

@@ -11,10 +11,10 @@ from common.amqp.codec import Confirm, Part
 from common.config import ProducerSettings
 from common.http.connection import Connection, ServerLimits, ServerState
 from common.http.parser import Limits
+from common.http.turns import Turns
 from common.producer.api import Api
 from common.producer.metrics import Counters
 from common.producer.publisher import Publisher
-from common.producer.slices import Slices
 from tests.support.transport import FakeTransport
 
 
@@ -69,7 +69,7 @@ class FakeProducer:
             Publisher(
                 f"q.{k}",
                 self.settings.max_unconfirmed // count,
-                self.settings.max_unconfirmed_bytes // count,
+                (1 << 26) // count,
                 self.settings.confirm_timeout_ms / 1000,
                 lambda: self.now,
                 lambda: self.now,
@@ -81,9 +81,8 @@ class FakeProducer:
         for publisher, lane in zip(self.publishers, self.lanes, strict=True):
             publisher.link_up(lane, 131_072)
         self.counters = Counters(count)
-        self.api = Api(
-            self.settings, self.publishers, self.counters, Slices(self._soon.append), [self.counters.metrics.values]
-        )
+        turns = Turns(self._soon.append, lambda: self.now)
+        self.api = Api(self.settings, self.publishers, self.counters, turns, [self.counters.metrics.values])
         limits = ServerLimits(
             request=Limits(),
             connections=100,
@@ -94,7 +93,7 @@ class FakeProducer:
             idle_seconds=10.0,
             write_seconds=10.0,
         )
-        self._state = ServerState(limits, self.api, lambda: self.now, self._soon.append)
+        self._state = ServerState(limits, self.api, lambda: self.now, turns)
         self._connection = Connection(self._state)
         self._transport = FakeTransport()
         self._connection.connection_made(self._transport)

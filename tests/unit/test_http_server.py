@@ -10,9 +10,10 @@ from collections.abc import Iterator
 import pytest
 import trustme
 
+from common.http.connection import ServerLimits
 from common.http.exchange import Exchange
 from common.http.parser import Head, Limits, Request
-from common.http.server import HttpServer, ServerLimits
+from common.http.server import HttpServer
 from common.workers import reserve_port
 
 LIMITS = ServerLimits(
@@ -32,9 +33,6 @@ class Hello:
 
     def check(self, head: Head) -> bytes:
         return b""
-
-    def is_probe(self, head: Head) -> bool:
-        return False
 
     def handle(self, request: Request, exchange: Exchange) -> None:
         exchange.answer(200, b"hello")
