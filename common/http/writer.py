@@ -56,12 +56,12 @@ class Writer:
             parts += exchange.encode(date)
             if exchange.close:
                 due.clear()
+        if self.stuck:
+            self.unsent_bytes += sum(map(len, parts))
         if len(parts) == 1:
             self._transport.write(parts[0])
         else:
             self._transport.writelines(parts)
-        if self.stuck:
-            self.unsent_bytes += sum(map(len, parts))
         return exchange
 
     def begin_timing(self, now: float) -> None:

@@ -341,7 +341,7 @@ def test_a_stop_lets_a_body_come_in_and_bounds_silence(server: Server) -> None:
 
 
 def test_a_stop_ends_a_pipeline_with_connection_close(server: Server) -> None:
-    """All that was read is answered, however fast more comes; what comes behind the last request is read and dropped."""
+    """All that was read is answered, however fast more comes. What comes behind it is read and dropped."""
     connection, transport = server.connect()
     connection.data_received(LATER * 20 + GET[:5])
     server.state.drain()
