@@ -10,13 +10,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
 from common.errors import HttpError
 from common.http.exchange import Application, Exchange
-from common.http.parser import Head, Limits, Request, RequestParser
+from common.http.parser import Limits, Request, RequestParser
 from common.http.phases import (
     ANSWERING,
     BODY,
@@ -34,8 +35,9 @@ from common.http.phases import (
 )
 from common.http.pool import Pool
 from common.http.response import CONTINUE
+from common.http.tls import Tls
 from common.http.turns import Job, Turns
-from common.http.writer import Transport, Writer
+from common.http.writer import Writer
 
 log = logging.getLogger("predlog.http")
 
@@ -44,6 +46,7 @@ SLICE_SECONDS = 0.002
 
 _CLIENTS_TURN = frozenset({HANDSHAKE, IDLE, HEAD, BODY, LINGERING})
 _TRY_AGAIN = (("Retry-After", "1"),)
+_BUG = "internal error; the log has the details"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,32 +102,17 @@ class ServerState:
 
 
 class Connection(asyncio.Protocol):
-    """The connection of one client. With `tls` it begins with a handshake, which common/http/tls.py does."""
+    """The connection of one client, within TLS if it is given."""
 
-    __slots__ = (
-        "_ends_next",
-        "_eof",
-        "_fields",
-        "_parser",
-        "_pumping",
-        "_reading",
-        "_surplus",
-        "_transport",
-        "_waiting",
-        "_writer",
-        "deadline",
-        "held_bytes",
-        "phase",
-        "state",
-    )
-    _transport: Transport  # set when it is connected, as is the writer
+    _transport: asyncio.Transport  # set when it is connected, as is the writer
     _writer: Writer
 
-    def __init__(self, state: ServerState, tls: bool = False) -> None:
+    def __init__(self, state: ServerState, tls: Tls | None = None) -> None:
         self.state = state
-        self.phase = HANDSHAKE if tls else IDLE
+        self.phase = IDLE if tls is None else HANDSHAKE
         self.deadline = math.inf  # of the phase
         self.held_bytes = 0  # of the handshake, the incomplete request and unsent answers; counted by the pool
+        self._tls = tls
         self._parser = RequestParser(state.limits.request)
         self._fields = b""  # what `check` returned for a head whose body is still arriving
         self._reading = True
@@ -135,9 +123,9 @@ class Connection(asyncio.Protocol):
         self._waiting = False  # for its turn
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(Transport, transport)
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is one by its methods, not by its class
         state = self.state
-        self._writer = Writer(self._transport, state.limits.write_seconds)
+        self._writer = Writer(self._transport, self._tls, state.limits.write_seconds)
         now = state.now()
         self.deadline = now + state.seconds[self.phase]
         for connection in state.pool.join(self, now):
@@ -149,7 +137,6 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._enter(CLOSED, self.state.now())
         self._writer.due.clear()
-        self._hold(0)
         self.state.pool.leave(self)
 
     def _enter(self, phase: Phase, now: float) -> None:
@@ -161,6 +148,8 @@ class Connection(asyncio.Protocol):
     # What comes in
 
     def data_received(self, data: bytes) -> None:
+        if self._tls is not None and not (data := self._decrypt(self._tls, data)):
+            return
         phase, state = self.phase, self.state
         if phase is BODY or phase is LINGERING:
             self.deadline = granted(self.deadline, len(data), state.now(), state.seconds[phase])
@@ -174,6 +163,40 @@ class Connection(asyncio.Protocol):
             return
         if (state.turns.ends < math.inf and state.now() > state.turns.ends) or self._pump():
             self._wait_for_turn()
+
+    def _decrypt(self, tls: Tls, data: bytes) -> bytes:
+        """Return what a client has sent within TLS: nothing while its handshake lasts, or once our side is closed."""
+        if self.phase >= LINGERING:
+            return data  # which is dropped
+        tls.receive(data)
+        if self.phase is HANDSHAKE:
+            self._account()
+            self.state.turns.add(self, self._shake_hands(tls))
+            return b""
+        try:
+            data, ended = tls.decrypt()
+        except ssl.SSLError:
+            self.abort()
+            return b""
+        if ended and not self.eof_received() and not data:
+            self._close()
+        return data
+
+    def _shake_hands(self, tls: Tls) -> Job:
+        if self.phase is not HANDSHAKE:
+            return
+        try:
+            is_over = tls.shake_hands()
+            self._transport.write(tls.outgoing())
+        except ssl.SSLError:  # not TLS, or no common version: the client gets an alert
+            self._transport.write(tls.outgoing())
+            self._transport.close()
+            return
+        yield None
+        if is_over and self.phase is HANDSHAKE:
+            self._account()
+            self._enter(IDLE, self.state.now())
+            self.data_received(b"")  # what came with the end of the handshake
 
     def eof_received(self) -> bool:
         # A client that half-closes has sent its last request and still gets its answers.
@@ -215,6 +238,10 @@ class Connection(asyncio.Protocol):
                         error.__traceback__ = None
                         self._refuse(error)
                         break
+                    except Exception:
+                        log.exception("a bug: the head of a request was not checked")
+                        self._refuse(HttpError(500, _BUG))
+                        break
                     exchange = Exchange(self, request.head, state.now())
                     self._handle(request, exchange)
                     began = began or exchange.began
@@ -250,7 +277,7 @@ class Connection(asyncio.Protocol):
         except Exception:
             log.exception("a bug: %s %s", head.method.decode(), head.target.decode())
             if exchange.response is None:
-                exchange.fail(HttpError(500, "internal error; the log has the details"))
+                exchange.fail(HttpError(500, _BUG))
 
     def _await_rest(self) -> None:
         """Enter the phase of an incomplete request, once all requests before it are answered. Raise HttpError."""
@@ -263,21 +290,12 @@ class Connection(asyncio.Protocol):
                 self._enter(HEAD, self.state.now())
         elif phase is not BODY:
             # A request is refused before its body is read, and before 100 Continue invites the body.
-            self._fields = self._check_early(head)
+            self._fields = self.state.application.check(head)
             self._enter(BODY, self.state.now())
             if head.expect_continue and not parser.buffered_bytes:
-                self._transport.write(CONTINUE)
+                self._writer.write([CONTINUE])
         if self._eof and not parser.has_more:
             self._close()
-
-    def _check_early(self, head: Head) -> bytes:
-        try:
-            return self.state.application.check(head)
-        except HttpError:
-            raise
-        except Exception:
-            log.exception("a bug: %s %s", head.method.decode(), head.target.decode())
-            raise HttpError(500, "internal error; the log has the details") from None
 
     def _refuse(self, error: HttpError) -> None:
         """Refuse what cannot be read, after the answers still due, and close then."""
@@ -343,15 +361,14 @@ class Connection(asyncio.Protocol):
             return
         self._enter(LINGERING, self.state.now())
         self._drop_input()
-        if not self._transport.is_closing():
-            self._transport.write_eof()
-            self._update_reading()
+        self._writer.end(close=False)
+        self._update_reading()
 
     def _close(self) -> None:
         now = self.state.now()
         self._enter(CLOSING, now)
-        self._writer.begin_timing(now)
-        self._transport.close()
+        self._writer.time_client(now)
+        self._writer.end(close=True)
 
     def abort(self) -> None:
         """Cut the connection off."""
@@ -359,13 +376,13 @@ class Connection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self._writer.stuck = True
-        self._writer.begin_timing(self.state.now())
+        self._writer.time_client(self.state.now())
         self._account()
         self._update_reading()
 
     def resume_writing(self) -> None:
         self._writer.stuck = False
-        self._writer.end_timing()
+        self._writer.unsent_bytes = 0
         self._account()
         if self.phase < LAST:
             self.deadline = self.state.now() + self.state.seconds[self.phase]
@@ -377,24 +394,19 @@ class Connection(asyncio.Protocol):
 
     def hold(self, more_bytes: int) -> None:
         """Count memory that a request holds. Raise HttpError 503 when all connections together hold too much."""
-        self.state.pool.held_bytes += more_bytes
+        pool = self.state.pool
+        pool.held_bytes += more_bytes
         if more_bytes > 0:
-            self._require_memory()
-
-    def handshake_holds(self, size_bytes: int) -> None:
-        """Count the memory of a TLS handshake."""
-        self._hold(size_bytes)
-
-    def handshake_done(self) -> None:
-        """Begin with requests."""
-        self._hold(0)
-        self._enter(IDLE, self.state.now())
+            error = HttpError(503, "too many large requests at once; try again", _TRY_AGAIN)
+            for connection in pool.over_memory(self, self.state.now()):
+                if connection is self:
+                    raise error
+                connection._give_up_memory(error)
 
     def _account(self) -> None:
         """Update what is held, and give it up if all connections together hold too much."""
-        self._hold(self._parser.buffered_bytes + self._writer.unsent_bytes)
-
-    def _hold(self, held_bytes: int) -> None:
+        tls_bytes = 0 if self._tls is None else self._tls.held_bytes
+        held_bytes = self._parser.buffered_bytes + self._writer.unsent_bytes + tls_bytes
         more_bytes = held_bytes - self.held_bytes
         self.held_bytes = held_bytes
         try:
@@ -402,14 +414,6 @@ class Connection(asyncio.Protocol):
         except HttpError as error:
             error.__traceback__ = None
             self._give_up_memory(error)
-
-    def _require_memory(self) -> None:
-        """Let silent clients give up their memory if need be. Raise HttpError 503 when that is not enough."""
-        error = HttpError(503, "too many large requests at once; try again", _TRY_AGAIN)
-        for connection in self.state.pool.over_memory(self, self.state.now()):
-            if connection is self:
-                raise error
-            connection._give_up_memory(error)
 
     def _give_up_memory(self, error: HttpError) -> None:
         """Free what is held. A client that reads its answers gets 503; any other is cut off."""
@@ -422,11 +426,11 @@ class Connection(asyncio.Protocol):
 
     def silent_seconds(self, now: float) -> float:
         """Return for how long the client has neither sent nor taken anything; 0 while it is not the client's turn."""
-        if self._waiting:
-            return 0.0
         if self._writer.stuck:
-            return self._writer.silent_seconds(now)
-        return now - (self.deadline - self.state.seconds[self.phase]) if self.phase in _CLIENTS_TURN else 0.0
+            return now - (self._writer.deadline - self.state.limits.write_seconds)
+        if self._waiting or self.phase not in _CLIENTS_TURN:
+            return 0.0
+        return now - (self.deadline - self.state.seconds[self.phase])
 
     def sweep(self, now: float) -> None:
         """Act on a deadline that has passed."""

@@ -17,7 +17,7 @@ LOOK_SECONDS = 0.1
 # Connections that gave up their place and still read their answer. Beyond it, the first of them is cut off.
 MOST_LEAVING = 64
 
-_WITHOUT_A_REQUEST = (LINGERING, HANDSHAKE, IDLE, HEAD)
+_WITHOUT_A_REQUEST = frozenset({LINGERING, HANDSHAKE, IDLE, HEAD})
 
 
 class Member(Protocol):
@@ -41,12 +41,11 @@ class Pool(Generic[M]):
     def __init__(self, places: int, memory_bytes: int) -> None:
         self.members: set[M] = set()
         self.held_bytes = 0
-        self.refused = 0  # newcomers without a place, since the server last looked
+        self.refused = 0  # newcomers without a place, until the server looks
         self._places = places
         self._memory_bytes = memory_bytes
         self._leaving: dict[M, None] = {}  # in the order in which they gave up their places
-        self._silent: deque[M] = deque()  # who can lose a place; first who only lingers, then the longest silent
-        self._holders: deque[M] = deque()  # who can lose memory, the largest first
+        self._silent: deque[M] = deque()  # at the last look: first who only lingers, then the longest silent
         self._next_look = 0.0
 
     def join(self, newcomer: M, now: float) -> list[M]:
@@ -60,53 +59,47 @@ class Pool(Generic[M]):
         if len(self._leaving) <= MOST_LEAVING:
             return [leaver]
         first = next(iter(self._leaving))
-        self.leave(first)
+        self._leaving[first] = self._leaving.pop(first)  # now the last, as it counts until it has ended
         return [leaver, first]
 
     def leave(self, member: M) -> None:
         """Remove a connection that has ended."""
         self.members.discard(member)
         self._leaving.pop(member, None)
+        self.held_bytes -= member.held_bytes
 
     def longest_silent(self, now: float) -> M | None:
         """Return the connection without a request whose client has been silent longest, if any has been for long."""
-        self._look(now)
-        while self._silent:
-            member = self._silent.popleft()
-            if self._can_lose_place(member, now):
+        while member := self._next_silent(now):
+            if member.phase in _WITHOUT_A_REQUEST and member not in self._leaving:
                 return member
         return None
 
     def over_memory(self, asker: M, now: float) -> list[M]:
-        """Return whose connections give up their memory: silent ones, the largest first, and the asker as the last.
+        """Return whose connections give up their memory: silent ones, the longest first, and the asker as the last.
 
         Empty while all together hold no more than they can.
         """
         giving: list[M] = []
         excess_bytes = self.held_bytes - self._memory_bytes
-        if excess_bytes > 0:
-            self._look(now)
-        while excess_bytes > 0 and self._holders:
-            member = self._holders.popleft()
-            if member in self.members and member.silent_seconds(now) >= SILENT_SECONDS:
+        while excess_bytes > 0:
+            member = self._next_silent(now) or asker
+            if member.held_bytes or member is asker:
                 giving.append(member)
                 excess_bytes -= member.held_bytes
-        return [*giving, asker] if excess_bytes > 0 else giving
+            if member is asker:
+                break
+        return giving
 
-    def _can_lose_place(self, member: M, now: float) -> bool:
-        return (
-            member.phase in _WITHOUT_A_REQUEST
-            and member.silent_seconds(now) >= SILENT_SECONDS
-            and member in self.members
-            and member not in self._leaving
-        )
-
-    def _look(self, now: float) -> None:
-        """Find who can lose something, unless the last look was a moment ago."""
-        if now < self._next_look:
-            return
-        self._next_look = now + LOOK_SECONDS
-        silent = [each for each in self.members if each.silent_seconds(now) >= SILENT_SECONDS]
-        silent.sort(key=lambda each: (each.phase is not LINGERING, -each.silent_seconds(now)))
-        self._silent = deque(silent)
-        self._holders = deque(sorted((each for each in silent if each.held_bytes), key=lambda each: -each.held_bytes))
+    def _next_silent(self, now: float) -> M | None:
+        """Return the next of those that were found silent, and look for them unless the last look was a moment ago."""
+        if now >= self._next_look:
+            self._next_look = now + LOOK_SECONDS
+            silent = [each for each in self.members if each.silent_seconds(now) >= SILENT_SECONDS]
+            silent.sort(key=lambda each: (each.phase is not LINGERING, -each.silent_seconds(now)))
+            self._silent = deque(silent)
+        while self._silent:
+            member = self._silent.popleft()
+            if member in self.members and member.silent_seconds(now) >= SILENT_SECONDS:
+                return member
+        return None

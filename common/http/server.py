@@ -80,8 +80,7 @@ class HttpServer:
         return int(self._server.sockets[0].getsockname()[1])
 
     def _protocol(self) -> asyncio.Protocol:
-        connection = Connection(self.state, self._tls is not None)
-        return connection if self._tls is None else Tls(self._tls, connection)
+        return Connection(self.state, None if self._tls is None else Tls(self._tls))
 
     def _sweep(self, due: float) -> None:
         """Do what is due once per second."""

@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections import deque
-from typing import Protocol
 
 from common.http.exchange import Exchange
 from common.http.phases import granted
-
-
-class Transport(Protocol):
-    """The part of an asyncio.Transport that a connection uses."""
-
-    def write(self, data: bytes) -> None: ...
-    def writelines(self, list_of_data: list[bytes]) -> None: ...
-    def get_write_buffer_size(self) -> int: ...
-    def write_eof(self) -> None: ...
-    def pause_reading(self) -> None: ...
-    def resume_reading(self) -> None: ...
-    def is_closing(self) -> bool: ...
-    def close(self) -> None: ...
-    def abort(self) -> None: ...
+from common.http.tls import Tls
 
 
 class Writer:
@@ -30,14 +17,13 @@ class Writer:
     The client is timed while it does not read (`stuck`), and while the connection closes.
     """
 
-    __slots__ = ("_seconds", "_transport", "deadline", "due", "stuck", "unsent_bytes")
-
-    def __init__(self, transport: Transport, seconds: float) -> None:
+    def __init__(self, transport: asyncio.Transport, tls: Tls | None, seconds: float) -> None:
         self.due: deque[Exchange] = deque()
         self.stuck = False  # the transport holds more than it wants to
         self.unsent_bytes = 0  # at the last look, while the client is timed
         self.deadline = math.inf  # for the client to take more
         self._transport = transport
+        self._tls = tls
         self._seconds = seconds  # without progress
 
     def write_due(self, date: bytes, last: Exchange | None) -> Exchange | None:
@@ -56,22 +42,32 @@ class Writer:
             parts += exchange.encode(date)
             if exchange.close:
                 due.clear()
+        self.write(parts)
+        return exchange
+
+    def write(self, parts: list[bytes]) -> None:
+        if self._tls is not None:
+            parts = [self._tls.encrypt(b"".join(parts))]
         if self.stuck:
             self.unsent_bytes += sum(map(len, parts))
         if len(parts) == 1:
             self._transport.write(parts[0])
         else:
             self._transport.writelines(parts)
-        return exchange
 
-    def begin_timing(self, now: float) -> None:
+    def end(self, close: bool) -> None:
+        """Close our side of the connection behind what is written, or all of it."""
+        if self._tls is not None and not self._transport.is_closing():
+            self._transport.write(self._tls.end())
+        if close:
+            self._transport.close()
+        elif not self._transport.is_closing():
+            self._transport.write_eof()
+
+    def time_client(self, now: float) -> None:
         """Give the client its time to take what is unsent."""
         self.unsent_bytes = self._transport.get_write_buffer_size()
         self.deadline = now + self._seconds
-
-    def end_timing(self) -> None:
-        self.unsent_bytes = 0
-        self.deadline = math.inf
 
     def look(self, now: float) -> None:
         """Grant time for what the client has taken since the last look."""
@@ -80,7 +76,3 @@ class Writer:
         self.unsent_bytes = unsent_bytes
         if taken_bytes > 0:
             self.deadline = granted(self.deadline, taken_bytes, now, self._seconds)
-
-    def silent_seconds(self, now: float) -> float:
-        """Return for how long a client that is timed has taken nothing."""
-        return now - (self.deadline - self._seconds)
