@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from common.errors import HttpError
-from common.http.connection import ServerLimits
 from common.http.exchange import Exchange
 from common.http.parser import Head, Limits, Request
+from common.http.phases import ServerLimits
 from common.metrics import CONTENT_TYPE as METRICS_TYPE
 
 

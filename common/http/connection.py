@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import ssl
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from math import inf
 from typing import cast
 
 from common.errors import HttpError
 from common.http.exchange import Application, Exchange
-from common.http.parser import Limits, Request, RequestParser
+from common.http.parser import Request, RequestParser
 from common.http.phases import (
     ANSWERING,
     BODY,
@@ -30,7 +30,8 @@ from common.http.phases import (
     LINGERING,
     NEXT,
     Phase,
-    granted,
+    ServerLimits,
+    after_progress,
     seconds_by_phase,
 )
 from common.http.pool import Pool
@@ -46,23 +47,6 @@ SLICE_SECONDS = 0.002
 
 _CLIENTS_TURN = frozenset({HANDSHAKE, IDLE, HEAD, BODY, LINGERING})
 _TRY_AGAIN = (("Retry-After", "1"),)
-_BUG = "internal error; the log has the details"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServerLimits:
-    """Bounds on connections and time. Those on one request are in `parser.Limits`."""
-
-    request: Limits
-    connections: int  # beyond it, a newcomer takes the place of the longest silent one, or gets 503
-    buffered_bytes: int  # of handshakes, incomplete requests and unread answers, over all connections
-    idle_seconds: float  # proxies keep idle connections for 60 s; ours must last longer
-    # Unanswered requests of one connection; beyond it the connection is not read. Enough for a confirm to cover a round
-    # trip, and few enough that one connection takes a small part of the window.
-    pipelined: int = 32
-    head_seconds: float = 10.0  # a head is one packet or a few: time for some to be lost and sent again
-    body_seconds: float = 20.0  # without progress, for uploads over mobile links that pause
-    write_seconds: float = 20.0  # without progress, for the same links
 
 
 class ServerState:
@@ -78,24 +62,16 @@ class ServerState:
         self.date = date  # now, as the value of a Date field
         self.pool: Pool[Connection] = Pool(limits.connections, limits.buffered_bytes)
         self.draining = False
-        self.seconds = self._seconds()
-
-    def _seconds(self) -> tuple[float, ...]:
-        limits = self.limits
-        return seconds_by_phase(
-            limits.head_seconds, limits.body_seconds, limits.idle_seconds, limits.write_seconds, self.draining
-        )
+        self.seconds = seconds_by_phase(limits, draining=False)
 
     def drain(self) -> None:
         """End each connection with the last answer to what it has read, or with the next one if it has read nothing."""
-        before = self.seconds
         self.draining = True
-        self.seconds = self._seconds()
-        for connection in list(self.pool.members):
-            connection.drain(before)
+        self.seconds = seconds_by_phase(self.limits, draining=True)
+        self.sweep()
 
     def sweep(self) -> None:
-        """Act on every deadline that has passed."""
+        """Act on every time-out."""
         now = self.now()
         for connection in list(self.pool.members):
             connection.sweep(now)
@@ -109,10 +85,13 @@ class Connection(asyncio.Protocol):
 
     def __init__(self, state: ServerState, tls: Tls | None = None) -> None:
         self.state = state
+        self.application = state.application
+        self.now = state.now
         self.phase = IDLE if tls is None else HANDSHAKE
-        self.deadline = math.inf  # of the phase
+        self.since = 0.0  # when the phase began, or later by the client's progress
         self.held_bytes = 0  # of the handshake, the incomplete request and unsent answers; counted by the pool
         self._tls = tls
+        self._due: deque[Exchange] = deque()  # whose answers are due, in order
         self._parser = RequestParser(state.limits.request)
         self._fields = b""  # what `check` returned for a head whose body is still arriving
         self._reading = True
@@ -125,9 +104,8 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is one by its methods, not by its class
         state = self.state
-        self._writer = Writer(self._transport, self._tls, state.limits.write_seconds)
-        now = state.now()
-        self.deadline = now + state.seconds[self.phase]
+        self._writer = Writer(self._transport, self._tls)
+        self.since = now = state.now()
         for connection in state.pool.join(self, now):
             if connection is self and self.phase is IDLE:
                 self._refuse(HttpError(503, "too many connections", _TRY_AGAIN))
@@ -135,15 +113,15 @@ class Connection(asyncio.Protocol):
                 connection.leave()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._enter(CLOSED, self.state.now())
-        self._writer.due.clear()
+        self._enter(CLOSED, self.now())
+        self._due.clear()
         self.state.pool.leave(self)
 
     def _enter(self, phase: Phase, now: float) -> None:
         if phase not in NEXT[self.phase]:
             raise RuntimeError(f"a bug: {self.phase.name} to {phase.name}")
         self.phase = phase
-        self.deadline = now + self.state.seconds[phase]
+        self.since = now
 
     # What comes in
 
@@ -151,17 +129,17 @@ class Connection(asyncio.Protocol):
         if self._tls is not None and not (data := self._decrypt(self._tls, data)):
             return
         phase, state = self.phase, self.state
-        if phase is BODY or phase is LINGERING:
-            self.deadline = granted(self.deadline, len(data), state.now(), state.seconds[phase])
-        if phase >= LAST:
-            self._surplus = True
-            return
+        if phase is not IDLE:
+            if phase is BODY or phase is LINGERING:
+                self.since = after_progress(self.since, len(data), state.now())
+            if phase >= LAST:
+                self._surplus = True
+                return
         self._parser.receive_data(data)
         if state.draining:
             self._ends_next = True
-        if self._waiting:
-            return
-        if (state.turns.ends < math.inf and state.now() > state.turns.ends) or self._pump():
+        ends = state.turns.ends
+        if not self._waiting and ((ends < inf and state.now() > ends) or self._pump()):
             self._wait_for_turn()
 
     def _decrypt(self, tls: Tls, data: bytes) -> bytes:
@@ -183,7 +161,7 @@ class Connection(asyncio.Protocol):
         return data
 
     def _shake_hands(self, tls: Tls) -> Job:
-        if self.phase is not HANDSHAKE:
+        if self.phase is not HANDSHAKE or self._transport.is_closing():
             return
         try:
             is_over = tls.shake_hands()
@@ -195,13 +173,13 @@ class Connection(asyncio.Protocol):
         yield None
         if is_over and self.phase is HANDSHAKE:
             self._account()
-            self._enter(IDLE, self.state.now())
+            self._enter(IDLE, self.now())
             self.data_received(b"")  # what came with the end of the handshake
 
     def eof_received(self) -> bool:
         # A client that half-closes has sent its last request and still gets its answers.
         self._eof = True
-        return bool(self._writer.due) or self._waiting
+        return bool(self._due) or self._waiting
 
     def _wait_for_turn(self) -> None:
         self._waiting = True
@@ -214,62 +192,57 @@ class Connection(asyncio.Protocol):
         while self._pump():
             yield None
         self._waiting = False
-        if self.phase < LAST:
-            self.deadline = self.state.now() + self.state.seconds[self.phase]
+        self.since = self.now()
         self._update_reading()
 
     def _pump(self) -> bool:
         """Handle what has arrived and write the answers that are due. Return whether the rest must wait for a turn."""
-        state, writer, parser = self.state, self._writer, self._parser
-        due, most = writer.due, state.limits.pipelined
+        parser, writer, due, now = self._parser, self._writer, self._due, self.now
+        most = self.state.limits.pipelined
         began = 0.0
-        more, slice_is_over = True, False
+        slice_is_over = False
         self._pumping = True
-        try:
-            while more and not slice_is_over:
-                while self.phase < LAST and len(due) < most and not writer.stuck:
-                    try:
-                        request = parser.next_request()
-                        if request is None:
-                            slice_is_over = parser.has_more
-                            self._await_rest()
-                            break
-                    except HttpError as error:
-                        error.__traceback__ = None
-                        self._refuse(error)
+        while True:
+            while len(due) < most and self.phase < LAST and not writer.stuck:
+                try:
+                    request = parser.next_request()
+                    if request is None:
+                        self._await_rest()
                         break
-                    except Exception:
-                        log.exception("a bug: the head of a request was not checked")
-                        self._refuse(HttpError(500, _BUG))
-                        break
-                    exchange = Exchange(self, request.head, state.now())
-                    self._handle(request, exchange)
-                    began = began or exchange.began
-                    if state.now() - began > SLICE_SECONDS:
-                        slice_is_over = True
-                        state.turns.worked_since(began)
-                        break
-                    if parser.idle:
-                        break
-                more = self._write_answers()
-        finally:
-            self._pumping = False
-        if self.held_bytes or not self._parser.idle:
+                except HttpError as error:
+                    error.__traceback__ = None
+                    self._refuse(error)
+                    break
+                at = now()
+                began = began or at
+                self._handle(request, at)
+                if now() - began > SLICE_SECONDS:
+                    slice_is_over = True
+                    self.state.turns.worked_since(began)
+                    break
+                if parser.idle:
+                    break
+            more = due and due[0].response is not None and self._write_answers()
+            if slice_is_over or not more:
+                break
+        self._pumping = False
+        if self.held_bytes or not self._parser.idle or not self._reading:
             self._account()
-        if not self._reading or len(due) >= most:
             self._update_reading()
         return slice_is_over and self.phase < LAST and not self._parser.idle
 
-    def _handle(self, request: Request, exchange: Exchange) -> None:
-        state, head = self.state, request.head
+    def _handle(self, request: Request, now: float) -> None:
+        head = request.head
+        exchange = Exchange(self, head, now)
         was_checked = self.phase is BODY
         if self._ends_next:
             exchange.close = True
-        self._enter(LAST if exchange.close else ANSWERING, exchange.began)
-        self._writer.due.append(exchange)
+        self._enter(LAST if exchange.close else ANSWERING, now)
+        self._due.append(exchange)
+        application = self.application
         try:
-            exchange.fields = self._fields if was_checked else state.application.check(head)
-            state.application.handle(request, exchange)
+            exchange.fields = self._fields if was_checked else application.check(head)
+            application.handle(request, exchange)
         except HttpError as error:
             # Its frames hold the request; with a frame that holds the error it is a cycle: memory until a gc.
             error.__traceback__ = None
@@ -277,31 +250,31 @@ class Connection(asyncio.Protocol):
         except Exception:
             log.exception("a bug: %s %s", head.method.decode(), head.target.decode())
             if exchange.response is None:
-                exchange.fail(HttpError(500, _BUG))
+                exchange.fail(HttpError(500, "internal error; the log has the details"))
 
     def _await_rest(self) -> None:
         """Enter the phase of an incomplete request, once all requests before it are answered. Raise HttpError."""
         parser, phase = self._parser, self.phase
-        if parser.idle or self._writer.due:
+        if parser.idle or self._due:
             return
         head = parser.head
         if head is None:
             if phase is not HEAD:
-                self._enter(HEAD, self.state.now())
+                self._enter(HEAD, self.now())
         elif phase is not BODY:
             # A request is refused before its body is read, and before 100 Continue invites the body.
-            self._fields = self.state.application.check(head)
-            self._enter(BODY, self.state.now())
+            self._fields = self.application.check(head)
+            self._enter(BODY, self.now())
             if head.expect_continue and not parser.buffered_bytes:
-                self._writer.write([CONTINUE])
-        if self._eof and not parser.has_more:
+                self._writer.write((CONTINUE,))
+        if self._eof:
             self._close()
 
     def _refuse(self, error: HttpError) -> None:
         """Refuse what cannot be read, after the answers still due, and close then."""
-        now = self.state.now()
+        now = self.now()
         exchange = Exchange(self, self._parser.head, now, refused=True)
-        self._writer.due.append(exchange)
+        self._due.append(exchange)
         self._enter(LAST, now)
         self._drop_input()
         exchange.fail(error)
@@ -312,43 +285,51 @@ class Connection(asyncio.Protocol):
 
     def _update_reading(self) -> None:
         """Read unless the client has sent enough for now; after its last request read to drop what comes."""
-        if self.phase >= CLOSING:
-            return
-        writer = self._writer
-        is_enough = writer.stuck or self._waiting or len(writer.due) >= self.state.limits.pipelined
+        writer, transport = self._writer, self._transport
+        is_enough = writer.stuck or self._waiting or len(self._due) >= self.state.limits.pipelined
         reading = self.phase >= LAST or not is_enough
-        if reading != self._reading:
+        if reading != self._reading and not transport.is_closing():
             self._reading = reading
             if reading:
-                self._transport.resume_reading()
+                transport.resume_reading()
             else:
-                self._transport.pause_reading()
+                transport.pause_reading()
 
     # What goes out
 
     def flush(self) -> None:
         """Write the answers that are due. Called after each answer."""
-        if not self._pumping and self._write_answers() and not self._waiting and self._pump():
+        due = self._due
+        if self._pumping or not due or due[0].response is None:
+            return
+        if self._write_answers() and not self._waiting and self._pump():
             self._wait_for_turn()
 
     def _write_answers(self) -> bool:
-        """Write the answers that are due. Return whether there can be more to handle."""
-        state, due, parser = self.state, self._writer.due, self._parser
-        is_last = state.draining and bool(due) and parser.idle
-        exchange = self._writer.write_due(state.date, due[-1] if is_last else None)
-        if exchange is None:
+        """Write the answers that are due, the first of which is there. Return whether there can be more to handle."""
+        state, due, parser = self.state, self._due, self._parser
+        if self._transport.is_closing():
             return False
+        parts: tuple[bytes, ...] = ()
+        while due and due[0].response is not None:
+            exchange = due.popleft()
+            if state.draining and not due and parser.idle:
+                exchange.close = True
+            parts += exchange.encode(state.date)
+            if exchange.close:
+                due.clear()
+        self._writer.write(parts)
         if exchange.close:
-            if self.phase is not LAST:
-                self._enter(LAST, state.now())
             self._finish(polite=not exchange.refused and not self._surplus and parser.idle)
             return False
-        if not due and parser.idle:
+        if not parser.idle:
+            return True
+        if not due:
             if self._eof:
                 self._close()
                 return False
-            self._enter(IDLE, state.now())
-        return not parser.idle or not self._reading
+            self._enter(IDLE, self.now())
+        return not self._reading
 
     def _finish(self, polite: bool) -> None:
         """Close the connection after its last answer.
@@ -356,16 +337,18 @@ class Connection(asyncio.Protocol):
         If the client may still be sending, close only our side first, and read and drop what comes: a reset would
         destroy the answer on its way (RFC 9112 section 9.6).
         """
+        if self.phase is not LAST:
+            self._enter(LAST, self.now())
         if polite or self._eof:
             self._close()
             return
-        self._enter(LINGERING, self.state.now())
+        self._enter(LINGERING, self.now())
         self._drop_input()
         self._writer.end(close=False)
         self._update_reading()
 
     def _close(self) -> None:
-        now = self.state.now()
+        now = self.now()
         self._enter(CLOSING, now)
         self._writer.time_client(now)
         self._writer.end(close=True)
@@ -376,7 +359,7 @@ class Connection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self._writer.stuck = True
-        self._writer.time_client(self.state.now())
+        self._writer.time_client(self.now())
         self._account()
         self._update_reading()
 
@@ -384,10 +367,9 @@ class Connection(asyncio.Protocol):
         self._writer.stuck = False
         self._writer.unsent_bytes = 0
         self._account()
-        if self.phase < LAST:
-            self.deadline = self.state.now() + self.state.seconds[self.phase]
-            if not self._waiting and self._pump():
-                self._wait_for_turn()
+        self.since = self.now()
+        if not self._waiting and self._pump():
+            self._wait_for_turn()
         self._update_reading()
 
     # Memory
@@ -398,13 +380,15 @@ class Connection(asyncio.Protocol):
         pool.held_bytes += more_bytes
         if more_bytes > 0:
             error = HttpError(503, "too many large requests at once; try again", _TRY_AGAIN)
-            for connection in pool.over_memory(self, self.state.now()):
+            for connection in pool.over_memory(self, self.now()):
                 if connection is self:
                     raise error
                 connection._give_up_memory(error)
 
     def _account(self) -> None:
         """Update what is held, and give it up if all connections together hold too much."""
+        if self.phase is CLOSED:
+            return
         tls_bytes = 0 if self._tls is None else self._tls.held_bytes
         held_bytes = self._parser.buffered_bytes + self._writer.unsent_bytes + tls_bytes
         more_bytes = held_bytes - self.held_bytes
@@ -427,22 +411,20 @@ class Connection(asyncio.Protocol):
     def silent_seconds(self, now: float) -> float:
         """Return for how long the client has neither sent nor taken anything; 0 while it is not the client's turn."""
         if self._writer.stuck:
-            return now - (self._writer.deadline - self.state.limits.write_seconds)
-        if self._waiting or self.phase not in _CLIENTS_TURN:
-            return 0.0
-        return now - (self.deadline - self.state.seconds[self.phase])
+            return now - self._writer.since
+        return 0.0 if self._waiting or self.phase not in _CLIENTS_TURN else now - self.since
 
     def sweep(self, now: float) -> None:
-        """Act on a deadline that has passed."""
-        phase, writer = self.phase, self._writer
+        """Act on a time-out."""
+        phase, writer, state = self.phase, self._writer, self.state
         if writer.stuck or phase is CLOSING:
             writer.look(now)
             self._account()
-            if now > writer.deadline:
+            if now - writer.since > state.limits.write_seconds:
                 self.abort()
-        elif now <= self.deadline or self._waiting:
+        elif now - self.since <= state.seconds[phase] or self._waiting:
             return
-        elif self.state.draining and phase in (HEAD, BODY):
+        elif state.draining and phase in (HEAD, BODY):
             self._refuse(HttpError(503, "the server is shutting down; try again", _TRY_AGAIN))
         elif phase is BODY:
             self._refuse(HttpError(408, "the body did not arrive in time"))
@@ -457,11 +439,3 @@ class Connection(asyncio.Protocol):
             self._close()
         else:
             self.abort()
-
-    def drain(self, seconds_before: tuple[float, ...]) -> None:
-        """Wait no longer than a stop does. `seconds_before` are the times of the phases until now."""
-        if self.phase in (HANDSHAKE, IDLE):
-            self.deadline += self.state.seconds[self.phase] - seconds_before[self.phase]
-        else:
-            self.deadline = min(self.deadline, self.state.now() + self.state.seconds[self.phase])
-        self.sweep(self.state.now())

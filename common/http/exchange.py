@@ -28,18 +28,11 @@ class Application(Protocol):
         """Take note of an answer: the application's own, or a refusal by the server (`exchange.refused`)."""
 
 
-class State(Protocol):
-    """The part of a server that an exchange uses."""
-
-    application: Application
-    now: Callable[[], float]  # a monotonic clock, in seconds
-
-
 class Client(Protocol):
     """The part of a connection that an exchange uses."""
 
-    @property
-    def state(self) -> State: ...
+    application: Application
+    now: Callable[[], float]  # a monotonic clock, in seconds
 
     def __hash__(self) -> int: ...
 
@@ -88,7 +81,7 @@ class Exchange:
         client = self.client
         if self._held_bytes:
             client.hold(-self._held_bytes)
-        client.state.application.answered(self, status)
+        client.application.answered(self, status)
         client.flush()
 
     def fail(self, error: HttpError) -> None:
@@ -114,4 +107,4 @@ class Exchange:
 
     def seconds(self) -> float:
         """Return the time since the request was complete."""
-        return self.client.state.now() - self.began
+        return self.client.now() - self.began

@@ -13,14 +13,17 @@ client is not timed. Only ANSWERING leads back, to IDLE, HEAD or BODY by what th
 The other direction is a separate machine with two states: the transport takes what is written, or the client does not
 read it (`Writer.stuck`). While it is stuck nothing is read or handled, and the time-out concerns the bytes it takes.
 
-Each phase has one time-out, and a connection has one deadline. The time-outs of HANDSHAKE, IDLE and HEAD bound the
-whole phase. The others bound the time without progress (`granted`).
+Each phase has one time-out. Those of HANDSHAKE, IDLE and HEAD bound the whole phase, from when it began. Those of BODY,
+LINGERING and CLOSING bound the time without progress (`after_progress`).
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from enum import IntEnum
+
+from common.http.parser import Limits
 
 
 class Phase(IntEnum):
@@ -62,21 +65,35 @@ LINGER_SECONDS = 5.0
 LAST_REQUEST_SECONDS = 1.0
 
 
-def seconds_by_phase(
-    head_seconds: float, body_seconds: float, idle_seconds: float, write_seconds: float, draining: bool
-) -> tuple[float, ...]:
-    """Return how long each phase may last, or last without progress, by the number of the phase."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerLimits:
+    """Bounds on connections and time. Those on one request are in `parser.Limits`."""
+
+    request: Limits
+    connections: int  # beyond it, a newcomer takes the place of the longest silent one, or gets 503
+    buffered_bytes: int  # of handshakes, incomplete requests and unread answers, over all connections
+    idle_seconds: float  # proxies keep idle connections for 60 s; ours must last longer
+    # Unanswered requests of one connection; beyond it the connection is not read. Enough for a confirm to cover a round
+    # trip, and few enough that one connection takes a small part of the window.
+    pipelined: int = 32
+    head_seconds: float = 10.0  # a head is one packet or a few: time for some to be lost and sent again
+    body_seconds: float = 20.0  # without progress, for uploads over mobile links that pause
+    write_seconds: float = 20.0  # without progress, for the same links
+
+
+def seconds_by_phase(limits: ServerLimits, draining: bool) -> tuple[float, ...]:
+    """Return how long each phase can last, or last without progress, by the number of the phase."""
     inf = math.inf
-    waits = (HANDSHAKE_SECONDS, idle_seconds, head_seconds, body_seconds, inf, inf, LINGER_SECONDS, write_seconds, inf)
-    if not draining:
-        return waits
-    on_client = {HANDSHAKE, IDLE, HEAD, BODY, LINGERING}
-    return tuple(min(each, LAST_REQUEST_SECONDS) if phase in on_client else each for phase, each in enumerate(waits))
+    on_client = (HANDSHAKE_SECONDS, limits.idle_seconds, limits.head_seconds, limits.body_seconds)
+    if draining:
+        on_client = (LAST_REQUEST_SECONDS,) * 4
+    linger_seconds = LAST_REQUEST_SECONDS if draining else LINGER_SECONDS
+    return (*on_client, inf, inf, linger_seconds, limits.write_seconds, inf)
 
 
-def granted(deadline: float, progress_bytes: int, now: float, seconds: float) -> float:
-    """Return the deadline after progress. Each byte adds its time at the slowest rate, up to `seconds` from now.
+def after_progress(since: float, progress_bytes: int, now: float) -> float:
+    """Return since when a client counts as silent. Each byte makes that later, by its time at the slowest rate.
 
     So a client that sends or takes steadily is never cut off, and neither silence nor a trickle can last.
     """
-    return min(deadline + progress_bytes / SLOWEST_BYTES_PER_SECOND, now + seconds)
+    return min(since + progress_bytes / SLOWEST_BYTES_PER_SECOND, now)

@@ -15,8 +15,9 @@ from email.utils import formatdate
 from functools import partial
 
 from common.errors import StartupError
-from common.http.connection import Connection, ServerLimits, ServerState
+from common.http.connection import Connection, ServerState
 from common.http.exchange import Application
+from common.http.phases import ServerLimits
 from common.http.tls import Tls
 from common.http.turns import Turns
 

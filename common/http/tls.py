@@ -46,7 +46,7 @@ class Tls:
     def decrypt(self) -> tuple[bytes, bool]:
         """Return what the client has sent, and whether it has closed its side. Raise ssl.SSLError."""
         assert self._object is not None
-        pieces = []
+        pieces: list[bytes] = []
         with suppress(ssl.SSLWantReadError):
             while self._incoming.pending or self._object.pending():
                 piece = self._object.read(_RECORD_BYTES)

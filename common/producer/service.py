@@ -12,8 +12,8 @@ from contextlib import suppress
 from common.amqp.link import keep_up
 from common.amqp.topology import queue_names
 from common.config import ProducerSettings
-from common.http.connection import ServerLimits
 from common.http.parser import Limits
+from common.http.phases import ServerLimits
 from common.http.pool import MOST_LEAVING
 from common.http.server import HttpServer
 from common.http.turns import Turns

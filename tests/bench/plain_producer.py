@@ -19,8 +19,8 @@ from pamqp.commands import Basic
 from common.amqp.topology import QUEUE_ARGUMENTS, declare
 from common.config import ProducerSettings, parse
 from common.errors import Unavailable
-from common.http.connection import ServerLimits
 from common.http.parser import Limits
+from common.http.phases import ServerLimits
 from common.http.server import HttpServer
 from common.http.turns import Turns
 from common.process import on_stop, run

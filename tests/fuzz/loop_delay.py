@@ -17,8 +17,9 @@ import uvloop
 
 from common.config import ProducerSettings
 from common.errors import Unavailable
-from common.http.connection import Connection, ServerLimits
+from common.http.connection import Connection
 from common.http.parser import Limits
+from common.http.phases import ServerLimits
 from common.http.server import HttpServer
 from common.http.turns import Turns
 from common.process import tune_collector

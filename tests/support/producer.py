@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 from common.amqp.codec import Confirm, Part
 from common.config import ProducerSettings
-from common.http.connection import Connection, ServerLimits, ServerState
+from common.http.connection import Connection, ServerState
 from common.http.parser import Limits
+from common.http.phases import ServerLimits
 from common.http.turns import Turns
 from common.producer.api import Api
 from common.producer.metrics import Counters

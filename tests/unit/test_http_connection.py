@@ -9,10 +9,20 @@ from dataclasses import replace
 import pytest
 
 from common.errors import HttpError
-from common.http.connection import Connection, ServerLimits, ServerState
+from common.http.connection import Connection, ServerState
 from common.http.exchange import Exchange
 from common.http.parser import Head, Limits, Request
-from common.http.phases import CLOSED, CLOSING, IDLE, LAST_REQUEST_SECONDS, LINGER_SECONDS, NEXT, Phase, granted
+from common.http.phases import (
+    CLOSED,
+    CLOSING,
+    IDLE,
+    LAST_REQUEST_SECONDS,
+    LINGER_SECONDS,
+    NEXT,
+    Phase,
+    ServerLimits,
+    after_progress,
+)
 from common.http.pool import MOST_LEAVING, SILENT_SECONDS
 from common.http.server import SWEEP_SECONDS, HttpServer
 from common.http.turns import Turns
@@ -216,8 +226,8 @@ def test_bytes_sent_at_once_buy_no_silence(server: Server) -> None:
 
 
 def test_silence_and_a_trickle_are_bounded() -> None:
-    assert granted(110.0, 1_000_000, 105.0, 10.0) == 115.0
-    assert granted(110.0, 16_000, 105.0, 10.0) == 111.0
+    assert after_progress(100.0, 1_000_000, 105.0) == 105.0
+    assert after_progress(100.0, 16_000, 105.0) == 101.0
 
 
 def test_the_newcomer_does_not_pay_for_who_stalls(server: Server) -> None:

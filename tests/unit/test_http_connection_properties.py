@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import HttpError
-from common.http.connection import Connection, ServerLimits, ServerState
+from common.http.connection import Connection, ServerState
 from common.http.exchange import Exchange
 from common.http.parser import Head, Limits, Request
+from common.http.phases import ServerLimits
 from common.http.turns import Turns
 from tests.support.transport import FakeTransport
 

@@ -17,9 +17,9 @@ import pytest
 import trustme
 import uvloop
 
-from common.http.connection import ServerLimits
 from common.http.exchange import Application, Exchange
 from common.http.parser import Head, Limits, Request
+from common.http.phases import ServerLimits
 from common.http.pool import SILENT_SECONDS
 from common.http.server import HttpServer
 
