@@ -414,8 +414,7 @@ def test_a_bare_lf_after_content_that_ends_in_cr_is_refused() -> None:
         assert read(single_bytes(first + rest), ROOMY) == outcome
 
 
-def test_rfc_9112_2_2_empty_lines_are_counted_for_each_request() -> None:
-    """Rfc 9112 section 2 2 empty lines between requests are counted for each."""
+def test_rfc_9112_2_2_empty_lines_stand_before_any_request() -> None:
     assert len(read_in_every_way((b"\r\n" * 4 + GET) * 5).requests) == 5
 
 
