@@ -79,8 +79,9 @@ def run(prog: str, main: Callable[[], Coroutine[Any, Any, int | None]]) -> int:
             Collector(runner.get_loop())
             try:
                 return runner.run(main()) or 0
-            finally:  # closing the loop restores the default of SIGHUP, which ends a process
-                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+            finally:  # closing the loop would restore SIGHUP's default, which ends a process
+                runner.get_loop().remove_signal_handler(signal.SIGHUP)
+                signal.signal(signal.SIGHUP, signal.SIG_IGN)
     except Fatal as error:
         return fail(prog, error)
     except KeyboardInterrupt:
