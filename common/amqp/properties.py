@@ -143,7 +143,7 @@ def readable_properties(header: bytes) -> dict[str, Any]:
     content = ContentHeader()
     try:
         content.unmarshal(header)
-        return {name: _readable(value, 0) for name, value in content.properties if value is not None}
+        return {name: _readable(value, 0) for name, value in content.properties if value not in (None, "")}
     except Exception:  # of many kinds: pamqp reads what strangers wrote
         return {"undecoded": header.hex()}
 

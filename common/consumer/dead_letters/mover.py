@@ -188,7 +188,7 @@ class DeadLetters(OutboxListener):
         said = ""
         while True:
             try:
-                await keep_up(self._url, "dead-letters", self)
+                await keep_up(lambda: self._url, "dead-letters", self)
             except StartupError as error:  # not fatal here: an operator may fix it while rows are stored
                 if str(error) != said:
                     said = str(error)
