@@ -85,36 +85,29 @@ class Link:
 
     async def close(self) -> None:
         """Close in order if the broker answers in time; else abort."""
+        closing = asyncio.ensure_future(self.connection.close())
+        _closings.add(closing)
+        closing.add_done_callback(_ended)
         try:
             if self.lane.lost is None:
-                await asyncio.wait_for(asyncio.shield(self.connection.close()), CLOSE_TIMEOUT_SECONDS)
-        except asyncio.CancelledError:
-            if cancelled():
-                raise
-        except Exception as error:
-            log.debug("while closing: %r", error)
+                await asyncio.wait({closing}, timeout=CLOSE_TIMEOUT_SECONDS)
         finally:
             self.lane.fail("closed")
-            reaping = asyncio.ensure_future(_reap(self.connection))
-            _reapings.add(reaping)
-            reaping.add_done_callback(_reapings.discard)
 
 
-_reapings: set[asyncio.Future[None]] = set()  # the loop itself holds no strong reference to a task
+_closings: set[asyncio.Future[None]] = set()  # the loop itself holds no strong reference to a task
 
 
-async def _reap(connection: AbstractConnection) -> None:
-    """End aiormq's tasks of a connection whose transport is aborted, in the background."""
-    try:
-        await asyncio.wait_for(connection.close(), CLOSE_TIMEOUT_SECONDS)
-    except (Exception, asyncio.CancelledError) as error:
-        log.debug("while closing: %r", error)
+def _ended(closing: asyncio.Future[None]) -> None:
+    _closings.discard(closing)
+    if not closing.cancelled() and closing.exception() is not None:
+        log.debug("while closing: %r", closing.exception())
 
 
 async def closed() -> None:
     """Wait until aiormq's tasks of all closed links have ended, so that asyncio does not report them at the end."""
-    if _reapings:
-        await asyncio.wait(_reapings)
+    if _closings:
+        await asyncio.wait(_closings, timeout=CLOSE_TIMEOUT_SECONDS)
 
 
 def cancelled() -> bool:
