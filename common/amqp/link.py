@@ -118,16 +118,16 @@ def cancelled() -> bool:
 
 # Opening
 
-
 _look_ups: dict[str, asyncio.Future[list[Any]]] = {}  # of host names; the last one of each
 
 
-async def _addresses(host: str, port: int) -> list[tuple[int, tuple[Any, ...]]]:
-    """Return family and socket address of every address of a host. Raise OSError.
+async def _candidates(address: Address) -> list[tuple[Address, int, tuple[Any, ...]]]:
+    """Return `address`, family and socket address for every address of its only host. Raise OSError.
 
     There is one look-up of a name at a time: uvloop has two threads for them, and a name without an answer must not
     occupy both.
     """
+    ((host, port),) = address.hosts
     look_up = _look_ups.get(host)
     if look_up is None or look_up.done():
         asked = asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
@@ -135,7 +135,7 @@ async def _addresses(host: str, port: int) -> list[tuple[int, tuple[Any, ...]]]:
         look_up.add_done_callback(lambda done: done.cancelled() or done.exception())  # else asyncio may log it
     async with asyncio.timeout(CONNECT_TIMEOUT_SECONDS):
         found = await asyncio.shield(look_up)
-    return [(family, (address[0], port, *address[2:])) for family, _, _, _, address in found]
+    return [(address, family, (place[0], port, *place[2:])) for family, _, _, _, place in found]
 
 
 async def open_link(url: str, name: str, listener: LaneListener, high_water_bytes: int = 2**20) -> Link:
@@ -146,14 +146,10 @@ async def open_link(url: str, name: str, listener: LaneListener, high_water_byte
     see `topology.begin_publishing`.
     """
     address = parse_address(url)
-    found = await asyncio.gather(*(_addresses(*host) for host in address.hosts), return_exceptions=True)
+    looked_up = [_candidates(address.only(*host)) for host in address.hosts]
+    found = await asyncio.gather(*looked_up, return_exceptions=True)
     errors = [each for each in found if isinstance(each, BaseException)]
-    candidates = [
-        (address.only(*host), *each)
-        for host, addresses in zip(address.hosts, found, strict=True)
-        if not isinstance(addresses, BaseException)
-        for each in addresses
-    ]
+    candidates = [one for each in found if not isinstance(each, BaseException) for one in each]
     random.shuffle(candidates)
     for one, family, socket_address in candidates:
         try:
@@ -174,10 +170,12 @@ async def _open_one(address: Address, name: str, factory: FastLaneFactory, high_
         async with asyncio.timeout(HANDSHAKE_TIMEOUT_SECONDS):
             connection = await aiormq.connect(url, transport_factory=factory)
             channel = await connection.channel(HOT_CHANNEL, publisher_confirms=False)
-    except BaseException as error:
+    except (Exception, asyncio.CancelledError) as error:
         said = lane.lost
         lane.fail("not opened")
-        if isinstance(error, _HOPELESS) or not isinstance(error, (Exception, asyncio.CancelledError)) or cancelled():
+        if cancelled():  # aiormq may turn our cancellation into the error of a loss
+            raise asyncio.CancelledError from None
+        if isinstance(error, _HOPELESS):
             raise
         if said is not None and "NOT_ALLOWED" in said:  # aiormq reports this answer to connection.open as a frame error
             raise aiormq.exceptions.ConnectionNotAllowed(said.removeprefix("closed: ")) from error
@@ -209,9 +207,7 @@ def explain(error: BaseException, url: str) -> str:
     if isinstance(error, asyncio.TimeoutError):
         return f"the broker at {shown} does not answer"
     said = getattr(error, "strerror", None) or ": ".join(str(part) for part in error.args if part)
-    if isinstance(error, CONNECTION_ERRORS) and said:
-        return f"no broker at {shown} ({said})"
-    return f"no broker at {shown} ({error!r})"
+    return f"no broker at {shown} ({said if said and isinstance(error, CONNECTION_ERRORS) else repr(error)})"
 
 
 # Keeping up
@@ -228,7 +224,7 @@ async def keep_up(url: Callable[[], str], name: str, listener: LinkListener, hig
     loop = asyncio.get_running_loop()
     while True:
         link: Link | None = None
-        began, where = loop.time(), url()
+        began, where = loop.time(), url()  # a setting that can change while this runs
         try:
             link = await open_link(where, name, listener, high_water_bytes)
             await _up(listener, link)
@@ -248,7 +244,7 @@ async def keep_up(url: Callable[[], str], name: str, listener: LinkListener, hig
         finally:
             if link is not None:
                 await link.close()
-        if cancelled():  # aiormq may turn our cancellation into the error of a loss
+        if cancelled():
             raise asyncio.CancelledError
         listener.down(trouble)
         now = loop.time()
