@@ -102,7 +102,7 @@ class FrameDecoder:
             data = self._rest + data
         if not self._started and data:
             if data[0] > HEARTBEAT[0]:  # the highest type of a frame; a broker that wants another version sends AMQP
-                what = "TLS: write amqps:// in AMQP_URL" if data[0] == _TLS_ALERT else "no AMQP 0-9-1"
+                what = "TLS; write amqps:// in AMQP_URL" if data[0] == _TLS_ALERT else "no AMQP 0-9-1"
                 raise FrameError(f"it speaks {what}")
             self._started = True
         cold: list[bytes] = []

@@ -359,7 +359,7 @@ async def test_a_fault_of_our_own_is_named_and_traced(
         ("name", "its certificate is refused: .*mismatch, certificate is not valid for '127.0.0.1'"),
         ("issuer", "its certificate is refused: .*issuer.*cafile"),
         ("plain", "does not speak TLS"),
-        ("amqp", "it speaks TLS: write amqps://"),
+        ("amqp", "it speaks TLS; write amqps://"),
     ],
 )
 async def test_each_tls_trouble_is_named(trouble: str, words: str, broker: RabbitMQ, tmp_path: Path) -> None:
