@@ -7,7 +7,6 @@ import pytest
 
 from common.storage.lock import Lock
 from common.storage.store import Store
-from scripts import carry_ids
 from scripts.carry_ids import csv_files, latest, main
 
 LOG = logging.getLogger("test")
@@ -59,10 +58,7 @@ def test_carrying_ids_again_changes_nothing(tmp_path: Path) -> None:
     assert known(csv_files(csv, 2)[1], 1, 2) == [True, True]
 
 
-def test_a_running_consumer_is_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(carry_ids, "WATCH_SECONDS", 0.1)
+def test_a_running_consumer_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     csv = str(tmp_path / "data.csv")
     store(csv, 1)
     lock = Lock(csv_files(csv, 4)[2])
