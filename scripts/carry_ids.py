@@ -17,9 +17,9 @@ from itertools import chain, islice, zip_longest
 
 from common.consumer.partitions import csv_file
 from common.errors import DiskTrouble, StartupError
-from common.storage.journal import Journal
+from common.storage.journal import read_journal
 from common.storage.lock import Lock
-from common.storage.records import JournalCorrupt
+from common.storage.records import JournalCorrupt, Reading, split_ids
 from common.storage.store import Store
 
 log = logging.getLogger("carry_ids")
@@ -59,18 +59,16 @@ def latest(lists: Sequence[Sequence[bytes]], count: int) -> list[bytes]:
 
 
 def _ids(csv: str, dedup_window: int) -> list[bytes]:
-    journal = Journal(os.path.realpath(csv), dedup_window, 0, log)
+    reading = Reading(f"{os.path.realpath(csv)}.journal", dedup_window, 0)
     try:
-        journal.load()
+        read_journal(reading)
+        reading.last_commit()
     except JournalCorrupt as error:
-        raise StartupError(
-            f"{journal.path}: {error}; start the consumer once, which repairs it, then stop it"
-        ) from error
+        text = f"{reading.path}: {error}; start the consumer once, which repairs it, then stop it"
+        raise StartupError(text) from error
     except OSError as error:
-        raise StartupError(f"{journal.path}: {error.strerror}") from error
-    finally:
-        journal.close()
-    return list(journal.ids())
+        raise StartupError(f"{reading.path}: {error.strerror}") from error
+    return list(split_ids(reading.ids))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -20,7 +20,7 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import BinaryIO
 
@@ -29,10 +29,10 @@ from common.storage.committed import Mark, MarkFile
 from common.storage.files import BLOCK_BYTES, free_name, naming, open_regular, sync_directory, write_all
 from common.storage.records import (
     ID_BYTES,
+    JournalCorrupt,
     Reading,
     commit_line,
     fence_line,
-    generation_of,
     ids_line,
     split_ids,
     window,
@@ -86,10 +86,10 @@ class Journal:
         reading = Reading(self.path, self._dedup_window, self._prefetch_count)
         with open(fd, "rb", BLOCK_BYTES) as file, naming(self.path):
             read_lines(file, reading)
-            state = reading.state
+            reading.last_commit()  # raises for a file that is no journal, before anything is written
             self._generation = max(self._generation, reading.generation + 1)
             self._fence(file, reading)
-            state = reading.state  # it may have been committed meanwhile
+            state = reading.last_commit()
         self._last_generation = reading.generation
         self._prefetch_count = reading.prefetch_count
         self._order, self._ids = reading.ids, set(split_ids(reading.ids))
@@ -105,10 +105,6 @@ class Journal:
 
     def __len__(self) -> int:
         return len(self._order) // ID_BYTES
-
-    def ids(self) -> Iterable[bytes]:
-        """Return the ids in the order of their commits, oldest first."""
-        return split_ids(bytes(self._order))
 
     def commit(self, state: FileState, ids: Sequence[bytes] = (), clean: bool = False) -> None:
         """Make `state` and new `ids` (16 bytes each) durable, then remember them.
@@ -145,7 +141,12 @@ class Journal:
 
     def check(self) -> None:
         """Raise TakenOver when another run has begun, OSError when that cannot be known."""
-        if not self._is_untouched() and self._newest_generation() > self._generation:
+        if self._is_untouched():
+            return
+        reading = Reading(self.path, 0, 0)
+        with suppress(FileNotFoundError, JournalCorrupt):  # also of a damaged one, as far as it can be read
+            read_journal(reading)
+        if reading.generation > self._generation:
             raise TakenOver(
                 f"{self.path}: another consumer has begun to write the same CSV, although this one has its lock (the "
                 "lock file was removed, or flock has no effect on this file system): this one stops, and acks nothing"
@@ -198,11 +199,6 @@ class Journal:
             return self._place is None
         return (status.st_dev, status.st_ino, status.st_size) == self._place
 
-    def _newest_generation(self) -> int:
-        with suppress(FileNotFoundError), open(open_regular(self.path, os.O_RDONLY), "rb") as file:
-            return max((generation_of(line.removesuffix(b"\n")) for line in file), default=0)
-        return 0
-
     def _append(self, line: bytes) -> bool:
         """Append a commit; return whether the journal is as this run left it. Raise OSError and TakenOver."""
         assert self._place is not None
@@ -253,6 +249,12 @@ class Journal:
         self._fd, self._failed = fd, False
         status = os.fstat(fd)
         self._place = status.st_dev, status.st_ino, status.st_size
+
+
+def read_journal(reading: Reading) -> None:
+    """Take what a journal says now, without a fence. Raise OSError, and as Reading.take does."""
+    with naming(reading.path), open(open_regular(reading.path, os.O_RDONLY), "rb", BLOCK_BYTES) as file:
+        read_lines(file, reading)
 
 
 def read_lines(file: BinaryIO, reading: Reading, last: bytes = b"") -> bool:

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from common.errors import StartupError
 from common.storage.committed import read_mark
 from common.storage.csv_file import crc32, read
-from common.storage.files import BLOCK_BYTES, explain_os_error, open_regular
-from common.storage.journal import read_lines
+from common.storage.files import explain_os_error, open_regular
+from common.storage.journal import read_journal
 from common.storage.records import JournalCorrupt, Reading
 
 _PATIENCE_SECONDS = 2.0  # a rotation is over by then, even on a slow disk
@@ -70,9 +70,8 @@ def _committed_bytes(path: str, fd: int, last_try: bool) -> int | None:
         return None
     reading = Reading(f"{path}.journal", 0, 0)
     try:
-        with open(open_regular(f"{path}.journal", os.O_RDONLY), "rb", BLOCK_BYTES) as journal:
-            read_lines(journal, reading)
-        state = reading.state
+        read_journal(reading)
+        state = reading.last_commit()
     except (FileNotFoundError, JournalCorrupt):
         return None
     intact = crc32(read(fd, state.chunk_offset, state.committed_bytes)) == state.chunk_crc32

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from contextlib import suppress
 from operator import itemgetter
 from struct import iter_unpack
 from typing import Any
@@ -49,19 +48,11 @@ def split_ids(packed: bytes | bytearray) -> Iterable[bytes]:
     return map(itemgetter(0), iter_unpack(f"{ID_BYTES}s", packed))
 
 
-def generation_of(line: bytes) -> int:
-    """Return the generation that begins with a line without its end; 0 if none does."""
-    with suppress(ValueError, TypeError, AttributeError):
-        record = json.loads(checked(line) or b"{}")
-        return max(int(record.get("generation", 0)), int(record.get("fence", 0)))
-    return 0
-
-
 class Reading:
     """What the lines of a journal say, taken one by one. `ids` has the last ones of the window, packed."""
 
     def __init__(self, path: str, dedup_window: int, prefetch_count: int) -> None:
-        self._path = path
+        self.path = path
         self._dedup_window = dedup_window
         self._damaged = False  # the line before; a torn commit if nothing but a fence follows
         self._fenced = False
@@ -71,9 +62,8 @@ class Reading:
         self.clean = False
         self.ids = bytearray()
 
-    @property
-    def state(self) -> FileState:
-        """The state of the last commit. Raise JournalCorrupt if there is none."""
+    def last_commit(self) -> FileState:
+        """Return the state of the last commit. Raise JournalCorrupt if there is none."""
         if self._state is None:
             raise JournalCorrupt("no whole line")
         return self._state
@@ -95,7 +85,7 @@ class Reading:
             return
         if int(record.get("version", 1)) > VERSION:
             raise StartupError(
-                f"{self._path}: its format {record['version']} is that of a newer predlog, and this one reads "
+                f"{self.path}: its format {record['version']} is that of a newer predlog, and this one reads "
                 f"up to {VERSION}: upgrade, or move the journal and its CSV away together"
             )
         if self._fenced:

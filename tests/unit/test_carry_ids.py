@@ -69,6 +69,15 @@ def test_a_running_consumer_is_named(tmp_path: Path, capsys: pytest.CaptureFixtu
     lock.release()
 
 
+@pytest.mark.parametrize("content", [b"", b"garbage", b"garbage\n"])
+def test_a_corrupt_journal_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes) -> None:
+    csv = str(tmp_path / "data.csv")
+    store(csv, 1)
+    Path(f"{csv}.journal").write_bytes(content)
+    assert carry(csv, 1, 4) == 1
+    assert f"{csv}.journal: no whole line; start the consumer once" in capsys.readouterr().err
+
+
 def test_nothing_to_carry_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert carry(str(tmp_path / "data.csv"), 4, 1) == 1
     assert "nothing to carry" in capsys.readouterr().err

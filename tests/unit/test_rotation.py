@@ -60,7 +60,7 @@ def test_names_are_in_order_of_rotation_whatever_the_clock_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     csv = str(tmp_path / "data.csv")
-    names = []
+    names: list[str] = []
     for second in [10, 10, 11, 5, 5, *[11] * 9, 12]:
         monkeypatch.setattr(rotation, "utc_now", lambda second=second: f"20260101T0000{second:02}Z")
         name = new_name(csv)
