@@ -105,8 +105,8 @@ class Store:
         journal = Journal(path, dedup_window, prefetch_count, log)
         notes: list[str] = []
         try:
-            file, state = _recover(path, journal, notes)
             rotated = rotation.rotated_files(path)
+            file, state = _recover(path, journal, notes)
         except OSError as error:
             journal.close()
             raise startup_error(error, path, notes) from error
