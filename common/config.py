@@ -1,16 +1,15 @@
-"""Settings as frozen dataclasses, made from flags and an environment mapping. Pure; reads no environment itself.
+"""Settings as frozen dataclasses, made from flags and an environment mapping. Pure: who loads them gives `read_file`.
 
 A field's metadata holds its help text, which names the unit. The environment variable is the field's name in capitals,
-the flag the same with dashes; a flag wins over the variable.
+the flag the same with dashes; a flag wins over the variable. A secret can be in a file, whose path is `NAME_FILE`.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 from common import __version__
@@ -21,13 +20,13 @@ from common.http.parser import Limits
 DEFAULT_AMQP_URL = "amqp://guest:guest@localhost:5672/"
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("text", "json")
-SECRETS = frozenset({"amqp_url", "api_token"})
+SECRETS = ("amqp_url", "api_token")
 # Settings of 1.0 that are constants now. A variable or flag that is still set is reported, and has no effect.
 FORMER = (
     *("max_unconfirmed_bytes", "max_head_bytes", "max_target_bytes", "max_headers", "max_chunk_overhead_bytes"),
     *("max_pipelined", "head_timeout_ms", "body_timeout_ms", "write_timeout_ms"),
 )
-
+FORMER_WARNING = "no longer a setting, and without effect: %s"
 
 # A producer that reconnects publishes again what is unconfirmed: 4,096 events by default. This covers four producers.
 LEAST_DEDUP_WINDOW = 16_384
@@ -36,9 +35,7 @@ _LIMITS = Limits()
 _MOST = 2**40  # the largest whole number; a test starts and drains with it
 
 
-def _setting(
-    default: Any, text: str, *, low: float = -math.inf, high: float = _MOST, choices: tuple[str, ...] = ()
-) -> Any:
+def _setting(default: Any, text: str, *, low: float = 0, high: float = _MOST, choices: tuple[str, ...] = ()) -> Any:
     return field(default=default, metadata={"help": text, "low": low, "high": high, "choices": choices})
 
 
@@ -59,8 +56,8 @@ class Settings:
         "info", "least severe level that is logged: debug, info, warning or error", choices=LOG_LEVELS
     )
     log_format: str = _setting("text", "text for people, json for machines", choices=LOG_FORMATS)
-    shutdown_timeout_ms: int = _setting(10_000, "how long a stop may take to finish accepted work, ms", low=0)
-    health_port: int = _setting(0, "port of /healthz, /readyz and /metrics alone (0: off)", low=0, high=65535)
+    shutdown_timeout_ms: int = _setting(10_000, "how long a stop may take to finish accepted work, ms")
+    health_port: int = _setting(0, "port of /healthz, /readyz and /metrics alone (0: off)", high=65535)
     health_host: str = _setting("127.0.0.1", "address of the health port")
 
 
@@ -69,7 +66,7 @@ class ProducerSettings(Settings):
     """The settings of the producer."""
 
     http_host: str = _setting("127.0.0.1", "address to listen on")
-    http_port: int = _setting(8000, "port to listen on (0: any free one)", low=0, high=65535)
+    http_port: int = _setting(8000, "port to listen on (0: any free one)", high=65535)
     workers: int = _setting(1, "processes that share the port", low=1, high=256)
     confirm_timeout_ms: int = _setting(10_000, "wait for the broker's confirm before 504, ms", low=1)
     max_unconfirmed: int = _setting(4096, "events without a confirm before 503", low=1)
@@ -80,7 +77,7 @@ class ProducerSettings(Settings):
     max_preds: int = _setting(4_000, "most predictions in one event (422)", low=1)
     max_connections: int = _setting(16_000, "open client connections before 503 and close", low=1)
     idle_timeout_ms: int = _setting(75_000, "before an idle connection is closed, ms", low=1)
-    drain_delay_ms: int = _setting(0, "how long a stop still listens while /readyz says 503, ms", low=0)
+    drain_delay_ms: int = _setting(0, "how long a stop still listens while /readyz says 503, ms")
     allowed_hosts: str = _setting("", "Host values that are served, separated by commas; others are 403 (empty: all)")
     cors_origins: str = _setting("", "origins whose pages may POST, separated by commas (empty: none but our own)")
     api_token: str = _setting("", "bearer token(s) for POST, separated by commas (empty: no authentication)")
@@ -98,17 +95,17 @@ class ConsumerSettings(Settings):
     csv_file: str = _setting("data/data.csv", "the CSV file; its journal and lock are in the same folder")
     prefetch_count: int = _setting(2000, "messages that the broker may send ahead of their acks", low=1, high=65535)
     batch_max_rows: int = _setting(5000, "rows that make a batch full", low=1)
-    flush_interval_ms: int = _setting(50, "longest wait of a row for its batch, ms", low=0, high=600_000)
+    flush_interval_ms: int = _setting(50, "longest wait of a row for its batch, ms", high=600_000)
     low_prob_threshold: float = _setting(0.25, "predictions below it get the tag low_prob", low=-1e308, high=1e308)
     dedup_window: int = _setting(
         200_000,
         f"how many message ids are remembered to drop duplicates (at least {LEAST_DEDUP_WINDOW})",
     )
-    dedup_warn_seconds: int = _setting(60, "warn when message ids are forgotten sooner than this, s (0: never)", low=0)
-    rotate_bytes: int = _setting(0, "start a new CSV when this one has so many bytes (0: off)", low=0)
-    rotate_interval: int = _setting(0, "start a new CSV every so many seconds, from UTC midnight on (0: off)", low=0)
+    dedup_warn_seconds: int = _setting(60, "warn when message ids are forgotten sooner than this, s (0: never)")
+    rotate_bytes: int = _setting(0, "start a new CSV when this one has so many bytes (0: off)")
+    rotate_interval: int = _setting(0, "start a new CSV every so many seconds, from UTC midnight on (0: off)")
     rotate_gzip: bool = _setting(False, "1: compress a CSV once it is rotated away")
-    rotate_keep: int = _setting(0, "how many rotated files stay; older ones are removed (0: all stay)", low=0)
+    rotate_keep: int = _setting(0, "how many rotated files stay; older ones are removed (0: all stay)")
 
 
 S = TypeVar("S", bound=Settings)
@@ -125,10 +122,9 @@ _TRUE, _FALSE = frozenset({"1", "true", "yes", "on"}), frozenset({"", "0", "fals
 
 def _convert(name: str, kind: type, text: str, meta: Mapping[str, Any]) -> Any:
     """Convert `text` to `kind` within the field's bounds. Raise SettingError with one line that names the variable."""
-    shown = "***" if name in SECRETS else repr(text)
 
     def bad(wanted: str) -> SettingError:
-        return SettingError(f"{name.upper()} is {shown}, but must be {wanted}")
+        return SettingError(f"{name.upper()} is {text!r}, but must be {wanted}")
 
     if kind is bool:
         if text.lower() not in _TRUE | _FALSE:
@@ -142,10 +138,8 @@ def _convert(name: str, kind: type, text: str, meta: Mapping[str, Any]) -> Any:
         value = kind(text)
     except ValueError:
         raise bad("a whole number" if kind is int else "a number") from None
-    if not meta["low"] <= value <= meta["high"]:
-        if value < meta["low"]:
-            raise bad(f"at least {meta['low']}")
-        raise bad(f"at most {meta['high']}" if value == value else "a number")
+    if not meta["low"] <= value <= meta["high"]:  # nan is not either
+        raise bad(f"from {meta['low']} to {meta['high']}")
     return value
 
 
@@ -180,24 +174,30 @@ def former_settings(flags: argparse.Namespace, environ: Mapping[str, str]) -> st
     return ", ".join(sorted(found))
 
 
-def load(cls: type[S], flags: argparse.Namespace, environ: Mapping[str, str]) -> S:
-    """Return the settings from parsed flags and an environment. Raise SettingError for the first bad value."""
+def load(cls: type[S], flags: argparse.Namespace, environ: Mapping[str, str], read_file: Callable[[str], str]) -> S:
+    """Return the settings from parsed flags and an environment. Raise SettingError for the first bad value.
+
+    `read_file` returns the text of a file, or raises OSError or UnicodeError.
+    """
     values: dict[str, Any] = {}
     for item in fields(cls):
         text = getattr(flags, item.name)
         if text is None:
             text = environ.get(item.name.upper())
-        if not text:
-            continue
-        values[item.name] = _convert(item.name, _KINDS[str(item.type)], text, item.metadata)
+        if text:
+            values[item.name] = _convert(item.name, _KINDS[str(item.type)], text, item.metadata)
     if "dedup_window" in values:
         values["dedup_window"] = max(values["dedup_window"], LEAST_DEDUP_WINDOW)
     for name in ("http_host", "health_host", "rabbitmq_host"):
         _check_host(name.upper(), values.get(name, ""))
+    for name in SECRETS:
+        if values.get(name) and values.get(f"{name}_file"):
+            raise SettingError(f"{name.upper()} and {name.upper()}_FILE are both set: set one of them")
     if not values.get("amqp_url"):
         host = values.get("rabbitmq_host") or "localhost"
         values["amqp_url"] = f"amqp://guest:guest@{f'[{host}]' if ':' in host else host}:5672/"
-    _check_amqp_url(values["amqp_url"])
+    _check_secret("amqp_url", values["amqp_url"])
+    _check_secret("api_token", values.get("api_token", ""))
     queue_name = values.get("queue_name", "predictions")
     if len(queue_name) > _MOST_QUEUE_NAME_CHARS or not _QUEUE_NAME.fullmatch(queue_name):
         raise SettingError(
@@ -210,44 +210,64 @@ def load(cls: type[S], flags: argparse.Namespace, environ: Mapping[str, str]) ->
                 raise SettingError(f"{name} holds {text!r}, but must be {_FORMS[name]}, separated by commas")
     if bool(values.get("tls_cert")) != bool(values.get("tls_key")):
         raise SettingError("TLS_CERT and TLS_KEY go together: set both, or none")
-    if not all(33 <= ord(c) <= 126 for c in values.get("api_token", "").replace(",", "")):
-        raise SettingError("API_TOKEN must be visible ASCII characters, several tokens separated by commas")
-    has_token = bool(values.get("api_token", "").strip(","))
-    if values.get("api_token") and not has_token:
-        raise SettingError("API_TOKEN has commas, but no token: set one, or leave it empty")
-    if values.get("protect_pages") and not has_token:
-        raise SettingError("PROTECT_PAGES needs an API_TOKEN: without one, the pages are open to all")
-    return cls(**values)
+    if values.get("protect_pages") and not (values.get("api_token") or values.get("api_token_file")):
+        raise SettingError("PROTECT_PAGES needs API_TOKEN or API_TOKEN_FILE: otherwise, the pages are open to all")
+    return read_again(cls(**values), read_file)
+
+
+def read_again(settings: S, read_file: Callable[[str], str]) -> S:
+    """Return the settings with the secrets that are now in their files. Raise SettingError if one cannot be used."""
+    found: dict[str, Any] = {}
+    for name in SECRETS:
+        path = getattr(settings, f"{name}_file", "")
+        if not path:
+            continue
+        where = f"{name.upper()}_FILE is {path!r}, but"
+        try:
+            text = read_file(path).rstrip("\r\n")
+        except (OSError, ValueError) as error:  # ValueError: it is not UTF-8, or the path has a NUL in it
+            why = getattr(error, "strerror", None) or "it is no text in UTF-8"
+            raise SettingError(f"{where} that file cannot be read: {why}") from None
+        if not text:
+            raise SettingError(f"{where} that file is empty")
+        try:
+            _check_secret(name, text)
+        except SettingError as error:
+            raise SettingError(f"{where} in that file, {error}") from None
+        found[name] = text
+    return replace(settings, **found)
 
 
 def _check_host(name: str, host: str) -> None:
+    if host == "*":
+        raise SettingError(f"{name} is '*', but must be an address: use 0.0.0.0 or ::")
     try:
         check_host(host)
     except AddressError as error:
         raise SettingError(f"{name} is {host!r}, but {error}") from None
 
 
-def _check_amqp_url(url: str) -> None:
-    try:
-        parse_address(url)
-    except AddressError as error:
-        raise SettingError(f"AMQP_URL {error}") from None
+def _check_secret(name: str, text: str) -> None:
+    """Raise SettingError, without any part of `text`, if it cannot be the value of AMQP_URL or API_TOKEN."""
+    if name == "amqp_url":
+        try:
+            parse_address(text)
+        except AddressError as error:
+            raise SettingError(f"AMQP_URL {error}") from None
+    elif not all(33 <= ord(character) <= 126 for character in text):
+        raise SettingError("API_TOKEN must be visible ASCII characters, several tokens separated by commas")
+    elif text and not text.strip(","):
+        raise SettingError("API_TOKEN has commas, but no token: set one, or leave it empty")
 
 
 def describe(settings: Settings) -> str:
-    """Return the effective settings on one line, secrets masked."""
+    """Return the effective settings on one line: secrets masked, and not shown at all if they are in a file."""
     shown = []
     for item in fields(settings):
         value = getattr(settings, item.name)
-        if item.name == "amqp_url":
-            value = masked_url(value)
-        elif item.name in SECRETS and value:
-            value = "***"
+        if item.name in SECRETS and value:
+            in_file = getattr(settings, f"{item.name}_file")
+            value = "" if in_file else masked_url(value) if item.name == "amqp_url" else "***"
         if value != "":
             shown.append(f"{item.name.upper()}={int(value) if isinstance(value, bool) else value}")
     return " ".join(shown)
-
-
-def parse(cls: type[S], prog: str, description: str, argv: Sequence[str], environ: Mapping[str, str]) -> S:
-    """Return the settings from `argv` and `environ`, for a process without other flags. Raise SettingError."""
-    return load(cls, parser_for(cls, prog, description).parse_args(argv), environ)

@@ -145,14 +145,14 @@ class Producer:
         await end(*self._tasks)
         log.info("stopped")
 
-    def reload_certificate(self) -> None:
+    def reload(self) -> None:
         """Load certificate and key again; keep the old ones when they cannot be used."""
         if self._certificate is not None:
             self._certificate.reload()
 
     def _keep_up(self, publisher: Publisher) -> Coroutine[object, object, None]:
         settings = self._settings
-        return keep_up(settings.amqp_url, publisher.name, publisher, publisher.max_unconfirmed_bytes)
+        return keep_up(lambda: settings.amqp_url, publisher.name, publisher, publisher.max_unconfirmed_bytes)
 
     async def _all_up(self) -> None:
         for publisher in self._publishers:
