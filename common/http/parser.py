@@ -19,10 +19,11 @@ class Limits:
     """Bounds on one request. The parsers of a server share one instance, since heads are cached for each instance."""
 
     target_bytes: int = 8 * 1024  # else 414; RFC 9112 section 3 recommends at least 8,000 for a request line
-    head_bytes: int = 16 * 1024  # else 431; request line and header section, line ends included
-    headers: int = 100  # else 431
+    head_bytes: int = 16 * 1024  # else 431; a target, and as much again for a proxy's fields and a browser's cookies
+    headers: int = 100  # else 431; as in Apache, and ten times what devices send
     body_bytes: int = 8 * 1024 * 1024  # else 413; without the chunked coding
-    chunk_overhead_bytes: int = 16 * 1024  # else 413; chunk framing beyond what data allows. Trailer section: 431
+    # Else 413, for a trailer section 431. Chunk framing beyond what data allows: as much as a head.
+    chunk_overhead_bytes: int = 16 * 1024
 
 
 @dataclass(frozen=True, slots=True)
