@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
-import os
 import socket
 import ssl
-import sys
 import time
 from contextlib import suppress
 from email.utils import formatdate
@@ -103,9 +101,9 @@ class HttpServer:
         shortage = f"all {self.state.limits.connections} connections are in use" if pool.refused else ""
         pool.refused = 0
         try:
-            os.close(os.dup(sys.stderr.fileno()))
+            socket.socket().close()
         except OSError as error:
-            shortage = error.strerror or ""
+            shortage = error.strerror or str(error)
             if (silent := pool.longest_silent(self.state.now())) is not None:
                 silent.leave()
         if shortage and now >= self._next_warning:
