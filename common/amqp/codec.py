@@ -235,14 +235,14 @@ def publish_frames(queue_name: str, header: bytes, body: bytes, frame_max: int) 
 
 
 class PublishEncoder:
-    """The fast form of `publish_frames`, for persistent application/json to one queue."""
+    """The fast form of `publish_frames`, for persistent messages of one content type to one queue."""
 
     __slots__ = ("_before_size", "_body_frame", "_body_max", "_head", "_properties")
 
-    def __init__(self, queue_name: str, frame_max: int) -> None:
+    def __init__(self, queue_name: str, frame_max: int, content_type: bytes = b"application/json") -> None:
         """Prepare what all messages share. `frame_max` is the negotiated one, in bytes; 0 is no limit."""
-        # Property flags: content-type, delivery-mode, message-id, timestamp.
-        before_id = b"\x90\xc0" + b"\x10application/json" + b"\x02" + bytes([32])
+        # Property flags: content-type, delivery-mode, message-id, timestamp. The message-id has 32 bytes.
+        before_id = b"\x90\xc0" + bytes([len(content_type)]) + content_type + b"\x02\x20"
         header_size = 2 + 2 + 8 + len(before_id) + 32 + 8
         header_frame = _FRAME.pack(_HEADER, HOT_CHANNEL, header_size) + b"\x00\x3c\x00\x00"
         self._before_size = _publish_method(queue_name) + header_frame

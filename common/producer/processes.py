@@ -38,9 +38,9 @@ async def serve(
     """
     stop = on_stop(alive_fd)
     producer = Producer(settings, counters, rows, shared_port, inherited)
-    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, producer.reload_certificate)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, producer.reload)
     try:
-        await producer.start(replaces, takes_over=ready_fd is not None)
+        await producer.start(replaces)
         if ready_fd is not None:
             os.write(ready_fd, b"1")
             os.close(ready_fd)
