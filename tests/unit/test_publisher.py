@@ -536,53 +536,56 @@ class Broker:
             self._bench.confirm(tag, multiple, ok)
 
 
-STEPS = st.one_of(
-    st.tuples(st.just("publish"), st.sampled_from([20, 20, 20, 200, GROUP_BYTES // 2, GROUP_BYTES])),
-    st.tuples(st.just("end the turn")),
-    st.tuples(st.just("confirm"), st.integers(1, 8), st.booleans(), st.sampled_from([True, True, False])),
-    st.tuples(
-        st.just("down"), st.sampled_from(["cut", "cut", "larger than configured max size 100", "ACCESS_REFUSED"])
-    ),
-    st.tuples(st.just("up")),
-    st.tuples(st.just("wait"), st.floats(0.1, 6)),
-    st.tuples(st.just("close")),
+SIZES = st.sampled_from([20, 20, 20, 200, GROUP_BYTES // 2, GROUP_BYTES])
+TURN = st.tuples(st.just("publish"), st.lists(SIZES, min_size=1, max_size=6), st.sampled_from([True, True, False]))
+CONFIRM = st.tuples(st.just("confirm"), st.integers(1, 8), st.booleans(), st.sampled_from([True, True, False]))
+DOWN = st.tuples(
+    st.just("down"), st.sampled_from(["cut", "cut", "larger than configured max size 100", "ACCESS_REFUSED"])
 )
+UP = st.tuples(st.just("up"))
+WAIT = st.tuples(st.just("wait"), st.floats(0.1, 4.9))
+STEPS = st.lists(st.one_of(TURN, TURN, CONFIRM, CONFIRM, DOWN, UP, UP, WAIT), max_size=40)
 
 
-@given(st.lists(STEPS, max_size=60), st.sampled_from([1, 2, 3, 64]))
+@given(STEPS, st.sampled_from([1, 2, 3, 64]), st.booleans())
 def test_each_event_has_one_outcome_and_200_only_if_stored(
-    steps: list[tuple[str, *tuple[object, ...]]], events_per_message: int
+    steps: list[tuple[Any, ...]], events_per_message: int, is_stopped: bool
 ) -> None:
-    """In any interleaving of events, groups, confirms, nacks, losses, time-outs and an end."""
+    """In any interleaving of events, groups, confirms, nacks, losses, time-outs, and the end of a drain."""
     bench = Bench(max_unconfirmed=20, events_per_message=events_per_message)
     broker, numbers, events = Broker(bench), count(), list[Event]()
 
     def act(step: str, *values: Any) -> None:
         if step == "publish":
-            with contextlib.suppress(Unavailable, TooLarge):
-                events.append(bench.gather(next(numbers), *values))
-        elif step == "end the turn":
-            bench.end_turn()
+            sizes, whole_turn = values
+            for size in sizes:
+                with contextlib.suppress(Unavailable, TooLarge):
+                    events.append(bench.gather(next(numbers), size))
+            if whole_turn:
+                bench.end_turn()
         elif step == "confirm":
             broker.confirm(*values)
         elif step == "down":
             bench.publisher.down(*values)
         elif step == "up" and not bench.publisher.connected:
+            bench.end_turn()
             bench.link_up()
         elif step == "wait":
             bench.end_turn()
             bench.wait(*values)
-        elif step == "close":
-            bench.publisher.close()
 
-    for step in (*steps, ("end the turn",), ("up",)):
+    for step in (*steps, ("up",)):
         act(*step)
         assert all(len(event.outcomes) <= 1 for event in events)
         assert all(event.message_id in broker.stored for event in events if event.outcomes == ["confirmed"])
         assert bench.publisher.unconfirmed == sum(not event.outcomes for event in events)
+    bench.end_turn()
     in_flight = [event.message_id for event in events if not event.outcomes]
     on_the_wire = [event_id for message in bench.lane.messages for event_id in message.event_ids]
     assert [event_id for event_id in on_the_wire if event_id in in_flight] == in_flight, "each once, oldest first"
+    if is_stopped:
+        bench.publisher.close()
+        broker.confirm(8, True, True)
     bench.wait(11)
     assert all(len(event.outcomes) == 1 for event in events)
     assert (bench.publisher.unconfirmed, bench.publisher.unconfirmed_bytes) == (0, 0)
