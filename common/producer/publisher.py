@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from common.amqp.codec import Confirm, Delivery, Part, PublishEncoder, packed_seconds
-from common.amqp.link import CALL_TIMEOUT_SECONDS, Link
-from common.amqp.topology import QUEUE_ARGUMENTS, check_may_publish, declare
+from common.amqp.link import Link
+from common.amqp.topology import QUEUE_ARGUMENTS, begin_publishing, declare
 from common.amqp.window import ConfirmWindow
 from common.errors import NotConfirmed, OutcomeUnknown, TooLarge, Unavailable
 from common.producer.broker_health import BrokerHealth
@@ -221,16 +221,7 @@ class Publisher:
     async def up(self, link: Link) -> None:
         """Declare the queue, and check that an event could be published."""
         await declare(link.channel, self._queue_name, QUEUE_ARGUMENTS)
-        checking = asyncio.create_task(check_may_publish(link.connection))
-        blocking = asyncio.create_task(self._is_blocked.wait())
-        try:
-            async with asyncio.timeout(CALL_TIMEOUT_SECONDS):
-                await asyncio.wait({checking, blocking}, return_when=asyncio.FIRST_COMPLETED)
-            if checking.done():
-                checking.result()
-        finally:
-            blocking.cancel()
-            checking.cancel()
+        await begin_publishing(link, self._is_blocked)
         self.link_up(link.lane, link.frame_max)
 
     def link_up(self, lane: Lane, frame_max: int) -> None:

@@ -163,7 +163,7 @@ class Producer:
             self._certificate.reload()
 
     def _keep_up(self, publisher: Publisher) -> Coroutine[object, object, None]:
-        return keep_up(self._settings.amqp_url, publisher.name, publisher, publisher.limits.unconfirmed_bytes)
+        return keep_up(lambda: self._settings.amqp_url, publisher.name, publisher, publisher.limits.unconfirmed_bytes)
 
     async def _tick(self) -> None:
         while True:
