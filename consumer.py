@@ -26,13 +26,13 @@ import sys
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 from common import __version__
-from common.config import ConsumerSettings, describe, load, parser_for
+from common.config import FORMER_WARNING, ConsumerSettings, describe, former_settings, load, parser_for
 from common.consumer import partitions, processes
 from common.consumer.dead_letters import commands as dead_letters
 from common.consumer.metrics import Counters
 from common.errors import Fatal
 from common.logs import set_up_logging
-from common.process import fail, run
+from common.process import fail, read_file, run
 
 log = logging.getLogger("predlog.consumer")
 
@@ -46,7 +46,7 @@ def main(argv: Sequence[str], environ: dict[str, str]) -> int:
     commands.add_argument("--export-dead-letters", metavar="FILE", help="write the dead letters as JSON lines, and end")
     flags: argparse.Namespace = parser.parse_args(argv)
     try:
-        settings = load(ConsumerSettings, flags, environ)
+        settings = load(ConsumerSettings, flags, environ, read_file)
         served = partitions.served(settings)
         set_up_logging("consumer", settings.log_level, settings.log_format)
         if flags.dead_letters:
@@ -56,6 +56,8 @@ def main(argv: Sequence[str], environ: dict[str, str]) -> int:
         if flags.export_dead_letters is not None:
             return run("consumer", lambda: dead_letters.export(list(served.values()), flags.export_dead_letters))
         log.info("predlog %s consumer: %s", __version__, describe(settings))
+        if former := former_settings(flags, environ):
+            log.warning(FORMER_WARNING, former)
         if len(served) > 1:
             return processes.serve_all(settings, served)
     except Fatal as error:

@@ -20,7 +20,7 @@ from common.errors import Unavailable
 from common.http.connection import Connection, ServerLimits
 from common.http.parser import Limits
 from common.http.server import HttpServer
-from common.process import tune_collector
+from common.process import Collector
 from common.producer.api import Api
 from common.producer.metrics import Counters
 from common.producer.publisher import Publication, Publisher, PublisherLimits
@@ -63,18 +63,17 @@ class Delay(NamedTuple):
 
 def delay_of(streams: Sequence[bytes], timeout_seconds: float = 60.0) -> Delay:
     """Send each stream on a connection of its own, all at once, and wait for the answers."""
-    thresholds = gc.get_threshold()
     gc.collect()
-    tune_collector()
     try:
         return uvloop.run(_measure(streams, timeout_seconds))
     finally:
         gc.unfreeze()
-        gc.set_threshold(*thresholds)
+        gc.enable()
 
 
 async def _measure(streams: Sequence[bytes], timeout_seconds: float) -> Delay:
     loop = asyncio.get_running_loop()
+    Collector(loop)
     settings, counters = ProducerSettings(), Counters()
     limits = PublisherLimits(4096, 2**26, 10.0, 64)
     publisher = ConfirmingPublisher("q", limits, time.monotonic, time.time, loop.call_soon, lambda count: None)
