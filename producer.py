@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from common import __version__
 from common.config import ProducerSettings, describe, parse
 from common.errors import Fatal
+from common.http.tokens import Tokens
 from common.logs import set_up_logging
 from common.process import fail, inherited_socket, run
 from common.producer import processes
@@ -47,7 +48,12 @@ def main(argv: Sequence[str], environ: dict[str, str]) -> int:
         inherited = inherited_socket(environ, os.getpid())
         if settings.workers > 1:
             return processes.serve_all(settings, inherited, [sys.executable, sys.argv[0], *argv])
-        return run("producer", lambda: processes.serve(settings, Counters(settings.partitions), inherited=inherited))
+        return run(
+            "producer",
+            lambda: processes.serve(
+                settings, Counters(settings.partitions, Tokens(settings.api_token).names), inherited=inherited
+            ),
+        )
     except Fatal as error:
         return fail("producer", error)
 

@@ -10,8 +10,10 @@ from common.http.parser import TOKEN
 
 JSON = b"application/json"
 NDJSON = b"application/x-ndjson"
+_CHARSETS = frozenset({b"utf-8", b"utf8", b"us-ascii", b""})
 
-_PARAMETER = rb'(%b)=(?:(%b)|"((?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*)")' % (TOKEN, TOKEN)
+_PARAMETER = rb'(%b)=(?:(%b)|"((?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*)")?' % (TOKEN, TOKEN)
+# Devices send `charset=` without a value, which the grammar does not have.
 # media-type = type "/" subtype parameters; parameters = *( OWS ";" OWS [ parameter ] ) (RFC 9110 section 8.3.1)
 _MEDIA_TYPE = re.compile(rb"(%b/%b)((?:[ \t]*+;[ \t]*+(?:%b)?)*)" % (TOKEN, TOKEN, _PARAMETER))
 _PARAMETERS = re.compile(rb";[ \t]*+%b" % _PARAMETER)
@@ -27,7 +29,8 @@ _QUOTED_KEY = re.compile(rb'"((?:[!#-\[\]-~]|\\["\\])*)"')
 def media_type(content_type: bytes | None) -> bytes | None:
     """Return JSON or NDJSON for a Content-Type value (RFC 9110 section 8.3.1), and None for any other type.
 
-    JSON is application/json, application/*+json, and no Content-Type. A charset parameter must be UTF-8.
+    JSON is application/json, application/*+json, and no Content-Type. A charset parameter must be UTF-8, a subset of
+    it, or empty.
     """
     if content_type is None:
         return JSON
@@ -36,7 +39,7 @@ def media_type(content_type: bytes | None) -> bytes | None:
         return None
     for name, token, quoted in _PARAMETERS.findall(match[2]):
         charset = token or _QUOTED_PAIR.sub(rb"\1", quoted)
-        if name.lower() == b"charset" and charset.lower() not in (b"utf-8", b"utf8"):
+        if name.lower() == b"charset" and charset.lower() not in _CHARSETS:
             return None
     essence = match[1].lower()
     if essence == NDJSON:
