@@ -1,6 +1,7 @@
 """The function that other publishers must share, by the contract's own vectors."""
 
 import pytest
+
 from common.event.ids import partition_of
 
 
