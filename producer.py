@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from common import __version__
 from common.config import ProducerSettings, describe, parse
 from common.errors import Fatal
-from common.http.tokens import Tokens
+from common.http.tokens import parse_tokens
 from common.logs import set_up_logging
 from common.process import fail, inherited_socket, run
 from common.producer import processes
@@ -51,7 +51,7 @@ def main(argv: Sequence[str], environ: dict[str, str]) -> int:
         return run(
             "producer",
             lambda: processes.serve(
-                settings, Counters(settings.partitions, Tokens(settings.api_token).names), inherited=inherited
+                settings, Counters(settings.partitions, parse_tokens(settings.api_token)), inherited=inherited
             ),
         )
     except Fatal as error:

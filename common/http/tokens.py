@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 _NAMED = re.compile(r"([A-Za-z0-9_.\-]{1,32}):(.*)")
@@ -38,36 +39,14 @@ def parse_tokens(text: str) -> list[Token]:
     return tokens
 
 
-class Tokens:
-    """The tokens in force. Raise ValueError for a bad `text`."""
+def owner_of(authorization: bytes, tokens: Sequence[Token]) -> str | None:
+    """Return the name of the owner of an Authorization value's token; None if it is not known.
 
-    def __init__(self, text: str) -> None:
-        self._tokens = parse_tokens(text)
-
-    def __bool__(self) -> bool:
-        return bool(self._tokens)
-
-    @property
-    def names(self) -> list[str]:
-        """The names, each once."""
-        return list(dict.fromkeys(token.name for token in self._tokens))
-
-    def reload(self, text: str) -> None:
-        """Replace all tokens. Raise ValueError for a bad `text`, and keep them."""
-        self._tokens = parse_tokens(text)
-
-    def owner(self, authorization: bytes) -> str | None:
-        """Return the name of the owner of an Authorization value's token; None if it is not known.
-
-        Every token is compared, each in constant time.
-        """
-        if authorization[:7].lower() != b"bearer ":
-            return None
-        given = authorization[7:].strip()
-        owners = [
-            token.name
-            for token in self._tokens
-            for credential in token.credentials
-            if hmac.compare_digest(given, credential)
-        ]
-        return owners[0] if owners else None
+    Every token is compared, each in constant time.
+    """
+    if authorization[:7].lower() != b"bearer ":
+        return None
+    given = authorization[7:].strip()
+    accepted = ((token.name, credential) for token in tokens for credential in token.credentials)
+    owners = [name for name, credential in accepted if hmac.compare_digest(given, credential)]
+    return owners[0] if owners else None

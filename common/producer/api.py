@@ -19,7 +19,7 @@ from common.http.coding import content_coding, decoded
 from common.http.exchange import Exchange
 from common.http.fields import idempotency_key, is_json_lines, require_json
 from common.http.parser import Head, Request
-from common.http.tokens import Tokens
+from common.http.tokens import Token, owner_of, parse_tokens
 from common.metrics import CONTENT_TYPE as METRICS_TYPE
 from common.producer import openapi
 from common.producer.batch import Batch
@@ -85,7 +85,7 @@ class Api:
         self._rows = rows
         self._intake = Intake(publishers, counters)
         self._origins = Origins(settings.allowed_hosts, settings.cors_origins)
-        self._tokens = Tokens("")
+        self._tokens: list[Token]
         self._handlers: dict[bytes, Handler] = {path: getattr(self, f"_{route.name}") for path, route in ROUTES.items()}
         self._openapi_template = OPENAPI.read_text()
         self._starts = True
@@ -99,10 +99,9 @@ class Api:
 
         In the metrics, names that were not there at the start are "other".
         """
-        self._tokens.reload(text)
+        self._tokens = parse_tokens(text)
         self._is_open = not self._tokens and not self._settings.allowed_hosts
-        has_tokens = bool(self._tokens)
-        self._document = openapi.document(self._openapi_template, __version__, self._settings, has_tokens)
+        self._document = openapi.document(self._openapi_template, __version__, self._settings, bool(self._tokens))
 
     # Requests
 
@@ -148,7 +147,7 @@ class Api:
 
     def _authorize(self, head: Head) -> None:
         given = head.authorization
-        owner = None if given is None else self._tokens.owner(given)
+        owner = None if given is None else owner_of(given, self._tokens)
         if owner is None:
             detail = "a bearer token is needed" if given is None else "this token is not known"
             challenge = 'Bearer realm="predlog"' + ("" if given is None else ', error="invalid_token"')

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from common import __version__
+from common.http.tokens import Token
 from common.metrics import LATENCY_SECONDS, Metrics
 from common.producer.routes import LABELS, OTHER
 
@@ -15,7 +16,7 @@ _REFUSALS = ("broker_away", "broker_blocked", "window_full", "nacked", "stalled"
 class Counters:
     """The producer's metrics. Their layout is fixed, so that workers can share memory."""
 
-    def __init__(self, partitions: int = 1, token_names: Sequence[str] = ()) -> None:
+    def __init__(self, partitions: int = 1, tokens: Sequence[Token] = ()) -> None:
         self.metrics = m = Metrics()
         self.requests = {
             route: {
@@ -26,7 +27,7 @@ class Counters:
         }
         self.token_requests = {
             name: m.counter("predlog_token_requests_total", "Requests with a known token, by its owner.", token=name)
-            for name in dict.fromkeys((*token_names, OTHER))  # OTHER: those that a reload brought
+            for name in dict.fromkeys((*(token.name for token in tokens), OTHER))  # OTHER: those that a reload brought
         }
         self.refusals = {
             reason: m.counter("predlog_refusals_total", "Events refused for now (503), by reason.", reason=reason)

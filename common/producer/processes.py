@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from common import workers
 from common.config import ProducerSettings
-from common.http.tokens import Tokens
+from common.http.tokens import parse_tokens
 from common.process import on_stop, run
 from common.producer.metrics import Counters
 from common.producer.service import Producer
@@ -53,7 +53,7 @@ async def serve(
 
 def serve_all(settings: ProducerSettings, inherited: socket.socket | None, command: Sequence[str]) -> int:
     """Run WORKERS producers until a signal; return the exit code. On SIGHUP, `command` starts a replacement of each."""
-    counters = Counters(settings.partitions, Tokens(settings.api_token).names)
+    counters = Counters(settings.partitions, parse_tokens(settings.api_token))
     Certificate.load(settings.tls_cert, settings.tls_key)  # so that a bad one is reported once, not by each worker
     port = inherited or workers.reserve_port(settings.http_host, settings.http_port)
     rows_fd = workers.rows_file(settings.workers, counters.metrics.size)
@@ -79,7 +79,7 @@ def serve_all(settings: ProducerSettings, inherited: socket.socket | None, comma
 def serve_as_replacement(settings: ProducerSettings, told: str) -> int:
     """Run in the place of a worker; return the exit code. `told` is the value of PREDLOG_WORKER."""
     index, shared_port, alive_fd, ready_fd, rows_fd, listener_fd = map(int, told.split())
-    counters = Counters(settings.partitions, Tokens(settings.api_token).names)
+    counters = Counters(settings.partitions, parse_tokens(settings.api_token))
     rows: list[Sequence[float]] = []
     if os.fstat(rows_fd).st_size == settings.workers * counters.metrics.size * 8:
         # Until the old worker has ended, both count in one row: a count in a million may be lost.

@@ -11,7 +11,7 @@ from common.amqp.codec import Confirm, Part
 from common.config import ProducerSettings
 from common.http.connection import Connection, ServerLimits, ServerState
 from common.http.parser import Limits
-from common.http.tokens import Tokens
+from common.http.tokens import parse_tokens
 from common.producer.api import Api
 from common.producer.metrics import Counters
 from common.producer.publisher import Publisher
@@ -81,7 +81,7 @@ class FakeProducer:
         self.lanes = [_Lane() for _ in self.publishers]
         for publisher, lane in zip(self.publishers, self.lanes, strict=True):
             publisher.link_up(lane, 131_072)
-        self.counters = Counters(count, Tokens(self.settings.api_token).names)
+        self.counters = Counters(count, parse_tokens(self.settings.api_token))
         self.api = Api(
             self.settings, self.publishers, self.counters, Slices(self._soon.append), [self.counters.metrics.values]
         )
