@@ -18,10 +18,10 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
-from common.producer import openapi
 from scripts.rabbitmq import free_port
 from tests.conftest import Service, Start
 from tests.rabbitmq import RabbitMQ
+from tests.support import openapi
 
 CHROMIUM, CHROMEDRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(
@@ -399,7 +399,7 @@ def test_without_a_broker_the_page_says_so_and_why(page: Page, producer: Start) 
     page.until(lambda: page.text("#broker .value") == "away")
     page.until(lambda: page.text("#ready").startswith("Not ready: "))
     assert page.send().startswith("503 ")
-    assert "Retry-After: 1" in page.text("#outcome")
+    assert "Retry-After: " in page.text("#outcome")
 
 
 def test_a_producer_that_is_gone_leaves_the_page_usable(page: Page, producer: Start) -> None:
