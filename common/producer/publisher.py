@@ -161,11 +161,11 @@ class Publisher:
 
     @property
     def is_blocked(self) -> bool:
-        return bool(self._health.blocked)
+        return self._health.is_blocked
 
     @property
     def is_stalled(self) -> bool:
-        return bool(self._health.stalled)
+        return self._health.is_stalled
 
     def trouble(self) -> Unavailable | None:
         """Return why no event can be accepted now; None if one can be, given room in the window."""
