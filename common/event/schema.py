@@ -139,18 +139,16 @@ def _validate_quickly(document: Any, max_preds: int | None) -> Event | None:
     """
     try:
         data = document["data"]
-        ids = document["device_id"], document["client_id"], document["created_at"], data["license_id"]
-        device_id, client_id, created_at, license_id = ids
+        device_id, client_id, created_at = document["device_id"], document["client_id"], document["created_at"]
+        license_id, preds = data["license_id"], data["preds"]
         if not (str is type(device_id) is type(client_id) is type(created_at) is type(license_id)):
+            ids = device_id, client_id, created_at, license_id
             device_id, client_id, created_at, license_id = map(_identifier, ids)
-        preds = data["preds"]
         if type(preds) is not list or (max_preds is not None and len(preds) > max_preds):
             return None
         normal = []
         for pred in preds:
-            image_frame = pred["image_frame"]
-            prob = pred["prob"]
-            tags = pred["tags"]
+            image_frame, prob, tags = pred["image_frame"], pred["prob"], pred["tags"]
             if type(image_frame) is not str or type(tags) is not list:
                 return None
             if type(prob) is not float:
