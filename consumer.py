@@ -2,7 +2,7 @@
 
 The way of a message, from the socket to the row and the ack:
 
-    FastLane.data_received     common/amqp/transport.py       deliveries out of the byte stream
+    FastLane.data_received     common/amqp/lane.py            deliveries out of the byte stream
     Worker.deliveries          common/consumer/worker.py      to those that wait
     Pending.add                common/consumer/pending.py     until a batch is due
     Worker.run                 common/consumer/worker.py      batch after batch, in the thread of the store

@@ -6,8 +6,8 @@ The way of an event, from the socket to the broker and back:
     Api.check, Api.handle      common/producer/api.py         permission, then the route
     normalise_event            common/event/schema.py         JSON into an event in normal form
     Publisher.publish          common/producer/publisher.py   into the confirm window of its partition
-    FastLane.send              common/amqp/transport.py       one write for each turn of the event loop
-    FastLane.data_received     common/amqp/transport.py       the broker's confirms
+    FastLane.send              common/amqp/lane.py            one write for what it is given
+    FastLane.data_received     common/amqp/lane.py            the broker's confirms
     Publisher.confirms         common/producer/publisher.py   from delivery tag to event
     _Post.confirmed            common/producer/api.py         200
     Exchange.answer            common/http/exchange.py        answers in the order of the requests

@@ -132,7 +132,7 @@ class ConsumerService:
         self._counters.metrics.values[self._counters.active] = 1.0
         log.info("rows go to %s", settings.csv_file)
         self._batches = self._task(worker.run())
-        link = keep_up(settings.amqp_url, self._name, worker)
+        link = keep_up(lambda: settings.amqp_url, self._name, worker)
         watching = [self._task(worker.watch())]
         if self._unserved is not None:
             watching.append(self._task(self._unserved.watch()))

@@ -62,8 +62,8 @@ def test_the_promise_holds_through_an_aimed_kill_at_every_step(stage: SingleStag
     [
         ("ack-before-fsync", "write-to-fsync:4", {"lost"}),
         ("no-fsync", "commit-to-ack:4:power", {"lost"}),
-        ("no-dedup", "commit-to-ack:4", {"doubled"}),
-        ("no-cut", "write-to-fsync:4", {"doubled"}),
+        ("no-dedup", "commit-to-ack:4", {"duplicated"}),
+        ("no-cut", "write-to-fsync:4", {"duplicated"}),
         ("no-cut", "in-write:4", {"torn"}),
     ],
 )
