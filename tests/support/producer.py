@@ -11,6 +11,7 @@ from common.amqp.codec import Confirm, Part
 from common.config import ProducerSettings
 from common.http.connection import Connection, ServerLimits, ServerState
 from common.http.parser import Limits
+from common.http.tokens import parse_tokens
 from common.producer.api import Api
 from common.producer.metrics import Counters
 from common.producer.publisher import Publisher
@@ -69,7 +70,7 @@ class FakeProducer:
             Publisher(
                 f"q.{k}",
                 self.settings.max_unconfirmed // count,
-                self.settings.max_unconfirmed_bytes // count,
+                (64 << 20) // count,
                 self.settings.confirm_timeout_ms / 1000,
                 lambda: self.now,
                 lambda: self.now,
@@ -80,7 +81,7 @@ class FakeProducer:
         self.lanes = [_Lane() for _ in self.publishers]
         for publisher, lane in zip(self.publishers, self.lanes, strict=True):
             publisher.link_up(lane, 131_072)
-        self.counters = Counters(count)
+        self.counters = Counters(count, parse_tokens(self.settings.api_token))
         self.api = Api(
             self.settings, self.publishers, self.counters, Slices(self._soon.append), [self.counters.metrics.values]
         )
