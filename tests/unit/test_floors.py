@@ -44,6 +44,7 @@ PURE = {
     "common.amqp.codec",
     "common.amqp.properties",
     "common.producer.openapi",
+    "common.producer.broker_health",
     "common.producer.origins",
     "common.producer.routes",
     "common.consumer.pending",
