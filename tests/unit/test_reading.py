@@ -224,14 +224,15 @@ def test_the_patterns_find_rotated_files_and_nothing_else(tmp_path: Path) -> Non
 
 
 def test_rotated_files_come_in_order_and_each_once(tmp_path: Path) -> None:
-    """Also two of the same second, and one whose compression is not over."""
-    order = ["data-20261128T235959Z.csv.gz", "data-20261129T000000Z.csv.gz", "data-20261129T000000Z-1.csv"]
+    """Also many of the same second, and one whose compression is not over."""
+    order = ["data-20261128T235959Z.csv.gz", "data-20261129T000000Z.csv.gz"]
+    order += [f"data-20261129T000000Z-{number}.csv" for number in range(1, 12)]
     for name in (*OTHERS, *order, "data-20261129T000000Z.csv", "data.0-20261129T000000Z.csv"):
         (tmp_path / name).touch()
     names: dict[str, Any] = {}
     exec(block("Rotated files"), names)
     found = [path.name for path in names["rotated_files"](str(tmp_path))]
-    assert [name.removesuffix(".gz") for name in found] == [name.removesuffix(".gz") for name in order]
+    assert found == order
     assert [path.name for path in names["rotated_files"](str(tmp_path), "data.0")] == ["data.0-20261129T000000Z.csv"]
 
 
