@@ -92,7 +92,7 @@ export class Client {
       const text = await answer.text();
       const content = answer.ok ? JSON.parse(text) : {};
       const statuses = answer.status === 207 ? content.results.map((each) => each.status) : lines.map(() => answer.status);
-      const seconds = Number(answer.headers.get("Retry-After")) || 0; // across origins a browser may hide it
+      const seconds = Number(answer.headers.get("Retry-After")) || 0;
       return { statuses, retryAfterMs: 1000 * seconds, text: `${answer.status} ${text}` };
     } catch (error) {
       return { statuses: [0], retryAfterMs: 0, text: `no answer (${error.cause ?? error})` }; // the outcome is unknown

@@ -16,8 +16,10 @@ from threading import Thread
 from typing import Any, ClassVar
 
 import pytest
+from selenium import webdriver
 
 from scripts.rabbitmq import free_port
+from tests.browser.test_page import CHROMEDRIVER, CHROMIUM, FLAGS
 from tests.conftest import ROOT, Service, Start
 from tests.support.polling import wait_until
 
@@ -297,25 +299,67 @@ def test_a_batch_is_repeated_whole_until_each_event_is_settled(
     assert client.log().count("never sent again") == 1
 
 
-IN_A_BROWSER = """
-const items = new Map();
-globalThis.localStorage = { getItem: (key) => items.get(key) ?? null, setItem: (key, text) => items.set(key, text) };
-const { Client, browserStorage } = await import(process.argv[2]);
-const [url, ...events] = process.argv.slice(3);
-const first = new Client(url, browserStorage("spool"));
-events.forEach((text) => first.put(JSON.parse(text)));
-const second = new Client(url, browserStorage("spool")); // the page was loaded again
-await second.run(() => true);
-console.log(items.get("spool"));
+class _Files(BaseHTTPRequestHandler):
+    """Serves the JavaScript client, and an empty page."""
+
+    def do_GET(self) -> None:
+        is_module = self.path.endswith(".mjs")
+        self.send_response(200)
+        self.send_header("Content-Type", "text/javascript" if is_module else "text/html")
+        self.end_headers()
+        if is_module:
+            self.wfile.write((EXAMPLES / "javascript" / "predlog_client.mjs").read_bytes())
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def origin() -> Iterator[str]:
+    """The origin of a page that is not the producer's."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Files)
+    thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[webdriver.Chrome]:
+    if not (CHROMIUM and CHROMEDRIVER):
+        pytest.skip("no browser is installed (Debian: apt-get install chromium chromium-driver)")
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path / 'chromium'}"):
+        options.add_argument(flag)
+    driver = webdriver.Chrome(options, webdriver.ChromeService(CHROMEDRIVER))
+    yield driver
+    driver.quit()
+
+
+IN_THE_PAGE = """
+const [url, events, done] = arguments;
+import("/predlog_client.mjs").then(async ({ Client, browserStorage }) => {
+  const client = new Client(url, browserStorage("spool"));
+  events.forEach((event) => client.put(event));
+  if (!events.length) await client.run(() => true);
+  done(localStorage.getItem("spool"));
+});
 """
 
 
-def test_the_browsers_spool_outlives_the_page(producer: Start, consumer: Start, tmp_path: Path) -> None:
-    script = tmp_path / "page.mjs"
-    script.write_text(IN_A_BROWSER)
-    service, stored = producer(), consumer()
-    module = str(EXAMPLES / "javascript" / "predlog_client.mjs")
-    events = [json.dumps(event(number)) for number in range(5)]
-    done = subprocess.run([*find_node(), script, module, service.url, *events], capture_output=True, text=True)
-    assert json.loads(done.stdout) == {"open": ""}, done.stderr
+def test_a_browsers_spool_outlives_the_page(
+    browser: webdriver.Chrome, origin: str, producer: Start, consumer: Start
+) -> None:
+    """The page that sends is not the one that stored, and its origin is not the producer's."""
+    service, stored = producer(CORS_ORIGINS=origin), consumer()
+    events = [event(number) for number in range(5)]
+    browser.get(origin)
+    spool = json.loads(browser.execute_async_script(IN_THE_PAGE, service.url, events))
+    assert spool["open"].count("\n") == len(events)
+    browser.refresh()
+    spool = json.loads(browser.execute_async_script(IN_THE_PAGE, service.url, []))
+    assert spool == {"open": ""}
     assert_one_row_each(stored, range(5))
