@@ -22,6 +22,11 @@ DEFAULT_AMQP_URL = "amqp://guest:guest@localhost:5672/"
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("text", "json")
 SECRETS = frozenset({"amqp_url", "api_token"})
+# Settings of 1.0 that are constants now. A variable or flag that is still set is reported, and has no effect.
+FORMER = (
+    *("max_unconfirmed_bytes", "max_head_bytes", "max_target_bytes", "max_headers", "max_chunk_overhead_bytes"),
+    *("max_pipelined", "head_timeout_ms", "body_timeout_ms", "write_timeout_ms"),
+)
 
 
 # A producer that reconnects publishes again what is unconfirmed: 4,096 events by default. This covers four producers.
@@ -46,14 +51,17 @@ class Settings:
         "broker address, amqp:// or amqps:// (TLS; ?cafile=PATH), of one host or several (host1:5672,host2:5672) "
         f"(default {DEFAULT_AMQP_URL})",
     )
+    amqp_url_file: str = _setting("", "file with the value of AMQP_URL (SIGHUP reads it again)")
     rabbitmq_host: str = _setting("", "broker host, used when AMQP_URL is not set")
     partitions: int = _setting(1, "queues that events are spread over, each with a CSV of its own", low=1, high=1024)
-    queue_name: str = _setting("predictions", "queue of events; its dead letters go to <name>.dead")
+    queue_name: str = _setting("predictions", "queue of events")
     log_level: str = _setting(
         "info", "least severe level that is logged: debug, info, warning or error", choices=LOG_LEVELS
     )
     log_format: str = _setting("text", "text for people, json for machines", choices=LOG_FORMATS)
     shutdown_timeout_ms: int = _setting(10_000, "how long a stop may take to finish accepted work, ms", low=0)
+    health_port: int = _setting(0, "port of /healthz, /readyz and /metrics alone (0: off)", low=0, high=65535)
+    health_host: str = _setting("127.0.0.1", "address of the health port")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,25 +73,18 @@ class ProducerSettings(Settings):
     workers: int = _setting(1, "processes that share the port", low=1, high=256)
     confirm_timeout_ms: int = _setting(10_000, "wait for the broker's confirm before 504, ms", low=1)
     max_unconfirmed: int = _setting(4096, "events without a confirm before 503", low=1)
-    max_unconfirmed_bytes: int = _setting(64 * 1024 * 1024, "bytes of events without a confirm before 503", low=1)
-    max_body_bytes: int = _setting(_LIMITS.body_bytes, "largest request body, also after gzip, bytes (413)", low=1)
-    max_preds: int = _setting(10_000, "most predictions in one event, and events in one batch (422)", low=1)
-    max_head_bytes: int = _setting(_LIMITS.head_bytes, "largest request line and header section, bytes (431)", low=256)
-    max_target_bytes: int = _setting(_LIMITS.target_bytes, "largest request target, bytes (414)", low=16)
-    max_headers: int = _setting(_LIMITS.headers, "header lines in a request (431)", low=1)
-    max_chunk_overhead_bytes: int = _setting(
-        _LIMITS.chunk_overhead_bytes, "chunk framing beyond the data it carries, bytes (413)", low=64
+    events_per_message: int = _setting(
+        64, "most events that share one message and one confirm, under load (1: each alone)", low=1, high=1000
     )
-    max_pipelined: int = _setting(32, "unanswered requests of one connection before it is not read", low=1)
+    max_body_bytes: int = _setting(_LIMITS.body_bytes, "largest request body, also after gzip, bytes (413)", low=1)
+    max_preds: int = _setting(4_000, "most predictions in one event (422)", low=1)
     max_connections: int = _setting(16_000, "open client connections before 503 and close", low=1)
-    head_timeout_ms: int = _setting(10_000, "for a client to send its header section, ms (408)", low=1)
-    body_timeout_ms: int = _setting(20_000, "without progress of a body, at 16 bytes a ms at least, ms (408)", low=1)
     idle_timeout_ms: int = _setting(75_000, "before an idle connection is closed, ms", low=1)
-    write_timeout_ms: int = _setting(20_000, "without a client taking its answers before it is cut off, ms", low=1)
     drain_delay_ms: int = _setting(0, "how long a stop still listens while /readyz says 503, ms", low=0)
     allowed_hosts: str = _setting("", "Host values that are served, separated by commas; others are 403 (empty: all)")
     cors_origins: str = _setting("", "origins whose pages may POST, separated by commas (empty: none but our own)")
     api_token: str = _setting("", "bearer token(s) for POST, separated by commas (empty: no authentication)")
+    api_token_file: str = _setting("", "file with the value of API_TOKEN (SIGHUP reads it again)")
     protect_pages: bool = _setting(False, "1: /metrics, /docs and /openapi.json want the token too")
     tls_cert: str = _setting("", "PEM file of the certificate chain: serve HTTPS (SIGHUP reloads it)")
     tls_key: str = _setting("", "PEM file of the certificate's private key")
@@ -95,7 +96,7 @@ class ConsumerSettings(Settings):
 
     partition: str = _setting("", "partitions to serve: empty for all, or like 2, 0-3 or 0,4")
     csv_file: str = _setting("data/data.csv", "the CSV file; its journal and lock are in the same folder")
-    prefetch_count: int = _setting(2000, "messages the broker may send ahead of their acks", low=1, high=65535)
+    prefetch_count: int = _setting(2000, "messages that the broker may send ahead of their acks", low=1, high=65535)
     batch_max_rows: int = _setting(5000, "rows that make a batch full", low=1)
     flush_interval_ms: int = _setting(50, "longest wait of a row for its batch, ms", low=0, high=600_000)
     low_prob_threshold: float = _setting(0.25, "predictions below it get the tag low_prob", low=-1e308, high=1e308)
@@ -103,11 +104,11 @@ class ConsumerSettings(Settings):
         200_000,
         f"how many message ids are remembered to drop duplicates (at least {LEAST_DEDUP_WINDOW})",
     )
-    health_port: int = _setting(0, "port of /healthz, /readyz and /metrics (0: off)", low=0, high=65535)
-    health_host: str = _setting("127.0.0.1", "address of the health port")
+    dedup_warn_seconds: int = _setting(60, "warn when message ids are forgotten sooner than this, s (0: never)", low=0)
     rotate_bytes: int = _setting(0, "start a new CSV when this one has so many bytes (0: off)", low=0)
-    rotate_interval: int = _setting(0, "start a new CSV after so many seconds (0: off)", low=0)
+    rotate_interval: int = _setting(0, "start a new CSV every so many seconds, from UTC midnight on (0: off)", low=0)
     rotate_gzip: bool = _setting(False, "1: compress a CSV once it is rotated away")
+    rotate_keep: int = _setting(0, "how many rotated files stay; older ones are removed (0: all stay)", low=0)
 
 
 S = TypeVar("S", bound=Settings)
@@ -157,6 +158,7 @@ def parser_for(cls: type[Settings], prog: str, description: str) -> argparse.Arg
         prog=prog,
         description=description,
         epilog="Each flag is also an environment variable: --queue-name is QUEUE_NAME.",
+        allow_abbrev=False,  # --partition must not set PARTITIONS
     )
     parser.add_argument("--version", action="version", version=f"predlog {__version__}")
     for item in fields(cls):
@@ -167,7 +169,15 @@ def parser_for(cls: type[Settings], prog: str, description: str) -> argparse.Arg
         switch: dict[str, Any] = {"nargs": "?", "const": "1"} if item.type == "bool" else {}
         flag = "--" + item.name.replace("_", "-")
         parser.add_argument(flag, metavar="VALUE", help=text.replace("%", "%%"), **switch)
+    for name in FORMER:
+        parser.add_argument("--" + name.replace("_", "-"), help=argparse.SUPPRESS)
     return parser
+
+
+def former_settings(flags: argparse.Namespace, environ: Mapping[str, str]) -> str:
+    """Return the names of settings of 1.0 that are set and have no effect, separated by commas."""
+    found = [name.upper() for name in FORMER if getattr(flags, name) is not None or environ.get(name.upper())]
+    return ", ".join(sorted(found))
 
 
 def load(cls: type[S], flags: argparse.Namespace, environ: Mapping[str, str]) -> S:

@@ -16,10 +16,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from common.config import ConsumerSettings
-from common.consumer.health import HEALTH_LIMITS, Health
 from common.consumer.metrics import Counters
 from common.consumer.service import ConsumerService
 from common.errors import SettingError
+from common.health import HEALTH_LIMITS, Health
 from common.http.server import HttpServer
 from common.logs import set_up_logging
 from common.metrics import Metrics

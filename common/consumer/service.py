@@ -12,11 +12,11 @@ from common.amqp.link import Link, keep_up
 from common.config import ConsumerSettings
 from common.consumer.dead_letters.mover import DeadLetters
 from common.consumer.dead_letters.spill import Spill
-from common.consumer.health import HEALTH_LIMITS, Health
 from common.consumer.metrics import Counters
 from common.consumer.unserved import Unserved
 from common.consumer.worker import RETRY_FIRST_SECONDS, RETRY_MOST_SECONDS, T, Worker
 from common.errors import DiskTrouble
+from common.health import HEALTH_LIMITS, Health
 from common.http.server import HttpServer
 from common.process import end, first_of
 from common.storage.lock import Lock

@@ -69,12 +69,12 @@ class ServerLimits:
 
     request: Limits
     connections: int
-    pipelined: int  # unanswered requests of one connection; beyond it the connection is not read
     buffered_bytes: int  # of incomplete requests and unread answers, over all connections
-    head_seconds: float
-    body_seconds: float  # without progress
-    idle_seconds: float
-    write_seconds: float  # without progress
+    idle_seconds: float  # proxies keep idle connections for 60 s; ours must last longer
+    pipelined: int = 32  # unanswered requests of one connection; beyond it the connection is not read
+    head_seconds: float = 10.0
+    body_seconds: float = 20.0  # without progress, for uploads over mobile links that pause
+    write_seconds: float = 20.0  # without progress
 
 
 class ServerState:

@@ -28,27 +28,18 @@ log = logging.getLogger("predlog.producer")
 SWEEP_SECONDS = 0.1
 ALL_UP_SECONDS = 5.0  # for every partition to get its connection; then the start stops waiting for the rest
 FILES_BESIDES_CONNECTIONS = 64 + SPARE_CONNECTIONS
+MAX_UNCONFIRMED_BYTES = 64 * 1024 * 1024  # of events without a confirm: what a blocked broker may cost in memory
 BUFFERED_BYTES = 256 * 1024 * 1024  # of incomplete requests and unread answers, over all connections, at least
 LAST_ANSWERS_SECONDS = 0.1  # for sending the answers that end a drain
 
 
 def limits_of(settings: ProducerSettings, most_connections: int) -> ServerLimits:
     return ServerLimits(
-        request=Limits(
-            target_bytes=settings.max_target_bytes,
-            head_bytes=settings.max_head_bytes,
-            headers=settings.max_headers,
-            body_bytes=settings.max_body_bytes,
-            chunk_overhead_bytes=settings.max_chunk_overhead_bytes,
-        ),
+        request=Limits(body_bytes=settings.max_body_bytes),
         connections=min(settings.max_connections, most_connections),
-        pipelined=settings.max_pipelined,
         # Room for the largest batch while it is read, and for two bodies that arrive meanwhile.
         buffered_bytes=max(BUFFERED_BYTES, (PARSED_FACTOR + 2) * settings.max_body_bytes),
-        head_seconds=settings.head_timeout_ms / 1000,
-        body_seconds=settings.body_timeout_ms / 1000,
         idle_seconds=settings.idle_timeout_ms / 1000,
-        write_seconds=settings.write_timeout_ms / 1000,
     )
 
 
@@ -83,7 +74,7 @@ class Producer:
             Publisher(
                 queue_name,
                 max(1, settings.max_unconfirmed // share),
-                max(1, settings.max_unconfirmed_bytes // share),
+                max(1, MAX_UNCONFIRMED_BYTES // share),
                 settings.confirm_timeout_ms / 1000,
                 time.monotonic,
                 time.time,

@@ -57,7 +57,7 @@ def test_rabbitmq_host_is_the_original_s_way_and_amqp_url_wins() -> None:
         ("HTTP_HOST", "a..b"), ("AMQP_URL", "amqp://a..b/"), ("RABBITMQ_HOST", "localhost:5673"),
         ("RABBITMQ_HOST", "a b"), ("RABBITMQ_HOST", "user@host"), ("RABBITMQ_HOST", "host/x"),
         ("HTTP_HOST", "127.0.0.1:80"),
-        ("CONFIRM_TIMEOUT_MS", "9" * 400), ("MAX_UNCONFIRMED_BYTES", "9" * 30), ("QUEUE_NAME", "\udcff"),
+        ("CONFIRM_TIMEOUT_MS", "9" * 400), ("EVENTS_PER_MESSAGE", "1001"), ("EVENTS_PER_MESSAGE", "0"), ("QUEUE_NAME", "\udcff"),
         ("QUEUE_NAME", "a=b"), ("API_TOKEN", ","), ("PROTECT_PAGES", "1"),
     ],
 )  # fmt: skip

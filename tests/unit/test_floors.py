@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 FLOORS = [
     {"common.first", "common.errors", "common.metrics", "common.logs", "common.process", "common.workers"},
     {"common.http", "common.amqp", "common.event", "common.storage"},
-    {"common.config"},
+    {"common.config", "common.health"},
     {"common.producer", "common.consumer"},
     {"producer", "consumer"},
 ]

@@ -7,7 +7,7 @@ from typing import Any, cast
 import pytest
 
 from common.consumer import processes
-from common.consumer.health import Health
+from common.health import Health
 from common.consumer.metrics import Counters
 from common.consumer.processes import Board
 from common.errors import HttpError

@@ -1,4 +1,4 @@
-"""The consumer's health port: /healthz, /readyz, /metrics."""
+"""The application of a health port: /healthz, /readyz and /metrics of either process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from common.metrics import CONTENT_TYPE as METRICS_TYPE
 
 
 class Health:
-    """The application of the health port. `not_ready` returns why no event would reach the CSV now, or ""."""
+    """The application of a health port. `not_ready` returns why the process cannot do its work now, or ""."""
 
     def __init__(self, not_ready: Callable[[], str], metrics: Callable[[], bytes]) -> None:
         self._not_ready = not_ready
