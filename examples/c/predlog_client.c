@@ -10,7 +10,7 @@
  * The spool is a folder, used by one process at a time:
  *
  *     open               events that were never sent, one JSON line each; only appended to
- *     <number>-<random>  a request; it never changes, its name is its Idempotency-Key, and it stays until it is answered
+ *     <number>-<random>  a request; it never changes, its name is its Idempotency-Key, it stays until it is answered
  *     refused            the first MB of events that predlog will never take (413, 422), for a person
  *
  * Key and position name an event of a batch, so a retry must repeat the same bytes under the same key. That is why

@@ -3,7 +3,8 @@
  *
  * One module for Node.js 18 or newer and for browsers, without packages. In a program:
  *
- *     const client = new Client("http://predlog.example:8000", await folder("spool")); // in a browser: browserStorage("spool")
+ *     const spool = await folder("spool"); // in a browser: browserStorage("spool")
+ *     const client = new Client("http://predlog.example:8000", spool);
  *     client.run();
  *     client.put(event); // returns once the event is stored; throws when the spool or the disk is full
  *
@@ -15,11 +16,12 @@
  * browser, one tab) at a time. It has these files:
  *
  *     open               events that were never sent, one JSON line each; only appended to
- *     <number>-<random>  a request; it never changes, its name is its Idempotency-Key, and it stays until it is answered
+ *     <number>-<random>  a request; it never changes, its name is its Idempotency-Key, it stays until it is answered
  *     refused            the first MB of events that predlog will never take (413, 422), for a person
  *
- * Key and position name an event of a batch, so a retry must repeat the same bytes under the same key. That is why `open`
- * becomes a request by being renamed, and is never sent before. One waiting event is a POST /process, several are a batch.
+ * Key and position name an event of a batch, so a retry must repeat the same bytes under the same key. That is why
+ * `open` becomes a request by being renamed, and is never sent before. One waiting event is a POST /process, several
+ * are a batch.
  */
 
 const BATCH_LENGTH = 256 * 1024; // characters of one request; predlog takes MAX_BODY_BYTES (8 MiB)
@@ -91,7 +93,8 @@ export class Client {
       const answer = await fetch(this.url + path, request);
       const text = await answer.text();
       const content = answer.ok ? JSON.parse(text) : {};
-      const statuses = answer.status === 207 ? content.results.map((each) => each.status) : lines.map(() => answer.status);
+      const isBatch = answer.status === 207;
+      const statuses = isBatch ? content.results.map((each) => each.status) : lines.map(() => answer.status);
       const seconds = Number(answer.headers.get("Retry-After")) || 0;
       return { statuses, retryAfterMs: 1000 * seconds, text: `${answer.status} ${text}` };
     } catch (error) {
@@ -102,7 +105,8 @@ export class Client {
   /** Make what is in `open` a request, before its first attempt. */
   seal() {
     const number = Number.parseInt(this.requests().at(-1) ?? "0", 10) + 1;
-    const random = crypto.getRandomValues(new Uint32Array(4)).reduce((hex, word) => hex + word.toString(16).padStart(8, "0"), "");
+    const bytes = [...crypto.getRandomValues(new Uint8Array(16))];
+    const random = bytes.map((byte) => byte.toString(16).padStart(2, "0")).join("");
     this.spool.rename("open", `${String(number).padStart(10, "0")}-${random}`);
   }
 
@@ -131,7 +135,7 @@ export async function folder(path) {
   };
   return {
     names: () => fs.readdirSync(path),
-    size: () => fs.readdirSync(path).reduce((sum, name) => sum + (name === "refused" ? 0 : fs.statSync(at(name)).size), 0),
+    size: () => fs.readdirSync(path).reduce((sum, name) => sum + fs.statSync(at(name)).size, 0),
     read: (name) => (fs.existsSync(at(name)) ? fs.readFileSync(at(name), "utf8") : ""),
     write: (name, text) => synced(at(name), "w", text),
     append(name, text) {
