@@ -98,8 +98,3 @@ def ack_ranges(stored: Sequence[int], held: Collection[int]) -> list[tuple[int, 
         return [(stored[-1], True)] if stored else []
     below = [tag for tag in stored if tag < lowest_held]
     return [(tag, True) for tag in below[-1:]] + [(tag, False) for tag in stored[len(below) :]]
-
-
-def rotation_due(csv_bytes: int, age_seconds: float, rotate_bytes: int, rotate_interval_seconds: int) -> bool:
-    """Tell whether the CSV is to be rotated. A limit of 0 is off."""
-    return (0 < rotate_bytes <= csv_bytes) or (0 < rotate_interval_seconds <= age_seconds)

@@ -1,8 +1,8 @@
 """The consumer's loop: deliveries in, batches into the store, acks out.
 
 The event loop owns everything here. The store has a thread of its own, one call at a time: prepare a batch, which
-reads the ids that the journal remembers; append it; rotate; reopen. The event loop only reads the committed bytes and
-the age of the store.
+reads the ids that the journal remembers; append it; rotate; reopen. The event loop only reads the committed bytes
+and the period of the store.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from common.consumer.dead_letters.mover import DeadLetters
 from common.consumer.dead_letters.outgoing import Outgoing
 from common.consumer.dead_letters.spill import Spill
 from common.consumer.metrics import Counters
-from common.consumer.pending import Pending, ack_ranges, rotation_due
+from common.consumer.pending import Pending, ack_ranges
 from common.consumer.prepare import Prepared, prepare_batch
 from common.storage.store import Store, Timing
 
@@ -181,7 +181,7 @@ class Worker:
         """Do what must not happen while a batch is stored: rotate, reopen, put dead letters into their file."""
         settings, store = self._settings, self._store
         try:
-            if rotation_due(store.committed_bytes, store.age_seconds, settings.rotate_bytes, settings.rotate_interval):
+            if 0 < settings.rotate_bytes <= store.committed_bytes or store.period_due(settings.rotate_interval):
                 await self._in_thread(store.rotate)
             if self._reopen_due:
                 self._reopen_due = False

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.amqp.codec import Delivery
-from common.consumer.pending import FULL_BYTES, LEAST_WAIT_SECONDS, Pending, ack_ranges, rotation_due
+from common.consumer.pending import FULL_BYTES, LEAST_WAIT_SECONDS, Pending, ack_ranges
 
 
 def deliveries(*bodies: bytes) -> list[Delivery]:
@@ -104,14 +104,3 @@ def test_acks_cover_every_stored_tag_and_no_other(fates: list[str]) -> None:
         assert tag not in settled, "acking a settled tag closes the channel with 406"
         settled |= covered
     assert settled == set(stored)
-
-
-@pytest.mark.parametrize(
-    ("size", "age", "limit_bytes", "limit_seconds", "due"),
-    [(99, 9, 100, 10, False), (100, 0, 100, 0, True), (0, 10, 0, 10, True), (10**9, 10**9, 0, 0, False)],
-)
-def test_a_file_is_rotated_by_size_or_age_if_set(
-    size: int, age: float, limit_bytes: int, limit_seconds: int, due: bool
-) -> None:
-    """A file is rotated by size or age and never when both are off."""
-    assert rotation_due(size, age, limit_bytes, limit_seconds) is due
