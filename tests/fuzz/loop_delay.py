@@ -25,7 +25,7 @@ from common.http.turns import Turns
 from common.process import Collector
 from common.producer.api import Api
 from common.producer.metrics import Counters
-from common.producer.publisher import Publication, Publisher
+from common.producer.publisher import Publication, Publisher, PublisherLimits
 
 _READ_BYTES = 1 << 18  # what uvloop reads at once
 _KEPT_BYTES = 1 << 20  # of an answer: a large bytearray that grows would be a delay of our own
@@ -76,7 +76,8 @@ async def _measure(streams: Sequence[bytes], timeout_seconds: float) -> Delay:
     loop = asyncio.get_running_loop()
     Collector(loop)
     settings, counters = ProducerSettings(), Counters()
-    publisher = ConfirmingPublisher("q", 4096, 2**26, 10.0, time.monotonic, time.time)
+    limits = PublisherLimits(4096, 2**26, 10.0, 64)
+    publisher = ConfirmingPublisher("q", limits, time.monotonic, time.time, loop.call_soon, lambda count: None)
     turns = Turns(loop.call_soon, time.monotonic)
     api = Api(settings, [publisher], counters, turns, (counters.metrics.values,))
     server = HttpServer(_LIMITS, api, turns)

@@ -12,10 +12,12 @@ from common.config import ProducerSettings
 from common.http.connection import Connection, ServerState
 from common.http.parser import Limits
 from common.http.phases import ServerLimits
+from common.http.tokens import parse_tokens
 from common.http.turns import Turns
 from common.producer.api import Api
 from common.producer.metrics import Counters
 from common.producer.publisher import Publisher
+from common.producer.service import publisher_limits_of
 from tests.support.transport import FakeTransport
 
 
@@ -59,21 +61,22 @@ class _Lane:
 
 
 class FakeProducer:
-    """`lanes[k]` is partition k's connection. Time is `now`, in seconds."""
+    """`lanes[k]` is partition k's connection. Time is `now`, in seconds. Each event has its own message by default."""
 
     def __init__(self, **settings: Any) -> None:
-        self.settings = ProducerSettings(**settings)
+        self.settings = ProducerSettings(**{"events_per_message": 1, **settings})
         self.now = 1000.0
         self._soon: list[Callable[[], None]] = []
         count = self.settings.partitions
+        self.counters = Counters(count, parse_tokens(self.settings.api_token))
         self.publishers = [
             Publisher(
                 f"q.{k}",
-                self.settings.max_unconfirmed // count,
-                (1 << 26) // count,
-                self.settings.confirm_timeout_ms / 1000,
+                publisher_limits_of(self.settings),
                 lambda: self.now,
                 lambda: self.now,
+                self._soon.append,
+                self.counters.count_messages,
                 k if count > 1 else None,
             )
             for k in range(count)
@@ -81,7 +84,6 @@ class FakeProducer:
         self.lanes = [_Lane() for _ in self.publishers]
         for publisher, lane in zip(self.publishers, self.lanes, strict=True):
             publisher.link_up(lane, 131_072)
-        self.counters = Counters(count)
         turns = Turns(self._soon.append, lambda: self.now)
         self.api = Api(self.settings, self.publishers, self.counters, turns, [self.counters.metrics.values])
         limits = ServerLimits(

@@ -38,7 +38,7 @@ class Outbox:
     def __init__(self, link: Link) -> None:
         self._link = link
         self._loop = asyncio.get_running_loop()
-        self._window = ConfirmWindow[tuple[asyncio.Future[None], float]](self._settle)  # with the time of publishing
+        self._window = ConfirmWindow[tuple[asyncio.Future[None], float]]()  # with the time of publishing
         self._blocked = ""  # the broker's reason while it takes no messages
         self._unblocked_at = 0.0
         self._nacked_since: float | None = None  # time of the first nack after the last ack
@@ -72,7 +72,8 @@ class Outbox:
 
     def confirms(self, confirms: list[Confirm]) -> None:
         """Give each copy its outcome. End a link with only nacks for NACKS_SECONDS (see publisher.py)."""
-        self._window.confirms(confirms)
+        for sent, ok in self._window.settle(confirms):
+            self._settle(sent, ok)
         if self._nacked_since is not None and self._loop.time() - self._nacked_since > NACKS_SECONDS:
             self._link.lane.fail("the broker refuses every copy (nack)")
 
@@ -96,7 +97,7 @@ class Outbox:
             self._unblocked_at = self._loop.time()
 
     def _fail_all(self, reason: str) -> None:
-        for future, _ in self._window.take():
+        for future, _ in self._window.unsettled():
             _fail(future, ConnectionError(reason))
 
 
