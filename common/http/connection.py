@@ -35,7 +35,6 @@ from common.http.phases import (
     seconds_by_phase,
 )
 from common.http.pool import Pool
-from common.http.response import CONTINUE
 from common.http.tls import Tls
 from common.http.turns import Job, Turns
 from common.http.writer import Writer
@@ -44,22 +43,24 @@ log = logging.getLogger("predlog.http")
 
 # The work of one connection before others get their turn. What is left of its requests then waits.
 SLICE_SECONDS = 0.002
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 _CLIENTS_TURN = frozenset({HANDSHAKE, IDLE, HEAD, BODY, LINGERING})
 _TRY_AGAIN = (("Retry-After", "1"),)
+_TOO_MUCH = "too many large requests at once; try again"
 
 
 class ServerState:
     """What the connections of a server share."""
 
     def __init__(
-        self, limits: ServerLimits, application: Application, now: Callable[[], float], turns: Turns, date: bytes = b""
+        self, limits: ServerLimits, application: Application, now: Callable[[], float], turns: Turns
     ) -> None:
         self.limits = limits
         self.application = application
         self.now = now
         self.turns = turns
-        self.date = date  # now, as the value of a Date field
+        self.date = b""  # now, as the value of a Date field
         self.pool: Pool[Connection] = Pool(limits.connections, limits.buffered_bytes)
         self.draining = False
         self.seconds = seconds_by_phase(limits, draining=False)
@@ -97,7 +98,6 @@ class Connection(asyncio.Protocol):
         self._reading = True
         self._eof = False
         self._ends_next = False  # the next request that is complete is the last
-        self._surplus = False  # more came behind the last request
         self._pumping = False
         self._waiting = False  # for its turn
 
@@ -106,11 +106,11 @@ class Connection(asyncio.Protocol):
         state = self.state
         self._writer = Writer(self._transport, self._tls)
         self.since = now = state.now()
-        for connection in state.pool.join(self, now):
-            if connection is self and self.phase is IDLE:
-                self._refuse(HttpError(503, "too many connections", _TRY_AGAIN))
-            else:
-                connection.leave()
+        leaver = state.pool.join(self, now)
+        if leaver is self and self.phase is IDLE and state.pool.can_answer_refused():
+            self._refuse(HttpError(503, "too many connections", _TRY_AGAIN))
+        elif leaver is not None:
+            leaver.leave()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._enter(CLOSED, self.now())
@@ -133,8 +133,7 @@ class Connection(asyncio.Protocol):
             if phase is BODY or phase is LINGERING:
                 self.since = after_progress(self.since, len(data), state.now())
             if phase >= LAST:
-                self._surplus = True
-                return
+                return  # and drop it
         self._parser.receive_data(data)
         if state.draining:
             self._ends_next = True
@@ -210,7 +209,6 @@ class Connection(asyncio.Protocol):
                         self._await_rest()
                         break
                 except HttpError as error:
-                    error.__traceback__ = None
                     self._refuse(error)
                     break
                 at = now()
@@ -244,8 +242,6 @@ class Connection(asyncio.Protocol):
             exchange.fields = self._fields if was_checked else application.check(head)
             application.handle(request, exchange)
         except HttpError as error:
-            # Its frames hold the request; with a frame that holds the error it is a cycle: memory until a gc.
-            error.__traceback__ = None
             exchange.fail(error)
         except Exception:
             log.exception("a bug: %s %s", head.method.decode(), head.target.decode())
@@ -320,7 +316,7 @@ class Connection(asyncio.Protocol):
                 due.clear()
         self._writer.write(parts)
         if exchange.close:
-            self._finish(polite=not exchange.refused and not self._surplus and parser.idle)
+            self._finish()
             return False
         if not parser.idle:
             return True
@@ -331,15 +327,12 @@ class Connection(asyncio.Protocol):
             self._enter(IDLE, self.now())
         return not self._reading
 
-    def _finish(self, polite: bool) -> None:
-        """Close the connection after its last answer.
+    def _finish(self) -> None:
+        """Close our side behind the last answer, and drop what the client still sends.
 
-        If the client may still be sending, close only our side first, and read and drop what comes: a reset would
-        destroy the answer on its way (RFC 9112 section 9.6).
+        A reset would destroy the answer on its way (RFC 9112 section 9.6).
         """
-        if self.phase is not LAST:
-            self._enter(LAST, self.now())
-        if polite or self._eof:
+        if self._eof:
             self._close()
             return
         self._enter(LINGERING, self.now())
@@ -379,11 +372,10 @@ class Connection(asyncio.Protocol):
         pool = self.state.pool
         pool.held_bytes += more_bytes
         if more_bytes > 0:
-            error = HttpError(503, "too many large requests at once; try again", _TRY_AGAIN)
             for connection in pool.over_memory(self, self.now()):
                 if connection is self:
-                    raise error
-                connection._give_up_memory(error)
+                    raise HttpError(503, _TOO_MUCH, _TRY_AGAIN)
+                connection._give_up_memory()
 
     def _account(self) -> None:
         """Update what is held, and give it up if all connections together hold too much."""
@@ -395,16 +387,15 @@ class Connection(asyncio.Protocol):
         self.held_bytes = held_bytes
         try:
             self.hold(more_bytes)
-        except HttpError as error:
-            error.__traceback__ = None
-            self._give_up_memory(error)
+        except HttpError:
+            self._give_up_memory()
 
-    def _give_up_memory(self, error: HttpError) -> None:
+    def _give_up_memory(self) -> None:
         """Free what is held. A client that reads its answers gets 503; any other is cut off."""
         if self._writer.stuck or self.phase >= LAST or self.phase is HANDSHAKE:
             self.abort()
         else:
-            self._refuse(error)
+            self._refuse(HttpError(503, _TOO_MUCH, _TRY_AGAIN))
 
     # Time
 
@@ -428,6 +419,8 @@ class Connection(asyncio.Protocol):
             self._refuse(HttpError(503, "the server is shutting down; try again", _TRY_AGAIN))
         elif phase is BODY:
             self._refuse(HttpError(408, "the body did not arrive in time"))
+        elif phase is LINGERING:
+            self._close()
         else:
             self.leave()
 
