@@ -53,9 +53,7 @@ _TOO_MUCH = "too many large requests at once; try again"
 class ServerState:
     """What the connections of a server share."""
 
-    def __init__(
-        self, limits: ServerLimits, application: Application, now: Callable[[], float], turns: Turns
-    ) -> None:
+    def __init__(self, limits: ServerLimits, application: Application, now: Callable[[], float], turns: Turns) -> None:
         self.limits = limits
         self.application = application
         self.now = now
@@ -66,9 +64,11 @@ class ServerState:
         self.seconds = seconds_by_phase(limits, draining=False)
 
     def drain(self) -> None:
-        """End each connection with the last answer to what it has read, or with the next one if it has read nothing."""
+        """End each connection with the last answer that is due, or with the next one if none is."""
         self.draining = True
         self.seconds = seconds_by_phase(self.limits, draining=True)
+        for connection in self.pool.members:
+            connection.drain()
         self.sweep()
 
     def sweep(self) -> None:
@@ -97,7 +97,6 @@ class Connection(asyncio.Protocol):
         self._fields = b""  # what `check` returned for a head whose body is still arriving
         self._reading = True
         self._eof = False
-        self._ends_next = False  # the next request that is complete is the last
         self._pumping = False
         self._waiting = False  # for its turn
 
@@ -135,8 +134,6 @@ class Connection(asyncio.Protocol):
             if phase >= LAST:
                 return  # and drop it
         self._parser.receive_data(data)
-        if state.draining:
-            self._ends_next = True
         ends = state.turns.ends
         if not self._waiting and ((ends < inf and state.now() > ends) or self._pump()):
             self._wait_for_turn()
@@ -196,13 +193,12 @@ class Connection(asyncio.Protocol):
 
     def _pump(self) -> bool:
         """Handle what has arrived and write the answers that are due. Return whether the rest must wait for a turn."""
-        parser, writer, due, now = self._parser, self._writer, self._due, self.now
-        most = self.state.limits.pipelined
-        began = 0.0
-        slice_is_over = False
+        parser, due, now = self._parser, self._due, self.now
+        at = now()
+        slice_ends = at + SLICE_SECONDS
         self._pumping = True
         while True:
-            while len(due) < most and self.phase < LAST and not writer.stuck:
+            while len(due) < self.state.limits.pipelined and self.phase < LAST and not self._writer.stuck:
                 try:
                     request = parser.next_request()
                     if request is None:
@@ -211,29 +207,26 @@ class Connection(asyncio.Protocol):
                 except HttpError as error:
                     self._refuse(error)
                     break
-                at = now()
-                began = began or at
                 self._handle(request, at)
-                if now() - began > SLICE_SECONDS:
-                    slice_is_over = True
-                    self.state.turns.worked_since(began)
+                at = now()
+                if parser.idle or at > slice_ends:
                     break
-                if parser.idle:
-                    break
-            more = due and due[0].response is not None and self._write_answers()
-            if slice_is_over or not more:
+            if not self._write_answers() or at > slice_ends:
                 break
         self._pumping = False
         if self.held_bytes or not self._parser.idle or not self._reading:
             self._account()
             self._update_reading()
-        return slice_is_over and self.phase < LAST and not self._parser.idle
+        if at <= slice_ends:
+            return False
+        self.state.turns.worked_since(slice_ends - SLICE_SECONDS)
+        return self.phase < LAST and not self._parser.idle
 
     def _handle(self, request: Request, now: float) -> None:
         head = request.head
         exchange = Exchange(self, head, now)
         was_checked = self.phase is BODY
-        if self._ends_next:
+        if self.state.draining:
             exchange.close = True
         self._enter(LAST if exchange.close else ANSWERING, now)
         self._due.append(exchange)
@@ -295,30 +288,25 @@ class Connection(asyncio.Protocol):
 
     def flush(self) -> None:
         """Write the answers that are due. Called after each answer."""
-        due = self._due
-        if self._pumping or not due or due[0].response is None:
-            return
-        if self._write_answers() and not self._waiting and self._pump():
+        if not self._pumping and self._write_answers() and not self._waiting and self._pump():
             self._wait_for_turn()
 
     def _write_answers(self) -> bool:
-        """Write the answers that are due, the first of which is there. Return whether there can be more to handle."""
-        state, due, parser = self.state, self._due, self._parser
-        if self._transport.is_closing():
-            return False
+        """Write the answers that are due. Return whether there can be more to handle."""
+        due = self._due
         parts: tuple[bytes, ...] = ()
         while due and due[0].response is not None:
             exchange = due.popleft()
-            if state.draining and not due and parser.idle:
-                exchange.close = True
-            parts += exchange.encode(state.date)
+            parts += exchange.encode(self.state.date)
             if exchange.close:
                 due.clear()
+        if not parts or self._transport.is_closing():
+            return False
         self._writer.write(parts)
         if exchange.close:
             self._finish()
             return False
-        if not parser.idle:
+        if not self._parser.idle:
             return True
         if not due:
             if self._eof:
@@ -345,6 +333,12 @@ class Connection(asyncio.Protocol):
         self._enter(CLOSING, now)
         self._writer.time_client(now)
         self._writer.end(close=True)
+
+    def drain(self) -> None:
+        """End with the last of the answers that are due."""
+        if self.phase is ANSWERING and self._due:
+            self._due[-1].close = True
+            self._enter(LAST, self.now())
 
     def abort(self) -> None:
         """Cut the connection off."""

@@ -211,10 +211,8 @@ def _content(fields: dict[bytes, bytes], http10: bool, limits: Limits) -> tuple[
     coding = fields.get(b"transfer-encoding")
     length = fields.get(b"content-length")
     if coding is not None:
-        if http10:
-            raise HttpError(400, "Transfer-Encoding in HTTP/1.0")
-        if length is not None:
-            raise HttpError(400, "both Transfer-Encoding and Content-Length")
+        if http10 or length is not None:
+            raise HttpError(400, "Transfer-Encoding in HTTP/1.0, or beside Content-Length")
         if coding.lower() == b"chunked":
             return 0, True
         codings = [name.strip(b" \t") for name in coding.lower().split(b",")]
@@ -274,14 +272,12 @@ class _ChunkedContent:
         del buffer[:start]
 
     def _bound_framing(self, line_bytes: int) -> None:
-        overhead_bytes = self._limits.chunk_overhead_bytes
-        if self._in_trailers:
-            if self._framing_bytes + line_bytes > overhead_bytes:
+        most_bytes = self._limits.chunk_overhead_bytes
+        bought_bytes = 0 if self._in_trailers else len(self.data) // _DATA_PER_FRAMING_BYTE
+        if line_bytes > min(most_bytes, most_bytes + bought_bytes - self._framing_bytes):
+            if self._in_trailers:
                 raise HttpError(431, "trailer section too long")
-        else:
-            allowed_bytes = overhead_bytes + len(self.data) // _DATA_PER_FRAMING_BYTE - self._framing_bytes
-            if line_bytes > min(overhead_bytes, allowed_bytes):
-                raise HttpError(413, "too much chunk framing for too little content")
+            raise HttpError(413, "too much chunk framing for too little content")
 
     def _read_size_line(self, line: bytes) -> None:
         match = _CHUNK_LINE.fullmatch(line)

@@ -635,7 +635,12 @@ def test_no_error_repeats_what_the_client_sent() -> None:
 
 
 def encode(
-    status: int, body: bytes = b"", extra: bytes = b"", keep_alive: bool = True, method: str = "GET", http10: bool = False
+    status: int,
+    body: bytes = b"",
+    extra: bytes = b"",
+    keep_alive: bool = True,
+    method: str = "GET",
+    http10: bool = False,
 ) -> tuple[bytes, ...]:
     version, option = ("1.0", "keep-alive") if http10 else ("1.1", "x")
     head = single_request(f"{method} / HTTP/{version}\r\nHost: x\r\nConnection: {option}\r\n\r\n".encode()).head
@@ -689,9 +694,7 @@ def test_h11_reads_our_responses_to_their_last_byte(status: int, method: str, ke
     client = h11.Connection(h11.CLIENT)
     client.send(h11.Request(method=method, target="/", headers=[("Host", "x")]))
     client.send(h11.EndOfMessage())
-    client.receive_data(
-        response(status, body, keep_alive=keep_alive, method=method)
-    )
+    client.receive_data(response(status, body, keep_alive=keep_alive, method=method))
     head = client.next_event()
     assert isinstance(head, h11.Response)
     assert head.status_code == status
