@@ -211,7 +211,8 @@ class Connection(asyncio.Protocol):
                 at = now()
                 if parser.idle or at > slice_ends:
                     break
-            if not self._write_answers() or at > slice_ends:
+            more = due and due[0].response is not None and self._write_answers()
+            if not more or at > slice_ends:
                 break
         self._pumping = False
         if self.held_bytes or not self._parser.idle or not self._reading:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from itertools import count
 
+from common.http.response import encode_response
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from common.amqp.codec import Confirm, Part, PublishEncoder, packed_seconds
@@ -12,7 +13,6 @@ from common.errors import NotConfirmed
 from common.event.document import read_json
 from common.event.schema import normalise_event
 from common.http.parser import Limits, RequestParser
-from common.http.response import encode_response
 from common.producer.publisher import Publication, Publisher, PublisherLimits
 from tests.bench import events
 
