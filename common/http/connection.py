@@ -266,12 +266,9 @@ class Connection(asyncio.Protocol):
         exchange = Exchange(self, self._parser.head, now, refused=True)
         self._due.append(exchange)
         self._enter(LAST, now)
-        self._drop_input()
-        exchange.fail(error)
-
-    def _drop_input(self) -> None:
         self._parser = RequestParser(self.state.limits.request)
         self._account()
+        exchange.fail(error)
 
     def _update_reading(self) -> None:
         """Read unless the client has sent enough for now; after its last request read to drop what comes."""
@@ -325,7 +322,8 @@ class Connection(asyncio.Protocol):
             self._close()
             return
         self._enter(LINGERING, self.now())
-        self._drop_input()
+        self._parser = RequestParser(self.state.limits.request)
+        self._account()
         self._writer.end(close=False)
         self._update_reading()
 
@@ -342,7 +340,6 @@ class Connection(asyncio.Protocol):
             self._enter(LAST, self.now())
 
     def abort(self) -> None:
-        """Cut the connection off."""
         self._transport.abort()
 
     def pause_writing(self) -> None:
@@ -401,7 +398,6 @@ class Connection(asyncio.Protocol):
         return 0.0 if self._waiting or self.phase not in _CLIENTS_TURN else now - self.since
 
     def sweep(self, now: float) -> None:
-        """Act on a time-out."""
         phase, writer, state = self.phase, self._writer, self.state
         if writer.stuck or phase is CLOSING:
             writer.look(now)

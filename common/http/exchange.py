@@ -19,10 +19,7 @@ class Application(Protocol):
     """The meaning of requests. The server calls it from the event loop; it must not block."""
 
     def check(self, head: Head) -> bytes:
-        """Raise HttpError if the head alone decides that; else return header lines for any answer to the request.
-
-        Called once for each request, before `handle` and before a body that is still to come is read.
-        """
+        """Raise HttpError if the head alone decides that; else return header lines for any answer to the request."""
 
     def handle(self, request: Request, exchange: Exchange) -> None:
         """Answer the exchange, now or later, or raise HttpError."""
@@ -59,10 +56,7 @@ class Exchange:
         self._held_bytes = 0
 
     def hold(self, size_bytes: int) -> None:
-        """Count `size_bytes` as memory that the request holds until it is answered.
-
-        Raise HttpError 503 when all connections hold too much.
-        """
+        """Count memory of the request until its answer. Raise HttpError 503 when all connections hold too much."""
         more_bytes = size_bytes - self._held_bytes
         self._held_bytes = size_bytes
         self.client.hold(more_bytes)

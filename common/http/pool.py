@@ -21,8 +21,6 @@ _WITHOUT_A_REQUEST = frozenset({LINGERING, HANDSHAKE, IDLE, HEAD})
 
 
 class Member(Protocol):
-    """What the pool sees of a connection."""
-
     phase: Phase
     held_bytes: int  # of memory, for its client
 
