@@ -1,6 +1,6 @@
 """One connection to RabbitMQ through aiormq, opened in bounded time and kept up until cancelled.
 
-Nothing here knows HTTP, CSV or what is in a message. Hot frames are in transport.py, queues in topology.py.
+Nothing here knows HTTP, CSV or what is in a message. Hot frames are in lane.py, queues in topology.py.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pamqp.exceptions import PAMQPException
 
 from common.amqp.address import Address, masked_url, parse_address
 from common.amqp.codec import HOT_CHANNEL
-from common.amqp.transport import FastLane, FastLaneFactory, LaneListener
+from common.amqp.lane import FastLane, FastLaneFactory, LaneListener
 from common.errors import StartupError
 
 log = logging.getLogger("predlog.amqp")

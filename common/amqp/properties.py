@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from datetime import datetime
+from decimal import Decimal
 from struct import Struct
+from typing import Any
 
-from common.amqp.codec import FrameError
+from pamqp.header import ContentHeader
+
+from common.amqp.codec import JSON, FrameError
 
 Properties = dict[str, bytes]  # by name; each value with its length in front, if it has one
 Headers = dict[bytes, bytes]  # by name; each value with its type octet in front
@@ -94,8 +100,10 @@ def long_string(value: bytes) -> bytes:
     return b"S" + len(value).to_bytes(4, "big") + value
 
 
-_OURS = b"\x90\xc0\x10application/json\x02\x20"  # as PublishEncoder writes them, up to the length of the message-id
-_ID_INDEX = [name for name, _ in _PROPERTIES].index("message_id")
+# As PublishEncoder writes them, up to the length of the message-id.
+_OUR_JSON = b"\x90\xc0\x10" + JSON + b"\x02\x20"
+_BEFORE_ID = "sstoosss"  # the kinds of the properties before the message-id, in the order of their flags
+_MOST_NESTED = 50  # tables in tables; a JSON library has a limit too
 
 
 def message_id_of(header: bytes) -> bytes | None:
@@ -103,15 +111,54 @@ def message_id_of(header: bytes) -> bytes | None:
 
     Only what stands before the message-id must be readable.
     """
-    if header[12:33] == _OURS:
+    if header[12:33] == _OUR_JSON:
         return header[33:65]
     try:
         flags, at = int.from_bytes(header[12:14], "big"), 14
-        if not flags & 0x8000 >> _ID_INDEX:
+        if not flags & 0x8000 >> len(_BEFORE_ID):
             return None
-        for index, (_, kind) in enumerate(_PROPERTIES[:_ID_INDEX]):
+        for index, kind in enumerate(_BEFORE_ID):
             if flags & 0x8000 >> index:
                 at += _size(kind, header, at)
         return header[at + 1 : at + 1 + header[at]] or None  # an empty one names nothing
     except IndexError:
         raise FrameError("a content header that ends too early") from None
+
+
+def content_type_of(header: bytes) -> bytes:
+    """Return the media type of a message in lower case, without parameters; empty if the publisher set none."""
+    if header[12:33] == _OUR_JSON:
+        return JSON
+    if len(header) < 15 or not header[12] & 0x80:
+        return b""
+    return header[15 : 15 + header[14]].partition(b";")[0].strip().lower()
+
+
+def readable_properties(header: bytes) -> dict[str, Any]:
+    """Return the properties that a publisher set, by name, as values for JSON.
+
+    A time is in ISO 8601, a decimal number a string, and bytes are {"hex": …}. What cannot be decoded is the payload of
+    the content header itself: {"undecoded": "<hex>"}.
+    """
+    content = ContentHeader()
+    try:
+        content.unmarshal(header)
+        return {name: _readable(value, 0) for name, value in content.properties if value is not None}
+    except Exception:  # of many kinds: pamqp reads what strangers wrote
+        return {"undecoded": header.hex()}
+
+
+def _readable(value: Any, depth: int) -> Any:
+    if depth > _MOST_NESTED:
+        raise ValueError("nested too deep")
+    if isinstance(value, dict):
+        return {name: _readable(item, depth + 1) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_readable(item, depth + 1) for item in value]
+    if isinstance(value, bytes | bytearray):
+        return {"hex": value.hex()}
+    if isinstance(value, datetime):
+        return value.isoformat()
+    if isinstance(value, Decimal) or (isinstance(value, float) and not math.isfinite(value)):
+        return str(value)
+    return value

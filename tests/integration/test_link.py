@@ -13,8 +13,8 @@ from typing import Any
 import aiormq
 import pytest
 
+from common.amqp import lane
 from common.amqp import link as link_module
-from common.amqp import transport
 from common.amqp.codec import PublishEncoder, packed_seconds
 from common.amqp.link import CALL_TIMEOUT_SECONDS, Link, keep_up
 from common.amqp.topology import QUEUE_ARGUMENTS, declare
@@ -235,7 +235,7 @@ async def test_hosts_that_never_answer_delay_no_connection(
     """The next one is tried while they are silent: their time-outs, here minutes, do not add up."""
     monkeypatch.setattr(link_module, "STAGGER_SECONDS", 0.1)
     monkeypatch.setattr(link_module, "HANDSHAKE_TIMEOUT_SECONDS", 300)
-    monkeypatch.setattr(transport, "CONNECT_TIMEOUT_SECONDS", 300)
+    monkeypatch.setattr(lane, "CONNECT_TIMEOUT_SECONDS", 300)
     async with asyncio.timeout(30), Hosts(broker) as hosts, kept(hosts.url, queue_name) as one:
         for _ in range(5):
             await one.until_connected_through(hosts.proxy)
@@ -285,7 +285,7 @@ async def test_a_host_that_is_gone_says_so_within_its_bounds(
     broker: RabbitMQ, queue_name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(link_module, "HANDSHAKE_TIMEOUT_SECONDS", 0.3)
-    monkeypatch.setattr(transport, "CONNECT_TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr(lane, "CONNECT_TIMEOUT_SECONDS", 0.2)
     async with asyncio.timeout(30), Hosts(broker) as hosts:
         await hosts.proxy.close()
         with pytest.raises(link_module.CONNECTION_ERRORS) as error:

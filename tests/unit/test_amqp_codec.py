@@ -18,6 +18,8 @@ from pamqp.heartbeat import Heartbeat
 from common.amqp.codec import (
     HEARTBEAT,
     HOT_CHANNEL,
+    JSON,
+    NDJSON,
     Confirm,
     Delivery,
     FrameDecoder,
@@ -183,11 +185,12 @@ def test_a_body_is_published_without_a_copy(frame_max: int) -> None:
     assert sum(len(part) for part in parts if (part.obj if isinstance(part, memoryview) else part) is body) == 150
 
 
+@pytest.mark.parametrize("content_type", [JSON, NDJSON])
 @pytest.mark.parametrize("size", [1, 55, 56, 57, 112, 113, 1000])
-def test_pamqp_reads_a_published_message_of_any_size(size: int) -> None:
+def test_pamqp_reads_a_published_message_of_any_size(size: int, content_type: bytes) -> None:
     """A published message is what pamqp reads with no frame above frame max."""
     body = bytes(range(256)) * 4
-    encoder = PublishEncoder("predictions", 64 + 64)
+    encoder = PublishEncoder("predictions", 64 + 64, content_type)
     data = b"".join(encoder.encode(body[:size], b"a" * 32, packed_seconds(1_700_000_000)))
     read, sizes = [], []
     while data:
@@ -207,10 +210,23 @@ def test_pamqp_reads_a_published_message_of_any_size(size: int) -> None:
     assert isinstance(header, ContentHeader)
     assert header.body_size == size
     given = header.properties
-    assert (given.content_type, given.delivery_mode, given.message_id) == ("application/json", 2, "a" * 32)
+    assert (given.content_type, given.delivery_mode, given.message_id) == (content_type.decode(), 2, "a" * 32)
     assert given.timestamp == datetime.datetime.fromtimestamp(1_700_000_000, datetime.UTC)
     assert b"".join(piece.value for piece in bodies if isinstance(piece, ContentBody)) == body[:size]
     assert max(sizes[2:]) <= 128
+
+
+def test_a_header_above_frame_max_is_taken_cut_anywhere() -> None:
+    """RabbitMQ does not split it, and adds to it: x-death, for example, to a header that just fitted."""
+    big = commands.Basic.Properties(message_id="m", headers={"x": "y" * 5000})
+    frames = [commands.Basic.Deliver("t", 1, True, "", "q"), ContentHeader(body_size=1, properties=big)]
+    data = b"".join(wire((1, frame)) for frame in [*frames, ContentBody(b"x")])
+    for cut in range(len(data) + 1):
+        decoder = FrameDecoder()
+        decoder.frame_max = 4096
+        assert decoder.feed(data[:cut]) + decoder.feed(data[cut:]) == b""
+        [delivery] = decoder.deliveries
+        assert (delivery.body, message_id_of(delivery.header)) == (b"x", b"m")
 
 
 def test_an_ack_is_what_pamqp_writes() -> None:
@@ -223,6 +239,9 @@ def test_an_ack_is_what_pamqp_writes() -> None:
     [
         (b"\x01\x00\x01\x00\x00\x00\x01x!", "end octet"),
         (b"\x01\x00\x01\x00\x10\x00\x00", "frame_max"),
+        (b"\x02\x00\x02\x00\x10\x00\x00", "frame_max"),
+        (b"\x02\x00\x01\x01\x00\x00\x00", "frame_max"),
+        (b"\x15\x03\x01\x00\x02\x02\x46", "TLS"),
         (wire((1, commands.Basic.Deliver("t", 1, False, "", "q"))) * 2, "inside a message"),
         (wire((1, commands.Basic.Deliver("t", 1, False, "", "q"))) + wire((1, ContentBody(b"x"))), "unexpected frame"),
         (

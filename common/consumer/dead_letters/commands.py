@@ -18,9 +18,9 @@ import aiormq
 
 from common.amqp.address import masked_url
 from common.amqp.codec import Confirm, Delivery, ack_frames
+from common.amqp.lane import LaneListener
 from common.amqp.link import CALL_TIMEOUT_SECONDS, CONNECTION_ERRORS, Link, cancelled, closed, explain, open_link
 from common.amqp.topology import QUEUE_ARGUMENTS, consume, dead_letter_queue, declare
-from common.amqp.transport import LaneListener
 from common.config import ConsumerSettings
 from common.consumer.dead_letters.message import TABLE_HEAD, json_line, live_copy, table_row
 from common.consumer.dead_letters.mover import Nacked, OutboxListener

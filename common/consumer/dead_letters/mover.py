@@ -32,7 +32,7 @@ REFUSALS_BEFORE_BARE = 3
 class Outbox:
     """A publisher of copies on one link, persistent and mandatory. Each copy has its own outcome.
 
-    A returned message ends the link (transport.py), so its future fails, as do all that are unconfirmed then.
+    A returned message ends the link (lane.py), so its future fails, as do all that are unconfirmed then.
     """
 
     def __init__(self, link: Link) -> None:
