@@ -1,16 +1,18 @@
-"""The decisions when to store and what to ack. Pure: no clock, no I/O."""
+"""The decision when to store. Pure: no clock, no I/O."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from math import inf
 
-from common.amqp.codec import Delivery
+from common.amqp.codec import NDJSON, Delivery
+from common.amqp.properties import content_type_of
 from common.event.rows import count_rows
 
 FULL_BYTES = 16 * 1024 * 1024  # fills a batch of large events long before it has many rows
 COUNTED_BYTES = 8 * 1024  # rows are counted only up to this size: searching images costs too much
+COUNTED_NDJSON_BYTES = 64 * 1024  # the largest message of several events that our producer sends
 # Group commit: a batch waits for as long as the last one took, so that the disk is busy for half of the time at most.
 # It waits for at least this long, which bounds the batches to 160 a second, with two fsyncs each.
 LEAST_WAIT_SECONDS = 0.006
@@ -21,7 +23,7 @@ class Pending:
 
     def __init__(self, batch_max_rows: int, prefetch_count: int, flush_interval_seconds: float) -> None:
         self.deliveries: list[Delivery] = []
-        self.bytes = 0
+        self.bytes = 0  # of headers and bodies
         self.rows = 0  # exact for small events of our producer
         self.since = inf  # when the oldest of them came; inf if there is none
         self._batch_max_rows = batch_max_rows
@@ -33,10 +35,10 @@ class Pending:
         if not self.deliveries:
             self.since = now
         self.deliveries += deliveries
-        for delivery in deliveries:
-            body = delivery.body
-            self.bytes += len(body)
-            if len(body) <= COUNTED_BYTES:
+        for _, _, header, body in deliveries:
+            size = len(body)
+            self.bytes += len(header) + size
+            if size <= COUNTED_BYTES or (size <= COUNTED_NDJSON_BYTES and content_type_of(header) == NDJSON):
                 self.rows += count_rows(body)
 
     def stored(self, seconds: float) -> None:
@@ -72,7 +74,7 @@ class Pending:
         taken, since = self.deliveries, self.since
         rest: list[Delivery] = []
         if self.bytes > 2 * FULL_BYTES:
-            ends = accumulate(len(delivery.body) for delivery in taken)
+            ends = accumulate(len(header) + len(body) for _, _, header, body in taken)
             count = next(count for count, end in enumerate(ends, 1) if end >= FULL_BYTES)
             taken, rest = taken[:count], taken[count:]
         self.clear()
@@ -85,19 +87,6 @@ class Pending:
         self.deliveries = []
         self.bytes = self.rows = 0
         self.since = inf
-
-
-def ack_ranges(stored: Sequence[int], held: Collection[int]) -> list[tuple[int, bool]]:
-    """Return the acks for ascending `stored` delivery tags, as (tag, multiple), that cover no tag in `held`.
-
-    One ack with multiple=True covers every unsettled tag up to its own; tags above the lowest held one are acked one by
-    one. Every lower tag must be stored already, or be in `held`.
-    """
-    lowest_held = min(held, default=None)
-    if lowest_held is None:
-        return [(stored[-1], True)] if stored else []
-    below = [tag for tag in stored if tag < lowest_held]
-    return [(tag, True) for tag in below[-1:]] + [(tag, False) for tag in stored[len(below) :]]
 
 
 def rotation_due(csv_bytes: int, age_seconds: float, rotate_bytes: int, rotate_interval_seconds: int) -> bool:

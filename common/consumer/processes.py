@@ -62,7 +62,7 @@ class Board:
 
     def report(self, index: int, reason: str) -> None:
         """Note why the partition cannot continue, or "", with the time."""
-        text = reason.encode()[:1014]
+        text = reason.encode("utf-8", "replace")[:1014]
         _SLOT.pack_into(self._slots, index * _SLOT.size, time.monotonic(), len(text), text)
 
     def not_ready(self) -> str:

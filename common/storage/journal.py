@@ -83,10 +83,14 @@ class Journal:
     def window(self) -> int:
         """The number of ids that are kept.
 
-        The broker can redeliver `prefetch_count` messages, and as many others can be committed meanwhile. The largest
-        `prefetch_count` ever used counts, because what was unacked under it may still be redelivered.
+        The broker can redeliver the events of `prefetch_count` messages, and as many others can be committed meanwhile.
+        The largest number ever known counts, because what was unacked then may still be redelivered.
         """
         return max(self._dedup_window, 2 * self._prefetch_count)
+
+    def expect_again(self, events: int) -> None:
+        """Raise the number of events that can be delivered again. The next commit makes it durable."""
+        self._prefetch_count = max(self._prefetch_count, events)
 
     def load(self) -> LastRun | None:
         """Begin a run: remember the ids of the last one, and return what else it left; None without a journal.
