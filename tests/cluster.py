@@ -23,7 +23,16 @@ _CONFIGURATION = f"""\
 net_ticktime = {NET_TICKTIME_SECONDS}
 queue_leader_locator = balanced
 cluster_partition_handling = """
+# RabbitMQ 4.3 waits so long, 60 s by default, for a consumer whose node is gone before a queue has another active one.
+# Older ones do not start with a key that they do not know.
+_SINCE_4_3 = "consumer_disconnected_timeout = 1000"
 _VIEW = re.compile(r"\{'([\w-]+@\w+)',\s*(\[[^\]]*\]),\s*(\[[^\]]*\])\}")
+
+
+def _running_on(node: str) -> str:
+    """Return an Erlang expression: the nodes that `node` sees running. The name of the call changed in 3.12."""
+    call = f"rpc:call({node}, rabbit_nodes, {{}}, [])"
+    return f"(case {call.format('list_running')} of L when is_list(L) -> L; _ -> {call.format('all_running')} end)"
 
 
 class Queue(NamedTuple):
@@ -45,13 +54,15 @@ class Cluster:
             for index in range(size)
         ]
         self.url = f"amqp://guest:guest@{','.join(f'127.0.0.1:{node.port}' for node in self.nodes)}/"
-        founder = self.nodes[0]
         for node in self.nodes:
             node.directory.mkdir(parents=True, exist_ok=True)
             cookie = node.directory / ".erlang.cookie"
             cookie.write_text(_COOKIE)
             cookie.chmod(0o400)
-            lines = [_CONFIGURATION + partition_handling]
+        founder = self.nodes[0]
+        version = tuple(map(int, founder.ctl("version").split(".")[:2]))
+        for node in self.nodes:
+            lines = [_CONFIGURATION + partition_handling, *([_SINCE_4_3] if version >= (4, 3) else [])]
             if node is not founder:
                 lines += [
                     f"cluster_formation.classic_config.nodes.{index} = {peer.name}"
@@ -121,7 +132,7 @@ class Cluster:
 
     def running(self, node: RabbitMQ) -> set[str]:
         """The names of the nodes that this one sees running, itself included."""
-        return _names(_ctl(node, "eval", "rabbit_nodes:all_running()."))
+        return _names(_ctl(node, "eval", f"{_running_on('node()')}."))
 
     def cut_off(self, node: RabbitMQ) -> None:
         """A network partition: this node on the one side, the others on the other. Clients still reach both.
@@ -163,11 +174,12 @@ class Cluster:
         _ctl(self.nodes[0], "eval", f"[rpc:call(Node, dets, sync, [Table]) || Node <- {self._erlang_names}, {tables}].")
 
     def _views(self) -> dict[RabbitMQ, tuple[set[str], set[str]]]:
-        """For each node: the nodes that it sees running, and those from which its Mnesia is split."""
-        call = "rpc:call(Node, {}, [])"
-        views = (
-            f"{{Node, {call.format('rabbit_nodes, all_running')}, {call.format('rabbit_node_monitor, partitions')}}}"
-        )
+        """For each node: the nodes that it sees running, and those from which its Mnesia is split.
+
+        RabbitMQ 4.3 has no Mnesia, and nothing that could be split.
+        """
+        split = "case rpc:call(Node, rabbit_node_monitor, partitions, []) of P when is_list(P) -> P; _ -> [] end"
+        views = f"{{Node, {_running_on('Node')}, {split}}}"
         text = _ctl(self.nodes[0], "eval", f"[{views} || Node <- {self._erlang_names}].")
         seen = {name: (_names(running), _names(split)) for name, running, split in _VIEW.findall(text)}
         return {node: seen.get(node.name, (set(), set())) for node in self.nodes}

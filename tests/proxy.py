@@ -36,7 +36,7 @@ class Proxy:
         await self.close()
 
     async def listen(self, port: int = 0) -> None:
-        self._server = await asyncio.start_server(self._forward, "127.0.0.1", port)
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", port)
         self.port = self._server.sockets[0].getsockname()[1]
 
     async def close(self) -> None:
@@ -50,11 +50,13 @@ class Proxy:
         if self._tasks:
             await asyncio.wait(self._tasks)
 
-    async def _forward(self, from_client: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
+    def _accept(self, from_client: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:
+        task = asyncio.create_task(self._forward(from_client, to_client))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(lambda _: to_client.close())  # it may be cancelled before its first step
+
+    async def _forward(self, from_client: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:
         cut = self.cuts.pop() if self.cuts else None
         self.passed_bytes = passed = 0
         from_broker, to_broker = await asyncio.open_connection("127.0.0.1", self._broker_port)

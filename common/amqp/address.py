@@ -16,7 +16,7 @@ _PORTS = {"amqp": 5672, "amqps": 5671}
 _EXAMPLE = "amqp://user:password@host:5672/vhost (or amqps://; several hosts: @a:5672,b:5672/)"
 _MOST_HOSTS = 64
 _VHOST_CHARS_MOST = 127  # of the domain `path` (AMQP 0-9-1, 1.2); pamqp enforces it
-_HEARTBEAT_SECONDS_MOST = 0xFFFF  # connection.tune has 16 bits for it (AMQP 0-9-1, 1.4.2.6)
+_HEARTBEAT_SECONDS = range(1, 0xFFFF)  # aiormq takes another value for 0, with which a frozen broker is never noticed
 
 
 class AddressError(ValueError):
@@ -122,8 +122,8 @@ def _check_query(query: str) -> None:
     for name, value in parse_qsl(query, keep_blank_values=True):
         if name in ("heartbeat", "timeout") and not (value.isascii() and value.isdigit()):
             raise AddressError(f"has a {name} that is not a whole number of seconds")
-        if name == "heartbeat" and int(value[:6]) > _HEARTBEAT_SECONDS_MOST:
-            raise AddressError(f"has a heartbeat above {_HEARTBEAT_SECONDS_MOST} s")
+        if name == "heartbeat" and int(value[:6]) not in _HEARTBEAT_SECONDS:
+            raise AddressError("has a heartbeat that is not 1 to 65534 seconds: a frozen broker would not be noticed")
         if name == "auth" and value.lower() not in ("plain", "external"):
             raise AddressError("has an auth other than plain and external")
         if name == "cadata":

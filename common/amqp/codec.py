@@ -24,7 +24,7 @@ _OVERHEAD = 8  # 7 bytes before a frame's payload, 1 after
 # RabbitMQ does not split a header frame above frame_max, and it adds to what a publisher sent within that limit. No
 # header comes near this bound: RabbitMQ 4 takes no body that is larger, by default.
 _MOST_HEADER_BYTES = 16 * 1024 * 1024
-_TLS_ALERT = b"\x15"  # what a TLS port answers to a protocol header (RFC 8446, 5.1)
+_TLS_ALERT = 0x15  # what a TLS port answers to a protocol header (RFC 8446, 5.1)
 
 # Of what is written. A large body is written from where it is: only the kernel copies it.
 Part = bytes | memoryview
@@ -100,11 +100,10 @@ class FrameDecoder:
         """Take bytes from the socket; return the cold ones. Raise FrameError."""
         if self._rest:
             data = self._rest + data
-        if not self._started:
-            if data[:1] == b"A":  # the broker's protocol header, to say that it wants another version (2.2.4)
-                return data
-            if data[:1] == _TLS_ALERT:
-                raise FrameError("it speaks TLS: write amqps:// in AMQP_URL")
+        if not self._started and data:
+            if data[0] > HEARTBEAT[0]:  # the highest type of a frame; a broker that wants another version sends AMQP
+                what = "TLS; write amqps:// in AMQP_URL" if data[0] == _TLS_ALERT else "no AMQP 0-9-1"
+                raise FrameError(f"it speaks {what}")
             self._started = True
         cold: list[bytes] = []
         size_of_data, position, cold_from = len(data), 0, 0

@@ -10,11 +10,12 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import ssl
 import struct
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from aiormq import AMQPConnectionError, TransportFactory
+from aiormq import TransportFactory
 
 from common.amqp.codec import HEARTBEAT, Confirm, Delivery, FrameDecoder, FrameError, Part
 from common.errors import StartupError
@@ -23,9 +24,10 @@ if TYPE_CHECKING:
     from yarl import URL
 
 
-CONNECT_TIMEOUT_SECONDS = 2.0  # of TCP
+CONNECT_TIMEOUT_SECONDS = 2.0  # of TCP, and of the name look-up before it
 HEARTBEAT_FEED_SECONDS = 1.0
 JOINED_BYTES = 4096  # parts that are larger on average cost less to write one by one than to join
+_UNKNOWN_ISSUER = (18, 19, 20, 21)  # OpenSSL's verify codes: a certificate that is self-signed, or by an unknown CA
 
 
 class LaneListener(Protocol):
@@ -55,8 +57,6 @@ class FastLane(asyncio.StreamReaderProtocol):
         self._decoder = FrameDecoder()
         self._cold_reader = reader
         self._lane_loop = loop
-        self._out: list[Part] = []
-        self._flush_due = False
         self._held_back = False
         self._heartbeat_due = 0.0
         self._lane_transport: asyncio.Transport | None = None
@@ -75,20 +75,14 @@ class FastLane(asyncio.StreamReaderProtocol):
     # Out
 
     def send(self, parts: Iterable[Part]) -> None:
-        """Send whole frames, given in parts, with one write for all that is sent in one turn of the event loop."""
-        self._out += parts
-        if not self._flush_due:
-            self._flush_due = True
-            self._lane_loop.call_soon(self._flush)
-
-    def _flush(self) -> None:
-        self._flush_due = False
-        out, self._out = self._out, []
-        if self._lane_transport is not None and not self.gone.done():
-            if sum(map(len, out)) < JOINED_BYTES * len(out):
-                self._lane_transport.write(b"".join(out))
-            else:
-                self._lane_transport.writelines(out)
+        """Send whole frames, given in parts, with one write."""
+        parts = list(parts)
+        if self._lane_transport is None or self.gone.done():
+            return
+        if sum(map(len, parts)) < JOINED_BYTES * len(parts):
+            self._lane_transport.write(b"".join(parts))
+        else:
+            self._lane_transport.writelines(parts)
 
     # In
 
@@ -181,39 +175,34 @@ class FastLane(asyncio.StreamReaderProtocol):
 
 
 class FastLaneFactory(TransportFactory):
-    """A factory of the socket that aiormq reads and writes, to one address, with a FastLane under its reader.
-
-    It makes one connection, whose lane is `lane`.
-    """
+    """A factory of the one socket that aiormq reads and writes, to one address, with `lane` under its reader."""
 
     def __init__(self, listener: LaneListener, family: int, socket_address: tuple[Any, ...]) -> None:
-        self.lane: FastLane | None = None
-        self._listener = listener
+        loop = asyncio.get_running_loop()
+        self._reader = asyncio.StreamReader(loop=loop)
+        self.lane = FastLane(listener, self._reader, loop)
         self._family = family
         self._socket_address = socket_address
 
     async def create(self, url: URL, **kwargs: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         loop = asyncio.get_running_loop()
-        reader = asyncio.StreamReader(loop=loop)
         try:
             tls = await kwargs["ssl_context_provider"].get_context() if url.scheme == "amqps" else None
         except OSError as error:  # includes ssl.SSLError; neither names the file
             files = ", ".join(url.query[key] for key in ("cafile", "certfile", "keyfile") if key in url.query)
             why = error.strerror or error
             raise StartupError(f"AMQP_URL names a file that cannot be used: {files} ({why})") from None
-        lane = FastLane(self._listener, reader, loop)
         try:
             connected = await self._connect()
             server_hostname = url.host if tls is not None else None
             transport, _ = await loop.create_connection(
-                lambda: lane, sock=connected, ssl=tls, server_hostname=server_hostname
+                lambda: self.lane, sock=connected, ssl=tls, server_hostname=server_hostname
             )
-        except OSError as error:  # asyncio puts the address in place of the system's words
-            if isinstance(error, TimeoutError) or not error.errno:
-                raise
-            raise AMQPConnectionError(error.errno, os.strerror(error.errno)) from error
-        self.lane = lane
-        return reader, asyncio.StreamWriter(transport, lane, reader, loop)
+        except TimeoutError:
+            raise
+        except OSError as error:
+            raise ConnectionError(_in_words(error)) from error
+        return self._reader, asyncio.StreamWriter(transport, self.lane, self._reader, loop)
 
     async def _connect(self) -> socket.socket:
         """Connect over TCP in bounded time. The kernel alone would wait for minutes for a dead host."""
@@ -227,3 +216,13 @@ class FastLaneFactory(TransportFactory):
             connecting.close()
             raise
         return connecting
+
+
+def _in_words(error: OSError) -> str:
+    """Return why a socket was not connected. asyncio puts the address in place of the system's words."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        hint = "; name its CA with ?cafile=" if error.verify_code in _UNKNOWN_ISSUER else ""
+        return f"its certificate is refused: {error.verify_message.rstrip('.')}{hint}"
+    if isinstance(error, ssl.SSLError):
+        return "it does not speak TLS" if error.reason == "WRONG_VERSION_NUMBER" else f"TLS failed: {error.reason}"
+    return os.strerror(error.errno) if error.errno else str(error)

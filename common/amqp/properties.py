@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import json
 from datetime import datetime
 from decimal import Decimal
 from struct import Struct
@@ -103,7 +103,6 @@ def long_string(value: bytes) -> bytes:
 # As PublishEncoder writes them, up to the length of the message-id.
 _OUR_JSON = b"\x90\xc0\x10" + JSON + b"\x02\x20"
 _BEFORE_ID = "sstoosss"  # the kinds of the properties before the message-id, in the order of their flags
-_MOST_NESTED = 50  # tables in tables; a JSON library has a limit too
 
 
 def message_id_of(header: bytes) -> bytes | None:
@@ -143,22 +142,14 @@ def readable_properties(header: bytes) -> dict[str, Any]:
     content = ContentHeader()
     try:
         content.unmarshal(header)
-        return {name: _readable(value, 0) for name, value in content.properties if value is not None}
+        properties = {name: value for name, value in content.properties if value not in (None, "")}
+        readable: dict[str, Any] = json.loads(json.dumps(properties, default=_readable, allow_nan=False))
+        return readable
     except Exception:  # of many kinds: pamqp reads what strangers wrote
         return {"undecoded": header.hex()}
 
 
-def _readable(value: Any, depth: int) -> Any:
-    if depth > _MOST_NESTED:
-        raise ValueError("nested too deep")
-    if isinstance(value, dict):
-        return {name: _readable(item, depth + 1) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_readable(item, depth + 1) for item in value]
-    if isinstance(value, bytes | bytearray):
-        return {"hex": value.hex()}
-    if isinstance(value, datetime):
-        return value.isoformat()
-    if isinstance(value, Decimal) or (isinstance(value, float) and not math.isfinite(value)):
+def _readable(value: Decimal | datetime | bytes | bytearray) -> object:
+    if isinstance(value, Decimal):
         return str(value)
-    return value
+    return value.isoformat() if isinstance(value, datetime) else {"hex": value.hex()}

@@ -118,7 +118,7 @@ class ConsumerService:
         self._tasks.append(worker.running)
         self._counters.metrics.values[self._counters.active] = 1.0
         log.info("rows go to %s", self._settings.csv_file)
-        link = keep_up(self._settings.amqp_url, self._name, worker)
+        link = keep_up(lambda: self._settings.amqp_url, self._name, worker)
         watching = worker.watch(), self._leftovers.watch(worker.started)
         await first_of(self._stop, worker.running, self._task(link), *map(self._task, watching))
 

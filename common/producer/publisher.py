@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from common.amqp.codec import Confirm, Delivery, Part, PublishEncoder, packed_seconds
-from common.amqp.link import CALL_TIMEOUT_SECONDS, Link
-from common.amqp.topology import QUEUE_ARGUMENTS, check_may_publish, declare
+from common.amqp.link import Link
+from common.amqp.topology import QUEUE_ARGUMENTS, begin_publishing, declare
 from common.amqp.window import ConfirmWindow
 from common.errors import NotConfirmed, OutcomeUnknown, TooLarge, Unavailable
 
@@ -199,16 +199,7 @@ class Publisher:
         self._blocked = ""
         self._is_blocked.clear()
         await declare(link.channel, self._queue_name, QUEUE_ARGUMENTS)
-        checking = asyncio.create_task(check_may_publish(link.connection))
-        blocking = asyncio.create_task(self._is_blocked.wait())
-        try:
-            async with asyncio.timeout(CALL_TIMEOUT_SECONDS):
-                await asyncio.wait({checking, blocking}, return_when=asyncio.FIRST_COMPLETED)
-            if checking.done():
-                checking.result()
-        finally:
-            blocking.cancel()
-            checking.cancel()
+        await begin_publishing(link, self._is_blocked)
         self.link_up(link.lane, link.frame_max)
 
     def link_up(self, lane: Lane, frame_max: int) -> None:

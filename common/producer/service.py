@@ -150,7 +150,7 @@ class Producer:
 
     def _keep_up(self, publisher: Publisher) -> Coroutine[object, object, None]:
         settings = self._settings
-        return keep_up(settings.amqp_url, publisher.name, publisher, publisher.max_unconfirmed_bytes)
+        return keep_up(lambda: settings.amqp_url, publisher.name, publisher, publisher.max_unconfirmed_bytes)
 
     async def _all_up(self) -> None:
         for publisher in self._publishers:

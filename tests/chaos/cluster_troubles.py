@@ -63,8 +63,13 @@ class ClusterTrouble(Trouble):
         )
 
     def wait_until_paused(self, node: RabbitMQ) -> None:
-        """Until it serves nobody, as one of a minority."""
-        self.stage.wait_until(f"{node.name} pauses", lambda: not node.is_up(), NOTICED_SECONDS)
+        """Until it serves nobody, as one of a minority; in RabbitMQ 4.3, which pauses none, until it knows."""
+        cluster = self.stage.cluster
+        self.stage.wait_until(
+            f"{node.name} pauses",
+            lambda: not node.is_up() or cluster.running(node) == {node.name},
+            NOTICED_SECONDS,
+        )
 
     def fail_over(self, what: str) -> None:
         """Everybody is ready again while a node is away; notes how long that takes."""

@@ -86,6 +86,32 @@ def test_a_user_who_may_not_write_ends_the_start(broker: RabbitMQ, producer: Sta
     assert "secret" not in service.log()
 
 
+def test_a_limit_on_connections_is_waited_for(broker: RabbitMQ, producer: Start, vhost: str) -> None:
+    """The old process may hold the last one while the new one starts."""
+    broker.ctl("set_user_limits", vhost, '{"max-connections": 0}')
+    service = producer(wait=False, AMQP_URL=url_of(broker, vhost))
+    wait_until("/readyz says why", lambda: "connection limit" in service.not_ready(), explain=service.log)
+    broker.ctl("clear_user_limits", vhost, "max-connections")
+    wait_until("an event is accepted", lambda: post(service)[0] == 200, explain=service.log)
+
+
+def test_a_limit_of_one_channel_is_enough(broker: RabbitMQ, producer: Start, vhost: str) -> None:
+    broker.ctl("set_user_limits", vhost, '{"max-channels": 1}')
+    service = producer(AMQP_URL=url_of(broker, vhost))
+    assert post(service)[0] == 200
+    assert "WARNING" not in service.log()
+
+
+def test_a_limit_on_queues_is_what_the_error_says(broker: RabbitMQ, producer: Start, vhost: str) -> None:
+    broker.ctl("set_vhost_limits", "-p", vhost, '{"max-queues": 0}')
+    service = producer(wait=False, AMQP_URL=url_of(broker, vhost))
+    assert service.process.wait(20) == 1
+    last = service.log().splitlines()[-1]
+    assert "does not declare queue" in last
+    assert "limit" in last
+    assert "other arguments" not in last
+
+
 def test_a_right_that_is_revoked_while_running_is_said_at_once(broker: RabbitMQ, producer: Start, vhost: str) -> None:
     """No event waits for its time-out, and /readyz stays 503 between the attempts to connect."""
     service = producer(AMQP_URL=url_of(broker, vhost), CONFIRM_TIMEOUT_MS=60_000)

@@ -16,7 +16,7 @@ import pytest
 
 from common.amqp.codec import Delivery, PublishEncoder, packed_seconds
 from common.amqp.link import open_link
-from common.amqp.topology import QUEUE_ARGUMENTS, declare
+from common.amqp.topology import QUEUE_ARGUMENTS, begin_publishing, declare
 from common.amqp.window import ConfirmWindow
 from common.config import ConsumerSettings
 from common.consumer.metrics import Counters
@@ -38,6 +38,7 @@ async def publish(url: str, queue_name: str, bodies: list[bytes]) -> None:
     """All of them at once, and until the broker has confirmed each."""
     heard = Heard()
     link = await open_link(url, "test", heard)
+    await begin_publishing(link, asyncio.Event())
     await declare(link.channel, queue_name, QUEUE_ARGUMENTS)
     confirmed: list[bool] = []
     window = ConfirmWindow[bytes](lambda _, ok: confirmed.append(ok))

@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import random
-import socket
-import ssl
-import time
-from collections.abc import Callable
 from typing import Any
 
 import aiormq
 import pytest
 
-from common.amqp import link as link_module
 from common.amqp.codec import Confirm, PublishEncoder, ack_frame, ack_frames, packed_seconds
-from common.amqp.link import Link, open_link
+from common.amqp.link import Link, NoLink, open_link
 from common.amqp.properties import message_id_of
-from common.amqp.topology import QUEUE_ARGUMENTS, declare
-from scripts.rabbitmq import free_port
+from common.amqp.topology import QUEUE_ARGUMENTS, begin_publishing, declare
 from tests.rabbitmq import RabbitMQ
 from tests.support.lane import Heard
 from tests.support.polling import until
@@ -39,7 +33,9 @@ class Lane:
     @classmethod
     async def open(cls, url: str, queue_name: str) -> Lane:
         heard = Heard()
-        return cls(await open_link(url, "test", heard), heard, queue_name)
+        link = await open_link(url, "test", heard)
+        await begin_publishing(link, asyncio.Event())
+        return cls(link, heard, queue_name)
 
     def publish(self, body: bytes, number: int) -> None:
         self.link.lane.send(self.encoder.encode(body, b"%032d" % number, packed_seconds(number)))
@@ -121,6 +117,19 @@ async def test_acks_settle_what_they_cover_and_the_rest_comes_again(broker: Rabb
     await again.link.close()
 
 
+async def test_tags_count_from_one_even_if_blocked_at_once(broker: RabbitMQ, queue_name: str) -> None:
+    """Confirms are on before the first event, although their answer is not waited for."""
+    blocked = asyncio.Event()
+    blocked.set()
+    heard = Heard()
+    link = await open_link(broker.url, "test", heard)
+    await declare(link.channel, queue_name, QUEUE_ARGUMENTS)
+    await begin_publishing(link, blocked)
+    Lane(link, heard, queue_name).publish(b"x", 1)
+    await until("it is confirmed", lambda: heard.confirmed == [(1, False, True)])
+    await link.close()
+
+
 async def test_a_nack_of_the_broker_arrives_as_one(broker: RabbitMQ, queue_name: str) -> None:
     lane = await Lane.open(broker.url, queue_name)
     arguments: dict[str, Any] = {"x-max-length": 1, "x-overflow": "reject-publish"}
@@ -189,7 +198,7 @@ async def test_idle_and_busy_connections_outlive_many_heartbeats(broker: RabbitM
 async def test_the_lane_verifies_tls_with_its_own_ca(broker: RabbitMQ, queue_name: str) -> None:
     """The lane works over TLS with its own CA and never without verifying."""
     url, ca_file = f"amqps://guest:guest@127.0.0.1:{broker.tls_port}/", broker.ca_file
-    with pytest.raises((ssl.SSLError, aiormq.AMQPError)):
+    with pytest.raises(NoLink, match=r"certificate is refused.*cafile"):
         await open_link(url, "test", Heard())
     lane = await Lane.open(f"{url}?cafile={ca_file}", queue_name)
     await declare(lane.link.channel, queue_name, QUEUE_ARGUMENTS)
@@ -201,57 +210,3 @@ async def test_the_lane_verifies_tls_with_its_own_ca(broker: RabbitMQ, queue_nam
     await until("all is delivered", lambda: len(lane.deliveries) == len(sent))
     assert [delivery.body for delivery in lane.deliveries] == sent
     await lane.link.close()
-
-
-class Attempts:
-    """Addresses tried in the order of the URL, and how each attempt ended."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.ends: list[str] = []
-        self._open_one = link_module._open_one
-        monkeypatch.setattr(random, "shuffle", lambda untried: untried.sort(key=self._place, reverse=True))
-        monkeypatch.setattr(link_module, "_open_one", self._watched)
-        self._ports: list[int] = []
-
-    async def open(self, scheme: str, ports: list[int], rest: str = "") -> Link:
-        self.ends.clear()
-        self._ports = ports
-        hosts = ",".join(f"127.0.0.1:{port}" for port in ports)
-        return await open_link(f"{scheme}://guest:guest@{hosts}/{rest}", "test", Heard())
-
-    def _place(self, candidate: Any) -> int:
-        return self._ports.index(candidate.socket_address[1])
-
-    async def _watched(self, *arguments: Any) -> Link:
-        place = len(self.ends)
-        self.ends.append("tried")
-        try:
-            link = await self._open_one(*arguments)
-        except BaseException as error:
-            self.ends[place] = type(error).__name__
-            raise
-        self.ends[place] = "won"
-        return link
-
-
-async def test_a_frozen_node_delays_a_connection_by_a_second(
-    broker: RabbitMQ,
-    monkeypatch: pytest.MonkeyPatch,
-    record_property: Callable[[str, object], None],
-) -> None:
-    """Its kernel accepts, and nothing answers. The next is tried as well; with TLS also after one that refuses."""
-    attempts = Attempts(monkeypatch)
-    monkeypatch.setattr(link_module, "HANDSHAKE_TIMEOUT_SECONDS", 30)
-    with socket.create_server(("127.0.0.1", 0)) as frozen:
-        silent = frozen.getsockname()[1]
-        began = time.monotonic()
-        link = await attempts.open("amqp", [silent, broker.port])
-        record_property("a connection with the first of two nodes frozen, s", round(time.monotonic() - began, 2))
-        await link.close()
-        assert attempts.ends == ["CancelledError", "won"]  # not TimeoutError: the second did not wait for it
-        dead = [free_port(), broker.port, silent]  # refuses, speaks no TLS, is silent
-        link = await attempts.open("amqps", [*dead, broker.tls_port], f"?cafile={broker.ca_file}")
-    await link.channel.basic_qos(prefetch_count=1)  # answers: the link works
-    await link.close()
-    assert attempts.ends[2:] == ["CancelledError", "won"]
-    assert "tried" not in attempts.ends[:2]

@@ -6,18 +6,22 @@ import asyncio
 import gc
 import logging
 import socket
-from collections.abc import AsyncIterator
+import ssl
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import aiormq
 import pytest
+import trustme
 
 from common.amqp import lane
 from common.amqp import link as link_module
 from common.amqp.codec import PublishEncoder, packed_seconds
-from common.amqp.link import CALL_TIMEOUT_SECONDS, Link, keep_up
-from common.amqp.topology import QUEUE_ARGUMENTS, declare
+from common.amqp.link import CALL_TIMEOUT_SECONDS, Link, NoLink, keep_up, open_link
+from common.amqp.topology import QUEUE_ARGUMENTS, begin_publishing, declare
 from common.errors import StartupError
 from scripts.rabbitmq import free_port
 from tests.proxy import Proxy
@@ -42,7 +46,7 @@ async def ignore(_: object) -> None: ...
 class Kept(Heard):
     """A connection kept up, set up as the consumer's is."""
 
-    def __init__(self, url: str, queue_name: str) -> None:
+    def __init__(self, url: Callable[[], str], queue_name: str) -> None:
         super().__init__()
         self.connected = asyncio.Event()
         self._queue_name = queue_name
@@ -76,7 +80,7 @@ class Kept(Heard):
 
 @asynccontextmanager
 async def kept(url: str, queue_name: str) -> AsyncIterator[Kept]:
-    one = Kept(url, queue_name)
+    one = Kept(lambda: url, queue_name)
     try:
         yield one
     finally:
@@ -139,7 +143,7 @@ async def test_cancelled_at_any_turn_after_a_loss_in_a_call_it_ends(broker: Rabb
                     entered.set_result(link)
                     await declare(link.channel, queue_name, QUEUE_ARGUMENTS)
 
-            task = asyncio.create_task(keep_up(proxy.url, "test", Declaring()))
+            task = asyncio.create_task(keep_up(lambda: proxy.url, "test", Declaring()))
             link = await entered
             await asyncio.sleep(0.005)  # the call is under way; nothing tells when
             assert link.lane._lane_transport is not None
@@ -183,7 +187,8 @@ async def test_a_refused_port_is_waited_for_and_said_once(
         assert "guest:guest" not in refused
         await proxy.listen(proxy.port)
         await one.until_connected_through(proxy)
-        assert [record.levelno for record in caplog.records] == [logging.WARNING, logging.INFO]
+        levels = [logging.WARNING, logging.INFO]
+        await until("it is logged", lambda: [record.levelno for record in caplog.records] == levels)
         assert set(one.downs) == {refused.removeprefix("test: ")}, "each failed attempt says why"
     await proxy.close()
 
@@ -229,26 +234,38 @@ class Hosts:
         return f"amqp://guest:guest@{hosts}/"
 
 
-async def test_hosts_that_never_answer_delay_no_connection(
+def bound(monkeypatch: pytest.MonkeyPatch, tcp_seconds: float, handshake_seconds: float) -> None:
+    for module in (link_module, lane):
+        monkeypatch.setattr(module, "CONNECT_TIMEOUT_SECONDS", tcp_seconds)
+    monkeypatch.setattr(link_module, "HANDSHAKE_TIMEOUT_SECONDS", handshake_seconds)
+
+
+async def test_hosts_that_never_answer_delay_within_bounds(
     broker: RabbitMQ, queue_name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The next one is tried while they are silent: their time-outs, here minutes, do not add up."""
-    monkeypatch.setattr(link_module, "STAGGER_SECONDS", 0.1)
-    monkeypatch.setattr(link_module, "HANDSHAKE_TIMEOUT_SECONDS", 300)
-    monkeypatch.setattr(lane, "CONNECT_TIMEOUT_SECONDS", 300)
+    bound(monkeypatch, 0.1, 1.0)
     async with asyncio.timeout(30), Hosts(broker) as hosts, kept(hosts.url, queue_name) as one:
         for _ in range(5):
             await one.until_connected_through(hosts.proxy)
             assert one._link is not None
             one._link.lane.fail("cut by the test")
             await until("it is down", lambda: not one.connected.is_set())
-        assert len(asyncio.all_tasks()) < 60, "what lost the race is over"
 
 
-async def test_a_name_that_is_not_resolved_delays_no_connection(
+async def test_hosts_that_are_all_gone_are_one_line(broker: RabbitMQ, monkeypatch: pytest.MonkeyPatch) -> None:
+    bound(monkeypatch, 0.1, 0.3)
+    async with asyncio.timeout(30), Hosts(broker) as hosts:
+        await hosts.proxy.close()
+        with pytest.raises(NoLink, match=r"127\.0\.0\.1") as error:
+            await open_link(hosts.url, "test", Heard())
+        assert "guest:guest" not in str(error.value)
+
+
+async def test_an_unresolvable_name_delays_within_bounds(
     broker: RabbitMQ, queue_name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The name of a dead container, for example. Its look-up is one for all: uvloop has two threads for them."""
+    bound(monkeypatch, 0.1, 5.0)
     loop = asyncio.get_running_loop()
     getaddrinfo, answered = loop.getaddrinfo, asyncio.Event()
     lookups = 0
@@ -261,10 +278,8 @@ async def test_a_name_that_is_not_resolved_delays_no_connection(
         return await getaddrinfo("127.0.0.1", port, **more)
 
     monkeypatch.setattr(loop, "getaddrinfo", look_up)
-    monkeypatch.setattr(link_module, "STAGGER_SECONDS", 0.05)
-    monkeypatch.setattr(link_module, "RESOLVE_TIMEOUT_SECONDS", 300)
     async with asyncio.timeout(30), Proxy(broker.port) as proxy:
-        hosts = f"silent.test:{proxy.port},127.0.0.1:{proxy.port}"
+        hosts = f"silent.test:{proxy.port},silent.test:{free_port()},127.0.0.1:{proxy.port}"
         async with kept(f"amqp://guest:guest@{hosts}/", queue_name) as one:
             for _ in range(3):
                 await one.until_connected_through(proxy)
@@ -272,25 +287,99 @@ async def test_a_name_that_is_not_resolved_delays_no_connection(
                 one._link.lane.fail("cut by the test")
                 await until("it is down", lambda: not one.connected.is_set())
         assert lookups == 1
-        late = asyncio.create_task(
-            link_module.open_link(f"amqp://guest:guest@silent.test:{proxy.port},127.0.0.1:{free_port()}/", "t", Heard())
-        )
-        await asyncio.wait({late}, timeout=0.2)
         answered.set()
-        await (await late).close()  # the others refused before it was found
-        assert lookups == 1
+        await asyncio.sleep(0)
+        link = await open_link(f"amqp://guest:guest@silent.test:{proxy.port}/", "test", Heard())
+        await link.close()
 
 
-async def test_a_host_that_is_gone_says_so_within_its_bounds(
-    broker: RabbitMQ, queue_name: str, monkeypatch: pytest.MonkeyPatch
+class Peer:
+    """A server that is no broker. It counts its clients."""
+
+    def __init__(self, answer: bytes = b"", tls: ssl.SSLContext | None = None) -> None:
+        self.clients = 0
+        self._answer = answer
+        self._tls = tls
+
+    async def __aenter__(self) -> Peer:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0, ssl=self._tls)
+        self.port = self._server.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+
+    async def _serve(self, _: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.clients += 1
+        writer.write(self._answer)
+        writer.close()
+
+
+@pytest.mark.parametrize("answer", [b"", b"\0", b"HTTP/1.1 400 Bad Request\r\n\r\n", b"\x01\0\0\0\0\0\4\0\0\0\0\xce"])
+async def test_a_peer_that_is_no_broker_is_one_line_and_waited_for(
+    answer: bytes, broker: RabbitMQ, queue_name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(link_module, "HANDSHAKE_TIMEOUT_SECONDS", 0.3)
-    monkeypatch.setattr(lane, "CONNECT_TIMEOUT_SECONDS", 0.2)
-    async with asyncio.timeout(30), Hosts(broker) as hosts:
-        await hosts.proxy.close()
-        with pytest.raises(link_module.CONNECTION_ERRORS) as error:
-            await link_module.open_link(hosts.url, "test", Heard())
-        assert "guest:guest" not in link_module.explain(error.value, hosts.url)
+    """HAProxy without a live backend accepts and closes. Two hosts in turn do not make it a line each time."""
+    caplog.set_level(logging.INFO)
+    async with asyncio.timeout(30), Peer(answer) as first, Peer(answer) as second, Proxy(broker.port) as proxy:
+        ports = first.port, second.port
+        urls = [f"amqp://guest:guest@{','.join(f'127.0.0.1:{port}' for port in ports)}/"]
+        one = Kept(lambda: urls[-1], queue_name)
+        await until("ten were met", lambda: first.clients + second.clients > 10)
+        said = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+        assert 1 <= len(said) <= 2, said
+        assert all(str(first.port) in line and "\n" not in line for line in said)
+        assert not any(record.exc_info for record in caplog.records)
+        urls.append(proxy.url)  # as after a reload of the setting
+        await one.until_connected_through(proxy)
+        await one.end()
+
+
+async def test_a_fault_of_our_own_is_named_and_traced(
+    broker: RabbitMQ, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Faulty(Heard):
+        async def up(self, link: Link) -> None:
+            raise KeyError("a fault of our own")
+
+    caplog.set_level(logging.DEBUG, "predlog.amqp")
+    task = asyncio.create_task(keep_up(lambda: broker.url, "test", faulty := Faulty()))
+    await until("it failed twice", lambda: len(faulty.downs) >= 2)
+    task.cancel()
+    await asyncio.wait({task})
+    assert "KeyError('a fault of our own')" in faulty.downs[0]
+    assert any(record.exc_info and record.exc_info[0] is KeyError for record in caplog.records)
+    assert sum(record.levelno >= logging.WARNING for record in caplog.records) == 1
+
+
+@pytest.mark.parametrize(
+    ("trouble", "words"),
+    [
+        ("expired", "its certificate is refused: certificate has expired"),
+        ("name", "its certificate is refused: .*mismatch, certificate is not valid for '127.0.0.1'"),
+        ("issuer", "its certificate is refused: .*issuer.*cafile"),
+        ("plain", "does not speak TLS"),
+        ("amqp", "it speaks TLS; write amqps://"),
+    ],
+)
+async def test_each_tls_trouble_is_named(trouble: str, words: str, broker: RabbitMQ, tmp_path: Path) -> None:
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    expiry = datetime(2020, 1, 1, tzinfo=UTC) if trouble == "expired" else None
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    name = "other.test" if trouble == "name" else "127.0.0.1"
+    issuer = trustme.CA() if trouble == "issuer" else authority
+    issuer.issue_cert(name, not_after=expiry).configure_cert(server)
+    async with asyncio.timeout(20), Peer(tls=server) as peer:
+        port = {"plain": broker.port, "amqp": broker.tls_port}.get(trouble, peer.port)
+        scheme = "amqp" if trouble == "amqp" else "amqps"
+        with pytest.raises(NoLink, match=words):
+            await open_link(f"{scheme}://guest:guest@127.0.0.1:{port}/?cafile={tmp_path}/ca.pem", "test", Heard())
+
+
+async def test_a_login_that_the_broker_lacks_is_named(broker: RabbitMQ) -> None:
+    with pytest.raises(StartupError, match=r"offers no login but .*PLAIN.*; correct .auth="):
+        await open_link(f"{broker.url}?auth=external", "test", Heard())
 
 
 async def test_cancelling_closes_the_connection_in_order(broker: RabbitMQ, queue_name: str) -> None:
@@ -300,6 +389,7 @@ async def test_cancelling_closes_the_connection_in_order(broker: RabbitMQ, queue
         assert one._link is not None
         for _ in range(10):  # until it waits for nothing but the loss
             await asyncio.sleep(0)
+        await begin_publishing(one._link, asyncio.Event())
         encoder = PublishEncoder(queue_name, one._link.frame_max)
         one._link.lane.send(encoder.encode(b"last", b"m" * 32, packed_seconds(0)))
     async with asyncio.timeout(20), aiormq.connect(broker.url) as other:

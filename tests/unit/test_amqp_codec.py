@@ -242,6 +242,7 @@ def test_an_ack_is_what_pamqp_writes() -> None:
         (b"\x02\x00\x02\x00\x10\x00\x00", "frame_max"),
         (b"\x02\x00\x01\x01\x00\x00\x00", "frame_max"),
         (b"\x15\x03\x01\x00\x02\x02\x46", "TLS"),
+        (b"AMQP\x00\x00\x09\x00", "no AMQP 0-9-1"),
         (wire((1, commands.Basic.Deliver("t", 1, False, "", "q"))) * 2, "inside a message"),
         (wire((1, commands.Basic.Deliver("t", 1, False, "", "q"))) + wire((1, ContentBody(b"x"))), "unexpected frame"),
         (
@@ -272,10 +273,6 @@ def test_the_end_of_a_channel_is_noticed_and_handed_on(frame: Frame, notice: Not
     decoder = FrameDecoder()
     assert decoder.feed(wire(frame)) == wire(frame)
     assert decoder.notices == [notice]
-
-
-def test_a_broker_that_wants_another_protocol_is_left_to_aiormq() -> None:
-    assert FrameDecoder().feed(b"AMQP\x00\x00\x09\x01") == b"AMQP\x00\x00\x09\x01"
 
 
 def test_an_empty_message_id_is_none() -> None:
