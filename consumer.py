@@ -24,13 +24,13 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 
 from common import __version__
-from common.config import ConsumerSettings, describe, load, parser_for
+from common.config import FORMER_WARNING, ConsumerSettings, describe, former_settings, load, parser_for
 from common.consumer import partitions, processes, replay
 from common.consumer.metrics import Counters
 from common.errors import Fatal, StartupError
 from common.event.rows import CSV_HEADER
 from common.logs import set_up_logging
-from common.process import fail, run
+from common.process import fail, read_file, run
 from common.storage.reader import committed_rows
 
 log = logging.getLogger("predlog.consumer")
@@ -45,7 +45,7 @@ def main(argv: Sequence[str], environ: dict[str, str]) -> int:
     commands.add_argument("--replay-dead-letters", action="store_true", help="publish them to the queue again, and end")
     flags: argparse.Namespace = parser.parse_args(argv)
     try:
-        settings = load(ConsumerSettings, flags, environ)
+        settings = load(ConsumerSettings, flags, environ, read_file)
         served = partitions.served(settings)
         set_up_logging("consumer", settings.log_level, settings.log_format)
         if flags.read:
@@ -55,6 +55,8 @@ def main(argv: Sequence[str], environ: dict[str, str]) -> int:
         if flags.replay_dead_letters:
             return run("consumer", lambda: _replay(served.values()))
         log.info("predlog %s consumer: %s", __version__, describe(settings))
+        if former := former_settings(flags, environ):
+            log.warning(FORMER_WARNING, former)
         if len(served) > 1:
             return processes.serve_all(settings, served)
     except Fatal as error:

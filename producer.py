@@ -24,10 +24,10 @@ import sys
 from collections.abc import Sequence
 
 from common import __version__
-from common.config import ProducerSettings, describe, parse
+from common.config import FORMER_WARNING, ProducerSettings, describe, former_settings, load, parser_for
 from common.errors import Fatal
 from common.logs import set_up_logging
-from common.process import fail, inherited_socket, run
+from common.process import fail, inherited_socket, read_file, run
 from common.producer import processes
 from common.producer.metrics import Counters
 
@@ -38,15 +38,16 @@ WHAT = "Take events over HTTP; answer 200 once RabbitMQ has them on disk."
 
 def main(argv: Sequence[str], environ: dict[str, str]) -> int:
     """Run the producer, or several workers of it; return the exit code."""
+    flags = parser_for(ProducerSettings, "producer.py", WHAT).parse_args(argv)
     try:
-        settings = parse(ProducerSettings, "producer.py", WHAT, argv, environ)
+        settings = load(ProducerSettings, flags, environ, read_file)
         set_up_logging("producer", settings.log_level, settings.log_format)
         log.info("predlog %s producer: %s", __version__, describe(settings))
-        if processes.WORKER in environ:
-            return processes.serve_as_replacement(settings, environ[processes.WORKER])
+        if former := former_settings(flags, environ):
+            log.warning(FORMER_WARNING, former)
         inherited = inherited_socket(environ, os.getpid())
         if settings.workers > 1:
-            return processes.serve_all(settings, inherited, [sys.executable, sys.argv[0], *argv])
+            return processes.serve_all(settings, inherited)
         return run("producer", lambda: processes.serve(settings, Counters(settings.partitions), inherited=inherited))
     except Fatal as error:
         return fail("producer", error)

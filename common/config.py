@@ -1,7 +1,7 @@
-"""Settings as frozen dataclasses, made from flags and an environment mapping. Pure; reads no environment itself.
+"""Settings as frozen dataclasses, made from flags and an environment mapping. Pure: who loads them gives `read_file`.
 
 A field's metadata holds its help text, which names the unit. The environment variable is the field's name in capitals,
-the flag the same with dashes; a flag wins over the variable.
+the flag the same with dashes; a flag wins over the variable. A secret can be in a file, whose path is `NAME_FILE`.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import argparse
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 from common import __version__
@@ -21,13 +21,13 @@ from common.http.parser import Limits
 DEFAULT_AMQP_URL = "amqp://guest:guest@localhost:5672/"
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("text", "json")
-SECRETS = frozenset({"amqp_url", "api_token"})
+SECRETS = ("amqp_url", "api_token")
 # Settings of 1.0 that are constants now. A variable or flag that is still set is reported, and has no effect.
 FORMER = (
     *("max_unconfirmed_bytes", "max_head_bytes", "max_target_bytes", "max_headers", "max_chunk_overhead_bytes"),
     *("max_pipelined", "head_timeout_ms", "body_timeout_ms", "write_timeout_ms"),
 )
-
+FORMER_WARNING = "no longer a setting, and without effect: %s"
 
 # A producer that reconnects publishes again what is unconfirmed: 4,096 events by default. This covers four producers.
 LEAST_DEDUP_WINDOW = 16_384
@@ -180,24 +180,30 @@ def former_settings(flags: argparse.Namespace, environ: Mapping[str, str]) -> st
     return ", ".join(sorted(found))
 
 
-def load(cls: type[S], flags: argparse.Namespace, environ: Mapping[str, str]) -> S:
-    """Return the settings from parsed flags and an environment. Raise SettingError for the first bad value."""
+def load(cls: type[S], flags: argparse.Namespace, environ: Mapping[str, str], read_file: Callable[[str], str]) -> S:
+    """Return the settings from parsed flags and an environment. Raise SettingError for the first bad value.
+
+    `read_file` returns the text of a file, or raises OSError or UnicodeError.
+    """
     values: dict[str, Any] = {}
     for item in fields(cls):
         text = getattr(flags, item.name)
         if text is None:
             text = environ.get(item.name.upper())
-        if not text:
-            continue
-        values[item.name] = _convert(item.name, _KINDS[str(item.type)], text, item.metadata)
+        if text:
+            values[item.name] = _convert(item.name, _KINDS[str(item.type)], text, item.metadata)
     if "dedup_window" in values:
         values["dedup_window"] = max(values["dedup_window"], LEAST_DEDUP_WINDOW)
     for name in ("http_host", "health_host", "rabbitmq_host"):
         _check_host(name.upper(), values.get(name, ""))
+    for name in SECRETS:
+        if values.get(name) and values.get(f"{name}_file"):
+            raise SettingError(f"{name.upper()} and {name.upper()}_FILE are both set: set one of them")
     if not values.get("amqp_url"):
         host = values.get("rabbitmq_host") or "localhost"
         values["amqp_url"] = f"amqp://guest:guest@{f'[{host}]' if ':' in host else host}:5672/"
-    _check_amqp_url(values["amqp_url"])
+    _check_secret("amqp_url", values["amqp_url"])
+    _check_secret("api_token", values.get("api_token", ""))
     queue_name = values.get("queue_name", "predictions")
     if len(queue_name) > _MOST_QUEUE_NAME_CHARS or not _QUEUE_NAME.fullmatch(queue_name):
         raise SettingError(
@@ -210,44 +216,64 @@ def load(cls: type[S], flags: argparse.Namespace, environ: Mapping[str, str]) ->
                 raise SettingError(f"{name} holds {text!r}, but must be {_FORMS[name]}, separated by commas")
     if bool(values.get("tls_cert")) != bool(values.get("tls_key")):
         raise SettingError("TLS_CERT and TLS_KEY go together: set both, or none")
-    if not all(33 <= ord(c) <= 126 for c in values.get("api_token", "").replace(",", "")):
-        raise SettingError("API_TOKEN must be visible ASCII characters, several tokens separated by commas")
-    has_token = bool(values.get("api_token", "").strip(","))
-    if values.get("api_token") and not has_token:
-        raise SettingError("API_TOKEN has commas, but no token: set one, or leave it empty")
-    if values.get("protect_pages") and not has_token:
-        raise SettingError("PROTECT_PAGES needs an API_TOKEN: without one, the pages are open to all")
-    return cls(**values)
+    if values.get("protect_pages") and not (values.get("api_token") or values.get("api_token_file")):
+        raise SettingError("PROTECT_PAGES needs API_TOKEN or API_TOKEN_FILE: otherwise, the pages are open to all")
+    return read_again(cls(**values), read_file)
+
+
+def read_again(settings: S, read_file: Callable[[str], str]) -> S:
+    """Return the settings with the secrets that are now in their files. Raise SettingError if one cannot be used."""
+    found: dict[str, Any] = {}
+    for name in SECRETS:
+        path = getattr(settings, f"{name}_file", "")
+        if not path:
+            continue
+        where = f"{name.upper()}_FILE is {path!r}, but"
+        try:
+            text = read_file(path).rstrip("\r\n")
+        except (OSError, ValueError) as error:  # ValueError: it is not UTF-8, or the path has a NUL in it
+            why = getattr(error, "strerror", None) or "it is no text in UTF-8"
+            raise SettingError(f"{where} that file cannot be read: {why}") from None
+        if not text:
+            raise SettingError(f"{where} that file is empty")
+        try:
+            _check_secret(name, text)
+        except SettingError as error:
+            raise SettingError(f"{where} in that file, {error}") from None
+        found[name] = text
+    return replace(settings, **found)
 
 
 def _check_host(name: str, host: str) -> None:
+    if host == "*":
+        raise SettingError(f"{name} is '*', but must be an address: use 0.0.0.0 or ::")
     try:
         check_host(host)
     except AddressError as error:
         raise SettingError(f"{name} is {host!r}, but {error}") from None
 
 
-def _check_amqp_url(url: str) -> None:
-    try:
-        parse_address(url)
-    except AddressError as error:
-        raise SettingError(f"AMQP_URL {error}") from None
+def _check_secret(name: str, text: str) -> None:
+    """Raise SettingError, without any part of `text`, if it cannot be the value of AMQP_URL or API_TOKEN."""
+    if name == "amqp_url":
+        try:
+            parse_address(text)
+        except AddressError as error:
+            raise SettingError(f"AMQP_URL {error}") from None
+    elif not all(33 <= ord(character) <= 126 for character in text):
+        raise SettingError("API_TOKEN must be visible ASCII characters, several tokens separated by commas")
+    elif text and not text.strip(","):
+        raise SettingError("API_TOKEN has commas, but no token: set one, or leave it empty")
 
 
 def describe(settings: Settings) -> str:
-    """Return the effective settings on one line, secrets masked."""
+    """Return the effective settings on one line: secrets masked, and not shown at all if they are in a file."""
     shown = []
     for item in fields(settings):
         value = getattr(settings, item.name)
-        if item.name == "amqp_url":
-            value = masked_url(value)
-        elif item.name in SECRETS and value:
-            value = "***"
+        if item.name in SECRETS and value:
+            in_file = getattr(settings, f"{item.name}_file")
+            value = "" if in_file else masked_url(value) if item.name == "amqp_url" else "***"
         if value != "":
             shown.append(f"{item.name.upper()}={int(value) if isinstance(value, bool) else value}")
     return " ".join(shown)
-
-
-def parse(cls: type[S], prog: str, description: str, argv: Sequence[str], environ: Mapping[str, str]) -> S:
-    """Return the settings from `argv` and `environ`, for a process without other flags. Raise SettingError."""
-    return load(cls, parser_for(cls, prog, description).parse_args(argv), environ)

@@ -23,6 +23,10 @@ def escaped(text: str) -> str:
     return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
+def _when(record: logging.LogRecord) -> str:
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(record.created))}.{int(record.msecs):03}Z"
+
+
 class TextFormatter(logging.Formatter):
     """One line for each record, for people."""
 
@@ -32,8 +36,7 @@ class TextFormatter(logging.Formatter):
         self._colour = colour
 
     def format(self, record: logging.LogRecord) -> str:
-        when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-        line = f"{when}.{int(record.msecs):03}Z {self._prog} {record.levelname.lower()} {escaped(record.getMessage())}"
+        line = f"{_when(record)} {self._prog} {record.levelname.lower()} {escaped(record.getMessage())}"
         if record.exc_info:
             line += "\n" + "\n".join(map(escaped, self.formatException(record.exc_info).splitlines()))
         colour = _COLOURS.get(record.levelno) if self._colour else None
@@ -48,9 +51,8 @@ class JsonFormatter(logging.Formatter):
         self._prog = prog
 
     def format(self, record: logging.LogRecord) -> str:
-        when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         entry = {
-            "time": f"{when}.{int(record.msecs):03}Z",
+            "time": _when(record),
             "level": record.levelname.lower(),
             "process": self._prog,
             "logger": record.name,

@@ -14,6 +14,7 @@ import time
 import urllib.request
 from http.client import HTTPException
 from pathlib import Path
+from types import FrameType
 
 from scripts.rabbitmq import BrokerError, RabbitMQ, free_port, is_installed, orphans_get, speaks_amqp
 from scripts.setup import PYTHON, ROOT, apt_install
@@ -67,39 +68,46 @@ class Container:
 
 
 def main() -> int:
-    """Run everything; return the exit code: 0 after Ctrl-C, else that of the process that ended first, or 1."""
-    take_the_terminal()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
+    """Run everything; return the exit code: 0 after Ctrl-C, 130 after two, else that of what ended first, or 1."""
     broker: RabbitMQ | Container | None = None
     processes: dict[str, subprocess.Popen[bytes]] = {}
-    code = 0
+    code = interrupts = 0
+    stopping = False
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal interrupts, stopping
+        interrupts += 1
+        if not stopping:
+            stopping = True
+            raise KeyboardInterrupt
+        for process in (*processes.values(), *([broker.process] if broker and broker.process else [])):
+            process.kill()  # whoever waits for it continues
+
+    take_the_terminal()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, interrupt)
     try:
-        broker = choose_broker()
-        environment = dict(os.environ)
-        if broker is not None:
-            broker.start()
-            environment["AMQP_URL"] = broker.url
-        for name in ("producer", "consumer"):
-            processes[name] = spawn(name, environment)
-        code = watch(processes, broker.process if broker else None)
-    except BrokerError as error:
-        print(f"make run: {error}", file=sys.stderr)
-        code = 1
+        try:
+            broker = choose_broker()
+            environment = dict(os.environ)
+            if broker is not None:
+                broker.start()
+                environment["AMQP_URL"] = broker.url
+            for name in ("producer", "consumer"):
+                processes[name] = spawn(name, environment)
+            code = watch(processes, broker.process if broker else None)
+        except BrokerError as error:
+            print(f"make run: {error}", file=sys.stderr)
+            code = 1
     except KeyboardInterrupt:
         say("Stopping; Ctrl-C again stops at once")
-    try:
-        for process in processes.values():
-            stopped_with = stop(process)
-            code = code or stopped_with
-    except KeyboardInterrupt:
-        code = 130
-    finally:
-        for process in processes.values():
-            process.kill()
-        if broker is not None:
-            broker.stop()
-    return code
+    stopping = True
+    for process in processes.values():
+        stopped_with = stop(process)
+        code = code or stopped_with
+    if broker is not None:
+        broker.stop()
+    return 130 if interrupts > 1 else code
 
 
 def choose_broker() -> RabbitMQ | Container | None:

@@ -143,7 +143,7 @@ class Producer:
         await end(*self._tasks)
         log.info("stopped")
 
-    def reload_certificate(self) -> None:
+    def reload(self) -> None:
         """Load certificate and key again; keep the old ones when they cannot be used."""
         if self._certificate is not None:
             self._certificate.reload()

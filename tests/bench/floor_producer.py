@@ -17,7 +17,7 @@ import orjson
 import uvloop
 
 from common.amqp.codec import FrameDecoder, Part, PublishEncoder, packed_seconds
-from common.process import keep_freed_memory, tune_collector
+from common.process import Collector, keep_freed_memory
 from tests.bench.bare_amqp import BareConnection
 
 ANSWER = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
@@ -93,6 +93,7 @@ class Client(asyncio.Protocol):
 
 async def serve(url: str, queue: str, port: int) -> None:
     loop = asyncio.get_running_loop()
+    Collector(loop)
     with BareConnection(url) as connection:
         broker = Broker(loop, queue, connection.frame_max)
         await loop.create_connection(lambda: broker, sock=connection.detach())
@@ -101,6 +102,5 @@ async def serve(url: str, queue: str, port: int) -> None:
 
 
 if __name__ == "__main__":
-    tune_collector()
     keep_freed_memory()
     uvloop.run(serve(os.environ["AMQP_URL"], os.environ["QUEUE_NAME"], int(os.environ["HTTP_PORT"])))

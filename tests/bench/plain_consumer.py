@@ -15,10 +15,10 @@ import aiormq
 from aiormq.abc import DeliveredMessage
 
 from common.amqp.topology import QUEUE_ARGUMENTS, declare
-from common.config import ConsumerSettings, parse
+from common.config import ConsumerSettings, load, parser_for
 from common.event.ids import id_digest
 from common.event.rows import csv_rows
-from common.process import on_stop, run
+from common.process import on_stop, read_file, run
 from common.storage.store import Store
 
 log = logging.getLogger("predlog.bench")
@@ -72,5 +72,6 @@ async def serve(settings: ConsumerSettings) -> None:
 
 
 if __name__ == "__main__":
-    settings = parse(ConsumerSettings, "plain_consumer", "predlog's consumer on plain aiormq", [], dict(os.environ))
+    flags = parser_for(ConsumerSettings, "plain_consumer", "predlog's consumer on plain aiormq").parse_args([])
+    settings = load(ConsumerSettings, flags, dict(os.environ), read_file)
     sys.exit(run("plain_consumer", lambda: serve(settings)))

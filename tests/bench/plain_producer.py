@@ -17,11 +17,11 @@ from aiormq.channel import Channel
 from pamqp.commands import Basic
 
 from common.amqp.topology import QUEUE_ARGUMENTS, declare
-from common.config import ProducerSettings, parse
+from common.config import ProducerSettings, load, parser_for
 from common.errors import Unavailable
 from common.http.parser import Limits
 from common.http.server import HttpServer, ServerLimits
-from common.process import on_stop, run
+from common.process import on_stop, read_file, run
 from common.producer.api import Api
 from common.producer.metrics import Counters
 from common.producer.publisher import Publication, Publisher
@@ -102,5 +102,6 @@ async def serve(settings: ProducerSettings) -> None:
 
 
 if __name__ == "__main__":
-    settings = parse(ProducerSettings, "plain_producer", "predlog's producer on plain aiormq", [], dict(os.environ))
+    flags = parser_for(ProducerSettings, "plain_producer", "predlog's producer on plain aiormq").parse_args([])
+    settings = load(ProducerSettings, flags, dict(os.environ), read_file)
     sys.exit(run("plain_producer", lambda: serve(settings)))

@@ -20,7 +20,7 @@ from common.errors import Unavailable
 from common.http.connection import Connection, ServerLimits
 from common.http.parser import Limits
 from common.http.server import HttpServer
-from common.process import tune_collector
+from common.process import Collector
 from common.producer.api import Api
 from common.producer.metrics import Counters
 from common.producer.publisher import Publication, Publisher
@@ -63,18 +63,17 @@ class Delay(NamedTuple):
 
 def delay_of(streams: Sequence[bytes], timeout_seconds: float = 60.0) -> Delay:
     """Send each stream on a connection of its own, all at once, and wait for the answers."""
-    thresholds = gc.get_threshold()
     gc.collect()
-    tune_collector()
     try:
         return uvloop.run(_measure(streams, timeout_seconds))
     finally:
         gc.unfreeze()
-        gc.set_threshold(*thresholds)
+        gc.enable()
 
 
 async def _measure(streams: Sequence[bytes], timeout_seconds: float) -> Delay:
     loop = asyncio.get_running_loop()
+    Collector(loop)
     settings, counters = ProducerSettings(), Counters()
     publisher = ConfirmingPublisher("q", 4096, 2**26, 10.0, time.monotonic, time.time)
     api = Api(settings, [publisher], counters, Slices(loop.call_soon), (counters.metrics.values,))

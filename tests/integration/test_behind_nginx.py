@@ -10,11 +10,9 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from pathlib import Path
 
-from common.producer.service import ALL_UP_SECONDS
 from scripts.rabbitmq import orphans_get
 from tests.conftest import ROOT, Service, Start
 from tests.integration.test_contract import EVENT
@@ -139,45 +137,3 @@ def test_a_restart_on_a_held_socket_is_seen_by_nobody(broker: RabbitMQ, queue_na
             assert set(load.statuses) == {200}, load.statuses
         finally:
             producer.stop()
-
-
-def worker_pids(service: Service) -> set[int]:
-    pid = service.process.pid
-    return set(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
-
-
-def replace_workers(service: Service) -> None:
-    before = worker_pids(service)
-    service.process.send_signal(signal.SIGHUP)
-    wait_until("both are replaced", lambda: len(worker_pids(service) - before) == 2, explain=service.log)
-    wait_until("the old ones have ended", lambda: not worker_pids(service) & before, explain=service.log)
-
-
-def test_sighup_without_a_way_to_the_broker_stops_no_worker(producer: Start, node: RabbitMQ) -> None:
-    """The old workers keep their connections, and serve until the new ones have theirs, however long that takes."""
-    service = producer(WORKERS=2, AMQP_URL=node.url)
-    before = worker_pids(service)
-    node.ctl("suspend_listeners")
-    with Load(service.url) as load:
-        service.process.send_signal(signal.SIGHUP)
-        wait_until("the new one waits", lambda: "no broker" in service.log(), explain=service.log)
-        until = time.monotonic() + ALL_UP_SECONDS + 1
-        while time.monotonic() < until:
-            load.wait_for_more()
-        assert before <= worker_pids(service)
-        node.ctl("resume_listeners")
-        wait_until("all are replaced", lambda: not worker_pids(service) & before, explain=service.log)
-        load.wait_for_more()
-    assert set(load.statuses) == {200}, load.statuses
-
-
-def test_sighup_replaces_workers_and_nobody_notices(producer: Start, tmp_path: Path) -> None:
-    """Each worker ends once its replacement, a program started anew, listens; connections kept or not."""
-    service = producer(WORKERS=2)
-    for keep_alive in (False, True):
-        with nginx(tmp_path / f"nginx-{keep_alive}", [service.url], keep_alive) as url, Load(url) as load:
-            replace_workers(service)
-            load.wait_for_more()
-        assert set(load.statuses) == {200}, (load.statuses, service.log())
-    for pid in worker_pids(service):
-        assert b"PREDLOG_WORKER=" in Path(f"/proc/{pid}/environ").read_bytes()

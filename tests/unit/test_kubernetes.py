@@ -53,7 +53,7 @@ def test_every_manifest_is_applied() -> None:
 
 @pytest.mark.parametrize(("workload", "kind"), WORKLOADS)
 def test_the_settings_of_a_workload_load(workload: dict[str, Any], kind: Any) -> None:
-    settings = load(kind, parser_for(kind, "", "").parse_args([]), environment(workload))
+    settings = load(kind, parser_for(kind, "", "").parse_args([]), environment(workload), str)
     assert len(parse_address(settings.amqp_url).hosts) == BROKER["spec"]["replicas"]
     assert settings.partitions == CONSUMER["spec"]["replicas"]
 

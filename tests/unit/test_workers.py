@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import subprocess
@@ -55,7 +54,6 @@ def lines(process: subprocess.Popen[str], count: int) -> list[str]:
 
 
 def test_a_worker_that_raises_is_logged_with_its_traceback(supervise: Supervise) -> None:
-    """A worker that raises is logged with its traceback and gives exit code 1."""
     supervisor = supervise("""
 def work(index, alive_fd, replaces):
     if index == 1:
@@ -69,7 +67,6 @@ def work(index, alive_fd, replaces):
 
 
 def test_workers_that_had_to_be_killed_give_exit_code_1(supervise: Supervise) -> None:
-    """Workers that had to be killed are said and give exit code 1."""
     supervisor = supervise("""
 shutdown_seconds = workers.KILL_GRACE_SECONDS = 0.1
 def work(index, alive_fd, replaces):
@@ -81,6 +78,37 @@ def work(index, alive_fd, replaces):
     supervisor.terminate()
     _, said = supervisor.communicate(timeout=30)
     assert (supervisor.returncode, said) == (1, "2 worker(s) did not stop in time; killed\n")
+
+
+def test_a_second_interrupt_kills_the_workers_at_once(supervise: Supervise) -> None:
+    supervisor = supervise("""
+def work(index, alive_fd, replaces):
+    signal.signal(signal.SIGTERM, lambda *_: say("stopping"))
+    say("ready")
+    while True:
+        time.sleep(60)
+""")
+    lines(supervisor, 2)
+    supervisor.send_signal(signal.SIGINT)
+    assert lines(supervisor, 2) == ["stopping", "stopping"]
+    supervisor.send_signal(signal.SIGINT)
+    _, said = supervisor.communicate(timeout=30)
+    assert (supervisor.returncode, said) == (1, "2 worker(s) did not stop in time; killed\n")
+
+
+def test_a_worker_that_crashes_while_it_stops_gives_exit_code_1(supervise: Supervise) -> None:
+    supervisor = supervise("""
+def work(index, alive_fd, replaces):
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    say("ready")
+    signal.sigwait({signal.SIGTERM})
+    if index == 0:
+        signal.raise_signal(signal.SIGKILL)
+    return 0
+""")
+    lines(supervisor, 2)
+    supervisor.terminate()
+    assert supervisor.wait(30) == 1
 
 
 def test_workers_that_stop_in_time_give_exit_code_0(supervise: Supervise) -> None:
@@ -133,7 +161,6 @@ def work(index, alive_fd, replaces):
 
 
 def test_every_worker_hears_of_a_killed_supervisor(supervise: Supervise) -> None:
-    """Every worker hears of a killed supervisor through alive fd."""
     supervisor = supervise("""
 def work(index, alive_fd, replaces):
     early = select.select([alive_fd], [], [], 0)[0]
@@ -156,7 +183,6 @@ def test_a_host_that_is_none_of_ours_is_one_line_that_names_it(host: str) -> Non
 
 
 def test_a_port_in_use_is_one_line_also_if_it_is_shared() -> None:
-    """A port in use is one line even if its owner would share it."""
     with socket.socket() as other:
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         other.bind(("127.0.0.1", 0))
@@ -182,38 +208,16 @@ def work(index, alive_fd, replaces):
     assert (supervisor.returncode, said) == (3, "")
 
 
-def test_a_replacement_that_never_listens_leaves_the_old_one(supervise: Supervise) -> None:
-    """A replacement that does not listen leaves the old worker."""
-    supervisor = supervise("""
-def work(index, alive_fd, replaces):
-    say(index, os.getpid())
-    time.sleep(60)
-def replacement(index, alive_fd, ready_fd):
-    say("replacement")
-    os._exit(3)
-sys.exit(workers.supervise(2, work, shutdown_seconds, replacement))
-""")
-    before = [line.split()[1] for line in lines(supervisor, 2)]
-    supervisor.send_signal(signal.SIGHUP)
-    assert lines(supervisor, 1) == ["replacement"]
-    assert supervisor.stderr is not None
-    assert supervisor.stderr.readline() == "the new worker 0 does not listen; the old workers stay\n"
-    for pid in before:
-        os.kill(int(pid), 0)
-    supervisor.terminate()
-    supervisor.wait(30)
-
-
-def test_a_stop_with_a_drain_delay_has_the_shutdown_timeout_besides(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_drain_delay_is_added_to_the_shutdown_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     """The supervisor killed workers that still served their delay, and those that finished accepted work after it."""
     given: list[float] = []
 
-    def supervise(count: int, work: object, shutdown_seconds: float, replacement: object) -> int:
+    def supervise(count: int, work: object, shutdown_seconds: float) -> int:
         given.append(shutdown_seconds)
         return 0
 
     monkeypatch.setattr(workers, "supervise", supervise)
     settings = ProducerSettings(http_port=0, workers=2, drain_delay_ms=30_000, shutdown_timeout_ms=10_000)
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        assert serve_all(settings, listener, []) == 0
+        assert serve_all(settings, listener) == 0
     assert given == [40.0]
