@@ -83,8 +83,7 @@ class Api:
         self._rows = rows
         self._intake = Intake(publishers, counters)
         self._origins = Origins(settings.allowed_hosts, settings.cors_origins)
-        self._tokens = [b"Bearer " + token.encode() for token in settings.api_token.split(",") if token]
-        self._is_open = not self._tokens and not settings.allowed_hosts
+        self.reload_tokens(settings.api_token)
         self._openapi = write_json(openapi.document(__version__, settings))
         self._starts = True
         self._stops = False
@@ -148,6 +147,11 @@ class Api:
         challenge = 'Bearer realm="predlog"' + ("" if given is None else ', error="invalid_token"')
         raise HttpError(401, detail, (("WWW-Authenticate", challenge),))
 
+    def reload_tokens(self, text: str) -> None:
+        """Take the value of API_TOKEN."""
+        self._tokens = [b"Bearer " + token.encode() for token in text.split(",") if token]
+        self._is_open = not self._tokens and not self._settings.allowed_hosts
+
     def end_start(self) -> None:
         """Wait no longer for every partition: from now on /readyz says 200 while one takes events."""
         self._starts = False
@@ -177,8 +181,7 @@ class Api:
         elif path == b"/readyz":
             self._answer_readiness(exchange)
         elif path == b"/metrics":
-            self._set_gauges()
-            exchange.answer(200, self._counters.metrics.render(self._rows), METRICS_TYPE)
+            exchange.answer(200, self.render_metrics(), METRICS_TYPE)
         elif path == b"/openapi.json":
             exchange.answer(200, self._openapi)
         else:
@@ -247,15 +250,21 @@ class Api:
                 exchange.fail(HttpError(500, "internal error; the log has the details"))
 
     def _answer_readiness(self, exchange: Exchange) -> None:
+        if reason := self.not_ready():
+            raise HttpError(503, reason, (("Retry-After", "1"),))
+        down = self._down()
+        exchange.answer(200, write_json({"status": "ready", **({"down": down} if down else {})}))
+
+    def not_ready(self) -> str:
+        """Return why no event could be accepted now, or ""."""
         if self._stops:
-            raise HttpError(503, "the server is shutting down", (("Retry-After", "1"),))
-        troubles = [publisher.trouble() for publisher in self._publishers]
-        if not any(troubles):
-            exchange.answer(200, b'{"status":"ready"}')
-        elif self._starts or all(troubles):
-            raise HttpError(503, _named(troubles), (("Retry-After", "1"),))
-        else:  # a load balancer that took this producer out would take it from the devices of all partitions
-            exchange.answer(200, write_json({"status": "ready", "down": _named(troubles)}))
+            return "the server is shutting down"
+        # A load balancer that took this producer out for one partition would take it from the devices of all.
+        return self._down() if self._starts or len(self._troubles()) == len(self._publishers) else ""
+
+    def _down(self) -> str:
+        """Return why events are refused, and of several partitions which; "" if none are."""
+        return _named([publisher.trouble() for publisher in self._publishers])
 
     def _troubles(self) -> list[Unavailable]:
         return [trouble for publisher in self._publishers if (trouble := publisher.trouble()) is not None]
@@ -269,6 +278,11 @@ class Api:
         counters.metrics.values[counters.requests[path][status]] += 1.0
         if path == b"/process" and not exchange.refused:
             counters.request_seconds.observe(exchange.seconds())
+
+    def render_metrics(self) -> bytes:
+        """Return the page of the metrics."""
+        self._set_gauges()
+        return self._counters.metrics.render(self._rows)
 
     def _set_gauges(self) -> None:
         counters, publishers = self._counters, self._publishers

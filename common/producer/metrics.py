@@ -16,7 +16,7 @@ METHODS = {
 }
 OTHER = b"other"  # stands for every other path
 STATUSES = (200, 204, 207, 400, 401, 403, 404, 405, 408, 413, 414, 415, 417, 422, 431, 500, 501, 503, 504, 505)
-_REFUSALS = ("broker_away", "broker_blocked", "window_full", "nacked", "stalled", "partition_down")
+_REFUSALS = ("broker_away", "broker_blocked", "window_full", "nacked", "stalled", "partition_down", "shutting_down")
 
 
 class Counters:
@@ -42,6 +42,7 @@ class Counters:
             "predlog_confirm_seconds", "From publish to the broker's confirm.", LATENCY_SECONDS
         )
         self.events = m.counter("predlog_events_total", "Events confirmed by the broker.")
+        self.messages = m.counter("predlog_messages_total", "AMQP messages confirmed by the broker.")
         self.predictions = m.counter("predlog_predictions_total", "Predictions in the events confirmed by the broker.")
         self.event_bytes = m.counter("predlog_event_bytes_total", "Bytes of the events confirmed by the broker.")
         self.unconfirmed = m.gauge("predlog_unconfirmed", "Events sent to the broker and not yet confirmed.")
@@ -60,3 +61,7 @@ class Counters:
         self.connections = m.gauge("predlog_http_connections", "Open client connections.")
         self.start_time = m.gauge("process_start_time_seconds", "Start of the process, Unix time.", max)
         m.values[m.gauge("predlog_info", "Version and process.", max, version=__version__, process="producer")] = 1.0
+
+    def count_messages(self, count: int) -> None:
+        """Count messages that the broker has confirmed."""
+        self.metrics.values[self.messages] += count

@@ -23,7 +23,7 @@ from common.http.server import HttpServer
 from common.process import Collector
 from common.producer.api import Api
 from common.producer.metrics import Counters
-from common.producer.publisher import Publication, Publisher
+from common.producer.publisher import Publication, Publisher, PublisherLimits
 from common.producer.slices import Slices
 
 _READ_BYTES = 1 << 18  # what uvloop reads at once
@@ -75,7 +75,8 @@ async def _measure(streams: Sequence[bytes], timeout_seconds: float) -> Delay:
     loop = asyncio.get_running_loop()
     Collector(loop)
     settings, counters = ProducerSettings(), Counters()
-    publisher = ConfirmingPublisher("q", 4096, 2**26, 10.0, time.monotonic, time.time)
+    limits = PublisherLimits(4096, 2**26, 10.0, 64)
+    publisher = ConfirmingPublisher("q", limits, time.monotonic, time.time, loop.call_soon, lambda count: None)
     api = Api(settings, [publisher], counters, Slices(loop.call_soon), (counters.metrics.values,))
     server = HttpServer(_LIMITS, api)
     longest = 0.0

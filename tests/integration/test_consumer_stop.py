@@ -41,14 +41,14 @@ async def publish(url: str, queue_name: str, bodies: list[bytes]) -> None:
     await begin_publishing(link, asyncio.Event())
     await declare(link.channel, queue_name, QUEUE_ARGUMENTS)
     confirmed: list[bool] = []
-    window = ConfirmWindow[bytes](lambda _, ok: confirmed.append(ok))
+    window = ConfirmWindow[bytes]()
     encoder = PublishEncoder(queue_name, link.frame_max)
     for number, body in enumerate(bodies):
         link.lane.send(encoder.encode(body, b"%032d" % number, packed_seconds(0)))
         window.add(body)
 
     def all_confirmed() -> bool:
-        window.confirms(heard.confirmed)
+        confirmed.extend(ok for _, ok in window.settle(heard.confirmed))
         heard.confirmed.clear()
         assert all(confirmed)
         return len(confirmed) == len(bodies)

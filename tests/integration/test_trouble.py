@@ -8,6 +8,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -26,7 +27,9 @@ from scripts.load.verify import opened
 from tests.chaos.stage import LoadThread
 from tests.conftest import Service, Start
 from tests.integration.test_contract import EVENT, call
+from tests.proxy import Proxy
 from tests.rabbitmq import RabbitMQ
+from tests.support import polling
 from tests.support.polling import wait_until
 
 RECOVERY_SECONDS = 40.0  # of which we may need a few; the rest is for a busy machine
@@ -263,6 +266,32 @@ def test_a_silent_broker_is_left_and_found_again(producer: Start, consumer: Star
     until_ready(posting, storing)
     traffic.wait_for_more()
     traffic.assert_exactly_once()
+
+
+async def test_no_200_after_the_end_of_a_drain_is_a_lie(producer: Start, broker: RabbitMQ) -> None:
+    """Late confirms, of events that were answered 504, answer no event that was published after those."""
+    event = json.dumps(EVENT).encode()
+    request = b"POST /process HTTP/1.1\r\nHost: h\r\nContent-Length: %d\r\n\r\n%b" % (len(event), event)
+    async with Proxy(broker.port) as proxy:
+        posting = producer(wait=False, AMQP_URL=proxy.url, SHUTDOWN_TIMEOUT_MS=1500)
+        await asyncio.to_thread(posting.wait_until_ready)
+        proxy.answers_pass.clear()
+        host, port = posting.url.removeprefix("http://").split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(64 * request)
+        in_flight = functools.partial(asyncio.to_thread, posting.metric, "predlog_unconfirmed")
+        while await in_flight() < 32:  # the others wait in the parser
+            pass
+        proxy.drops = True
+        posting.process.terminate()
+        answers = asyncio.create_task(reader.read())
+        await polling.until("it publishes more, or ends", lambda: proxy.dropped_bytes > 200 or answers.done())
+        proxy.answers_pass.set()
+        statuses = re.findall(rb"HTTP/1.1 (\d+)", await answers)
+        writer.close()
+        assert statuses.count(b"504") == 32
+        assert set(statuses) <= {b"503", b"504"}, "what was sent after SIGTERM never reached the broker"
+        assert await asyncio.to_thread(posting.process.wait, 20) == 0
 
 
 def test_a_memory_alarm_refuses_events_until_it_ends(producer: Start, consumer: Start, node: RabbitMQ) -> None:

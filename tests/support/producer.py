@@ -14,6 +14,7 @@ from common.http.parser import Limits
 from common.producer.api import Api
 from common.producer.metrics import Counters
 from common.producer.publisher import Publisher
+from common.producer.service import publisher_limits_of
 from common.producer.slices import Slices
 from tests.support.transport import FakeTransport
 
@@ -58,21 +59,22 @@ class _Lane:
 
 
 class FakeProducer:
-    """`lanes[k]` is partition k's connection. Time is `now`, in seconds."""
+    """`lanes[k]` is partition k's connection. Time is `now`, in seconds. Each event has its own message by default."""
 
     def __init__(self, **settings: Any) -> None:
-        self.settings = ProducerSettings(**settings)
+        self.settings = ProducerSettings(**{"events_per_message": 1, **settings})
         self.now = 1000.0
         self._soon: list[Callable[[], None]] = []
         count = self.settings.partitions
+        self.counters = Counters(count)
         self.publishers = [
             Publisher(
                 f"q.{k}",
-                self.settings.max_unconfirmed // count,
-                self.settings.max_unconfirmed_bytes // count,
-                self.settings.confirm_timeout_ms / 1000,
+                publisher_limits_of(self.settings),
                 lambda: self.now,
                 lambda: self.now,
+                self._soon.append,
+                self.counters.count_messages,
                 k if count > 1 else None,
             )
             for k in range(count)
@@ -80,7 +82,6 @@ class FakeProducer:
         self.lanes = [_Lane() for _ in self.publishers]
         for publisher, lane in zip(self.publishers, self.lanes, strict=True):
             publisher.link_up(lane, 131_072)
-        self.counters = Counters(count)
         self.api = Api(
             self.settings, self.publishers, self.counters, Slices(self._soon.append), [self.counters.metrics.values]
         )

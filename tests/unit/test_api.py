@@ -14,6 +14,7 @@ from common.producer.intake import random_uuids
 from common.producer.service import limits_of
 from tests.support.polling import wait_until
 from tests.support.producer import Answer, FakeProducer, an_event, post
+from tests.support.published import published
 
 GET_READY = b"GET /readyz HTTP/1.1\r\nHost: h\r\n\r\n"
 
@@ -133,13 +134,27 @@ def test_an_event_beyond_the_brokers_size_is_413_in_a_batch() -> None:
 
 
 def test_a_key_gives_each_event_of_a_batch_its_own_lasting_id() -> None:
-    sent = []
+    ids = []
     for _ in range(2):
         producer = FakeProducer()
         producer.send(post("/process/batch", [an_event(), an_event()], Idempotency_Key="k"))
-        sent.append(producer.lanes[0].sent)
-    assert sent[0] == sent[1]
-    assert sent[0][0] != sent[0][1]
+        ids.append([message.message_id for message in published(b"".join(producer.lanes[0].sent))])
+    assert ids[0] == ids[1]
+    assert ids[0][0] != ids[0][1]
+
+
+def test_events_of_one_turn_share_a_message_and_its_confirm() -> None:
+    """Pipelined requests and those of a batch, which is read a turn later. Each has its own answer and is counted."""
+    producer = FakeProducer(events_per_message=64)
+    singles = [post("/process", an_event(f"d{number}")) for number in range(3)]
+    assert producer.send(*singles, post("/process/batch", [an_event("b1"), an_event("b2")])) == []
+    messages = published(b"".join(producer.lanes[0].sent))
+    assert [len(message.event_ids) for message in messages] == [3, 2]
+    *answers, batch = producer.confirm(2, multiple=True)
+    assert [answer.content["device_id"] for answer in answers] == ["d0", "d1", "d2"]
+    assert [result["status"] for result in batch.content["results"]] == [200, 200]
+    counters = producer.counters
+    assert [counters.metrics.values[index] for index in (counters.events, counters.messages)] == [5, 2]
 
 
 # Partitions

@@ -43,6 +43,7 @@ PURE = {
     "common.amqp.codec",
     "common.amqp.properties",
     "common.producer.openapi",
+    "common.producer.broker_health",
     "common.producer.origins",
     "common.consumer.pending",
     "common.consumer.prepare",
