@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 
 import aiormq
 from aiormq.abc import AbstractConnection
@@ -15,7 +16,6 @@ from aiormq.abc import AbstractConnection
 from common.amqp.codec import Confirm, Delivery
 from common.amqp.link import CALL_TIMEOUT_SECONDS, cancelled, open_link
 from common.amqp.topology import dead_letter_queue
-from common.config import ConsumerSettings
 
 log = logging.getLogger("predlog.consumer")
 
@@ -38,10 +38,12 @@ class Leftovers:
     Without a `base_queue_name`, the name without a partition's number, it looks only for dead letters.
     """
 
-    def __init__(self, settings: ConsumerSettings, base_queue_name: str) -> None:
+    def __init__(self, url: Callable[[], str], queue_name: str, partitions: int, base_queue_name: str) -> None:
         self.messages = 0  # in queues of another PARTITIONS
         self.reason = ""  # where they wait, as a sentence; "" when there are none
-        self._settings = settings
+        self._url = url
+        self._queue_name = queue_name
+        self._partitions = partitions
         self._base_queue_name = base_queue_name
 
     async def watch(self, started: asyncio.Event) -> None:
@@ -57,7 +59,7 @@ class Leftovers:
         """Look once, and log what is new. A failure is of no consequence."""
         try:
             async with asyncio.timeout(3 * CALL_TIMEOUT_SECONDS):
-                link = await open_link(self._settings.amqp_url, "leftovers", Deaf())
+                link = await open_link(self._url(), "leftovers", Deaf())
                 try:
                     if with_dead_letters:
                         await self._look_for_dead_letters(link.connection)
@@ -71,13 +73,13 @@ class Leftovers:
             log.debug("while looking for messages left over: %r", error)
 
     async def _look_for_dead_letters(self, connection: AbstractConnection) -> None:
-        name = dead_letter_queue(self._settings.queue_name)
+        name = dead_letter_queue(self._queue_name)
         if count := await messages_in(connection, name):
             log.warning("%d dead letters of predlog 1.0 wait in '%s'; --replay-dead-letters empties it", count, name)
 
     async def _unserved(self, connection: AbstractConnection) -> dict[str, int]:
         """Return the number of messages in each such queue that has some. The first missing number ends the search."""
-        name, number = self._base_queue_name, self._settings.partitions
+        name, number = self._base_queue_name, self._partitions
         found: dict[str, int] = {}
         if number == 1:
             number = 0
@@ -92,8 +94,7 @@ class Leftovers:
         reason = ""
         if found:
             queues = ", ".join(f"{count} in '{queue}'" for queue, count in found.items())
-            number = self._settings.partitions
-            reason = f"messages wait in queues that no consumer serves with PARTITIONS={number}: {queues}"
+            reason = f"messages wait in queues that no consumer serves with PARTITIONS={self._partitions}: {queues}"
         if reason and not self.reason:
             log.warning("%s; see docs/scaling.md on changing PARTITIONS", reason)
         elif self.reason and not reason:

@@ -95,7 +95,7 @@ async def serve(
     """Run one consumer until a signal, then drain."""
     stop = on_stop(alive_fd)
     service = ConsumerService(settings, counters, name, report, base_queue_name)
-    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, service.reopen)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, service.reload)
     try:
         await service.start()
         await first_of(stop, service.running)

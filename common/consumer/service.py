@@ -9,14 +9,14 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from common.amqp.link import keep_up
-from common.config import ConsumerSettings
+from common.config import ConsumerSettings, read_again
 from common.consumer.leftovers import Leftovers
 from common.consumer.metrics import Counters
 from common.consumer.worker import RETRY_FIRST_SECONDS, RETRY_MOST_SECONDS, T, Worker
-from common.errors import DiskTrouble
+from common.errors import DiskTrouble, SettingError
 from common.health import HEALTH_LIMITS, Health
 from common.http.server import HttpServer
-from common.process import end, first_of
+from common.process import end, first_of, read_file
 from common.storage.lock import Lock
 from common.storage.store import Store
 
@@ -46,7 +46,7 @@ class ConsumerService:
         self._counters = counters
         self._name = name
         self._report = report
-        self._leftovers = Leftovers(settings, base_queue_name)
+        self._leftovers = Leftovers(self._url, settings.queue_name, settings.partitions, base_queue_name)
         self._server = HttpServer(HEALTH_LIMITS, Health(self.not_ready, self.metrics))
         self._lock = Lock(settings.csv_file)
         self._thread = ThreadPoolExecutor(1, "store")
@@ -64,6 +64,7 @@ class ConsumerService:
         values[counters.store_ok] = 1.0  # a standby has no trouble
         if self._settings.health_port:
             self.health_port = await self._server.listen(self._settings.health_host, self._settings.health_port)
+        self._read_secrets()  # a process that replaces another one has the settings of the first start
         self.running = self._task(self._run())
 
     async def drain(self) -> None:
@@ -87,10 +88,17 @@ class ConsumerService:
         self._thread.shutdown(wait=False)
         self._server.abort()
 
-    def reopen(self) -> None:
-        """Open the CSV again, after it was moved. A standby has none."""
+    def reload(self) -> None:
+        """Read the secrets again, and open the CSV again, after it was moved. A standby has none."""
+        self._read_secrets()
         if self._worker is not None:
             self._worker.reopen()
+
+    def _read_secrets(self) -> None:
+        try:
+            self._settings = read_again(self._settings, read_file)
+        except SettingError as error:
+            log.error("%s; the one before stays", error)
 
     def not_ready(self) -> str:
         """Return why no event would reach the CSV now; "" when it would. The text is valid Unicode, unlike a path."""
@@ -118,9 +126,12 @@ class ConsumerService:
         self._tasks.append(worker.running)
         self._counters.metrics.values[self._counters.active] = 1.0
         log.info("rows go to %s", self._settings.csv_file)
-        link = keep_up(lambda: self._settings.amqp_url, self._name, worker)
+        link = keep_up(self._url, self._name, worker)
         watching = worker.watch(), self._leftovers.watch(worker.started)
         await first_of(self._stop, worker.running, self._task(link), *map(self._task, watching))
+
+    def _url(self) -> str:
+        return self._settings.amqp_url
 
     def _open(self) -> Awaitable[Store]:
         settings = self._settings

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import signal
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +16,10 @@ import pytest
 from common.config import ConsumerSettings
 from common.consumer.metrics import Counters
 from common.consumer.service import ConsumerService
+from common.storage.lock import Lock
+from scripts.rabbitmq import free_port
 from tests.conftest import Service, Start
+from tests.proxy import Proxy
 from tests.rabbitmq import RabbitMQ
 from tests.support.deliveries import devices, event, publish
 from tests.support.polling import until, wait_until
@@ -114,3 +120,89 @@ def test_who_changes_partitions_is_told_what_is_left_over(broker: RabbitMQ, queu
     told = said.format(2, f"1 in '{queue_name}', 2 in '{queue_name}.2'")
     wait_until("it is told", lambda: told in grown.not_ready(), explain=grown.log)
     wait_until("what it serves is stored", lambda: grown.metric("predlog_rows_total") == 3, explain=grown.log)
+
+
+def test_a_path_that_is_no_text_silences_no_partition(
+    broker: RabbitMQ, queue_name: str, consumer: Start, tmp_path: Path
+) -> None:
+    csv_file = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.csv")
+    Path(f"{csv_file.removesuffix('.csv')}.1.csv.dead-letters").mkdir()
+    service = consumer(wait=False, PARTITIONS=2, CSV_FILE=csv_file)
+    service.wait_until_ready()
+    publish(broker.url, f"{queue_name}.1", [b"poison"])
+    wait_until("it is told", lambda: "Is a directory" in service.not_ready(), explain=service.log)
+    assert service.not_ready().startswith("partition 1: cannot store: ")
+    assert service.not_ready().endswith("/\\udcff.1.csv.dead-letters: Is a directory")
+
+
+async def test_a_fault_in_the_watch_ends_the_service(broker: RabbitMQ, queue_name: str, tmp_path: Path) -> None:
+    """So that a supervisor starts another, and an operator sees why."""
+
+    def report(reason: str) -> None:
+        raise ValueError("a fault")
+
+    settings = ConsumerSettings(amqp_url=broker.url, queue_name=queue_name, csv_file=str(tmp_path / "data.csv"))
+    service = ConsumerService(settings, Counters(), report=report)
+    await service.start()
+    with pytest.raises(ValueError, match="a fault"):
+        await asyncio.wait_for(service.running, 20)
+    await service.close()
+
+
+@pytest.mark.parametrize("call", ["acquire", "release"])
+async def test_the_health_port_answers_while_the_disk_hangs(
+    broker: RabbitMQ, queue_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    hangs, go_on = threading.Event(), threading.Event()
+    real = getattr(Lock, call)
+
+    def hanging(lock: Lock) -> object:
+        hangs.set()
+        assert go_on.wait(20)
+        return real(lock)
+
+    monkeypatch.setattr(Lock, call, hanging)
+    settings = ConsumerSettings(
+        amqp_url=broker.url, queue_name=queue_name, csv_file=str(tmp_path / "data.csv"), health_port=free_port()
+    )
+    service = ConsumerService(settings, Counters())
+    await service.start()
+    if call == "release":
+        await until("it is ready", lambda: service.not_ready() == "")
+    closing = asyncio.create_task(service.close()) if call == "release" else None
+    await until("the disk hangs", hangs.is_set)
+    reader, writer = await asyncio.open_connection("127.0.0.1", service.health_port)
+    writer.write(b"GET /healthz HTTP/1.1\r\nHost: h\r\n\r\n")
+    assert (await asyncio.wait_for(reader.readline(), 20)).startswith(b"HTTP/1.1 200")
+    writer.close()
+    go_on.set()
+    await (closing or service.close())
+
+
+def test_a_user_of_one_channel_gets_its_rows(node: RabbitMQ, queue_name: str, consumer: Start) -> None:
+    """The look for messages left over needs a second channel, and does without."""
+    publish(node.url, queue_name, [event("device")])
+    node.ctl("set_user_limits", "guest", '{"max-channels": 1}')
+    try:
+        service = consumer(AMQP_URL=node.url)
+        wait_until("the row is stored", lambda: devices(service.csv_file) == ["device"], explain=service.log)
+        assert service.metric("predlog_amqp_reconnects_total") == 0
+        assert service.log().count("connected") == 1
+    finally:
+        node.ctl("clear_user_limits", "guest", "all")
+
+
+async def test_a_new_password_is_used_after_sighup(
+    broker: RabbitMQ, queue_name: str, consumer: Start, tmp_path: Path
+) -> None:
+    secret = tmp_path / "amqp_url"
+    async with Proxy(broker.port) as before, Proxy(broker.port) as after:
+        secret.write_text(f"{before.url}\n")
+        service = consumer(wait=False, AMQP_URL="", AMQP_URL_FILE=secret)
+        await asyncio.to_thread(service.wait_until_ready)
+        secret.write_text(after.url)
+        service.process.send_signal(signal.SIGHUP)
+        await before.close()
+        await until("it is connected again", lambda: "connected again" in service.log())
+        await asyncio.to_thread(service.wait_until_ready)
+        assert await asyncio.to_thread(service.stop) == 0
