@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 from math import inf
 
 from common.amqp.codec import NDJSON, Delivery
@@ -30,16 +29,20 @@ class Pending:
         self._prefetch_count = prefetch_count
         self._flush_interval = flush_interval_seconds
         self._wait = min(LEAST_WAIT_SECONDS, flush_interval_seconds)
+        self._sizes: list[tuple[int, int]] = []  # bytes and rows of each delivery
 
     def add(self, deliveries: Sequence[Delivery], now: float) -> None:
         if not self.deliveries:
             self.since = now
         self.deliveries += deliveries
         for _, _, header, body in deliveries:
-            size = len(body)
-            self.bytes += len(header) + size
+            size, rows = len(body), 0
             if size <= COUNTED_BYTES or (size <= COUNTED_NDJSON_BYTES and content_type_of(header) == NDJSON):
-                self.rows += count_rows(body)
+                rows = count_rows(body)
+            size += len(header)
+            self._sizes.append((size, rows))
+            self.bytes += size
+            self.rows += rows
 
     def stored(self, seconds: float) -> None:
         """Take note that the last batch took the disk `seconds`, which sets how long the next one waits."""
@@ -67,24 +70,30 @@ class Pending:
         return max(0.0, self.since + self._wait - now)
 
     def take(self) -> list[Delivery]:
-        """Take all that came while the last batch was stored, or of large events as much as makes a batch full.
+        """Take all that came while the last batch was stored, or as much as makes a batch full if that is too much.
 
-        `prefetch_count` bounds the number. Writing a batch takes several copies, so its bytes are bounded as well.
+        Writing a batch takes several copies, so its bytes and rows are bounded.
         """
-        taken, since = self.deliveries, self.since
-        rest: list[Delivery] = []
-        if self.bytes > 2 * FULL_BYTES:
-            ends = accumulate(len(header) + len(body) for _, _, header, body in taken)
-            count = next(count for count, end in enumerate(ends, 1) if end >= FULL_BYTES)
-            taken, rest = taken[:count], taken[count:]
-        self.clear()
-        if rest:
-            self.add(rest, since)
-        return taken
+        taken = self.deliveries
+        if self.bytes <= 2 * FULL_BYTES and self.rows <= 2 * self._batch_max_rows:
+            self.clear()
+            return taken
+        count = taken_bytes = taken_rows = 0
+        while taken_bytes < FULL_BYTES and taken_rows < self._batch_max_rows:
+            size, rows = self._sizes[count]
+            taken_bytes += size
+            taken_rows += rows
+            count += 1
+        self.deliveries, self._sizes = taken[count:], self._sizes[count:]
+        self.bytes -= taken_bytes
+        self.rows -= taken_rows
+        if not self.deliveries:
+            self.clear()
+        return taken[:count]
 
     def clear(self) -> None:
         """Forget all of them."""
-        self.deliveries = []
+        self.deliveries, self._sizes = [], []
         self.bytes = self.rows = 0
         self.since = inf
 

@@ -55,7 +55,7 @@ def show(partitions: Sequence[ConsumerSettings]) -> int:
     """List the dead letters of all `partitions` on stdout, oldest first. Return the exit code. Raise StartupError."""
     for settings in partitions:
         path, head = _path(settings), f"{TABLE_HEAD}\n"
-        with _explained(path):
+        with _explained():
             for each in filter(os.path.exists, (_taken(path), path)):
                 with open(each, "rb") as file:
                     for line in file:
@@ -79,7 +79,7 @@ async def replay(settings: ConsumerSettings) -> int:
     async with _connection(settings.amqp_url) as connection:
         old = dead_letter_queue(queue_name)
         in_queue = await messages_in(connection, old) or 0
-        with _explained(path):
+        with _explained():
             files = [each for each in (_taken(path), path) if os.path.exists(each)]
             total = sum(map(_count_lines, files)) + in_queue
             if not total:
@@ -87,13 +87,63 @@ async def replay(settings: ConsumerSettings) -> int:
                 return 0
             channel = await connection.channel()
             await declare(channel, queue_name, QUEUE_ARGUMENTS)
+            sources = [_pages_of_file(path) for _ in files]
+            sources.append(_pages_of_queue(await connection.channel(), old, in_queue))
             with Progress(total, sys.stderr) as progress:
-                for _ in files:
-                    await _replay_file(channel, queue_name, path, progress)
-                if in_queue:
-                    await _replay_queue(await connection.channel(), old, in_queue, channel, queue_name, progress)
+                for pages in sources:
+                    async for page in pages:
+                        await _publish(channel, queue_name, page)
+                        progress.advance(len(page))
     print(f"published {progress.done} of {total} from {printable(path)} to '{queue_name}'")
     return 0
+
+
+async def _publish(channel: AbstractChannel, queue_name: str, page: Sequence[Message]) -> None:
+    """Publish messages, persistent and mandatory, and wait until all are confirmed."""
+    async with asyncio.timeout(CONFIRM_TIMEOUT_SECONDS):
+        publishing = [
+            channel.basic_publish(body, routing_key=queue_name, properties=properties, mandatory=True)
+            for body, properties in page
+        ]
+        await asyncio.gather(*publishing)
+
+
+# Pages: each is removed when the next one is asked for, which means that all of it is confirmed.
+
+
+async def _pages_of_file(path: str) -> AsyncIterator[list[Message]]:
+    """Yield the letters of one file, from its end, and remove it."""
+    fd = _take(path)
+    try:
+        while end := os.fstat(fd).st_size:
+            begin, lines = _last_lines(fd, end)
+            letters = [dead_letters.parse(line) for line in lines]
+            _set_aside(path, [line for line, letter in zip(lines, letters, strict=True) if letter is None])
+            yield [_message(letter) for letter in letters if letter is not None]
+            with naming(path):
+                os.ftruncate(fd, begin)
+        if dead_letters.is_at(fd, _taken(path)):
+            os.unlink(_taken(path))
+    finally:
+        os.close(fd)
+
+
+async def _pages_of_queue(channel: AbstractChannel, name: str, left: int) -> AsyncIterator[list[Message]]:
+    """Yield the first `left` dead letters of predlog 1.0, and ack them."""
+    while left > 0:
+        page, size = list[DeliveredMessage](), 0
+        while len(page) < min(left, PAGE_LETTERS) and size < PAGE_BYTES:
+            found = await channel.basic_get(name)
+            if found.delivery_tag is None:
+                break
+            page.append(found)
+            size += len(found.body)
+        if not page:  # another reader has the others
+            return
+        yield [_old_message(found) for found in page]
+        await channel.basic_ack(page[-1].delivery_tag or 0, multiple=True)
+        await channel.queue_declare(name, passive=True)  # once it is answered, the ack before it has arrived
+        left -= len(page)
 
 
 def _path(settings: ConsumerSettings) -> str:
@@ -121,30 +171,6 @@ def _take(path: str) -> int:
         os.close(fd)
         raise StartupError(f"another replay works on {printable(taken)}")
     return fd
-
-
-async def _replay_file(channel: AbstractChannel, queue_name: str, path: str, progress: Progress) -> None:
-    """Publish the letters of one file, from its end, and remove it."""
-    fd = _take(path)
-    try:
-        while end := os.fstat(fd).st_size:
-            begin, lines = _last_lines(fd, end)
-            messages, damaged = list[Message](), list[bytes]()
-            for line in lines:
-                letter = dead_letters.parse(line)
-                if letter is None:
-                    damaged.append(line)
-                else:
-                    messages.append(_message(letter))
-            _set_aside(path, damaged)
-            await _publish(channel, queue_name, messages)
-            with naming(path):
-                os.ftruncate(fd, begin)
-            progress.advance(len(messages))
-        if dead_letters.is_at(fd, _taken(path)):
-            os.unlink(_taken(path))
-    finally:
-        os.close(fd)
 
 
 def _last_lines(fd: int, end: int) -> tuple[int, list[bytes]]:
@@ -195,37 +221,6 @@ def _set_aside(path: str, damaged: Sequence[bytes]) -> None:
     print(f"{len(damaged)} damaged line(s) were moved to {printable(aside)}", file=sys.stderr)
 
 
-async def _publish(channel: AbstractChannel, queue_name: str, messages: Sequence[Message]) -> None:
-    """Publish messages, persistent and mandatory, and wait until all are confirmed."""
-    async with asyncio.timeout(CONFIRM_TIMEOUT_SECONDS):
-        publishing = [
-            channel.basic_publish(body, routing_key=queue_name, properties=properties, mandatory=True)
-            for body, properties in messages
-        ]
-        await asyncio.gather(*publishing)
-
-
-async def _replay_queue(
-    source: AbstractChannel, name: str, left: int, channel: AbstractChannel, queue_name: str, progress: Progress
-) -> None:
-    """Publish the first `left` dead letters of predlog 1.0, and ack each page once it is confirmed."""
-    while left > 0:
-        page, size = list[DeliveredMessage](), 0
-        while len(page) < min(left, PAGE_LETTERS) and size < PAGE_BYTES:
-            found = await source.basic_get(name)
-            if found.delivery_tag is None:  # another reader has the others
-                left = 0
-                break
-            page.append(found)
-            size += len(found.body)
-        if page:
-            await _publish(channel, queue_name, [_old_message(found) for found in page])
-            await source.basic_ack(page[-1].delivery_tag or 0, multiple=True)
-            progress.advance(len(page))
-            left -= len(page)
-    await source.queue_declare(name, passive=True)  # once it is answered, the acks before it have arrived
-
-
 def _old_message(found: DeliveredMessage) -> Message:
     """Return the message that was dead-lettered by predlog 1.0, which added headers of its own."""
     properties: Any = found.header.properties
@@ -263,7 +258,7 @@ async def _connection(url: str) -> AsyncIterator[AbstractConnection]:
 
 
 @contextmanager
-def _explained(path: str) -> Iterator[None]:
+def _explained() -> Iterator[None]:
     """Raise StartupError for an error of the file."""
     try:
         yield

@@ -71,9 +71,9 @@ def test_the_promise_holds_through_an_aimed_kill_at_every_step(stage: SingleStag
 )
 def test_a_missing_step_is_found(stage: SingleStage, mutation: str, fault: str, findings: set[str]) -> None:
     thread = LoadThread(Load(stage.targets(), EVENTS, count=2000, concurrency=64, retries=True))
-    # From a backlog, so that each batch has many events: a single one may have no row to double.
+    # From a backlog, whose messages have many events each: a single one may have no row to double.
     stage.wait_until("a backlog", lambda: thread.load.ledger.accepted_events >= 1000, 60)
-    stage.consumer.start(CHAOS_MUTATION=mutation, CHAOS_FAULT=fault, PREFETCH_COUNT="50")
+    stage.consumer.start(CHAOS_MUTATION=mutation, CHAOS_FAULT=fault, PREFETCH_COUNT="3")
     assert stage.consumer.wait_for_death(60)
     verdict = finish(stage, thread, now=False, CHAOS_MUTATION=mutation)
     found = {name for name, finding in verdict.findings.items() if finding.count}

@@ -199,7 +199,7 @@ async def test_a_new_password_is_used_after_sighup(
     async with Proxy(broker.port) as before, Proxy(broker.port) as after:
         secret.write_text(f"{before.url}\n")
         service = consumer(wait=False, AMQP_URL="", AMQP_URL_FILE=secret)
-        await asyncio.to_thread(service.wait_until_ready)
+        await until("it is connected", lambda: "connected to" in service.log())
         secret.write_text(after.url)
         service.process.send_signal(signal.SIGHUP)
         await before.close()

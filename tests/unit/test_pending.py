@@ -80,6 +80,21 @@ def test_rows_of_groups_are_counted() -> None:
         assert (pending.full, pending.rows) == (full, 100 * (tag + 1))
 
 
+def test_a_batch_of_groups_is_bounded_in_rows() -> None:
+    pending = Pending(batch_max_rows=10, prefetch_count=100, flush_interval_seconds=60)
+    groups = [group(tag, *[event_line(f"{number:032x}") for number in range(4)]) for tag in range(1, 7)]
+    pending.add(groups, 1.0)
+    assert (pending.take(), pending.rows, pending.since) == (groups[:3], 12, 1.0)
+    assert (pending.take(), pending.rows, pending.since) == (groups[3:], 0, inf)
+
+
+def test_one_message_beyond_the_bound_is_a_batch() -> None:
+    pending = Pending(10, 100, 60)
+    large = deliveries(bytes(3 * FULL_BYTES))
+    pending.add(large, 1.0)
+    assert (pending.take(), pending.bytes, pending.since) == (large, 0, inf)
+
+
 def test_headers_count_as_bytes() -> None:
     pending = Pending(10, 100, 60)
     pending.add([Delivery(1, False, bytes(FULL_BYTES), b"x")], 0.0)
