@@ -29,20 +29,16 @@ class Pending:
         self._prefetch_count = prefetch_count
         self._flush_interval = flush_interval_seconds
         self._wait = min(LEAST_WAIT_SECONDS, flush_interval_seconds)
-        self._sizes: list[tuple[int, int]] = []  # bytes and rows of each delivery
 
     def add(self, deliveries: Sequence[Delivery], now: float) -> None:
         if not self.deliveries:
             self.since = now
         self.deliveries += deliveries
         for _, _, header, body in deliveries:
-            size, rows = len(body), 0
+            size = len(body)
+            self.bytes += len(header) + size
             if size <= COUNTED_BYTES or (size <= COUNTED_NDJSON_BYTES and content_type_of(header) == NDJSON):
-                rows = count_rows(body)
-            size += len(header)
-            self._sizes.append((size, rows))
-            self.bytes += size
-            self.rows += rows
+                self.rows += count_rows(body)
 
     def stored(self, seconds: float) -> None:
         """Take note that the last batch took the disk `seconds`, which sets how long the next one waits."""
@@ -74,26 +70,23 @@ class Pending:
 
         Writing a batch takes several copies, so its bytes and rows are bounded.
         """
+        waiting, since, all_bytes, all_rows = self.deliveries, self.since, self.bytes, self.rows
+        self.clear()
+        if all_bytes <= 2 * FULL_BYTES and all_rows <= 2 * self._batch_max_rows:
+            return waiting
+        for delivery in waiting:
+            self.add((delivery,), since)
+            if self.bytes >= FULL_BYTES or self.rows >= self._batch_max_rows:
+                break
         taken = self.deliveries
-        if self.bytes <= 2 * FULL_BYTES and self.rows <= 2 * self._batch_max_rows:
-            self.clear()
-            return taken
-        count = taken_bytes = taken_rows = 0
-        while taken_bytes < FULL_BYTES and taken_rows < self._batch_max_rows:
-            size, rows = self._sizes[count]
-            taken_bytes += size
-            taken_rows += rows
-            count += 1
-        self.deliveries, self._sizes = taken[count:], self._sizes[count:]
-        self.bytes -= taken_bytes
-        self.rows -= taken_rows
-        if not self.deliveries:
-            self.clear()
-        return taken[:count]
+        self.deliveries = waiting[len(taken) :]
+        self.bytes, self.rows = all_bytes - self.bytes, all_rows - self.rows
+        self.since = since if self.deliveries else inf
+        return taken
 
     def clear(self) -> None:
         """Forget all of them."""
-        self.deliveries, self._sizes = [], []
+        self.deliveries = []
         self.bytes = self.rows = 0
         self.since = inf
 

@@ -45,16 +45,16 @@ def prepare_batch(deliveries: Sequence[Delivery], seen: Callable[[bytes], bool],
     """Decode a batch, drop what is stored already, encode the rest. An event gives all of its rows or none."""
     parts, poison, fresh = list[str](), list[Poison](), dict[bytes, None]()
     duplicates = rows = most_events = 0
-    for delivery in deliveries:
-        header, events = delivery.header, 0
+    for _, _, header, whole in deliveries:
         try:
             if content_type_of(header) == NDJSON:
-                items: Iterable[Item] = ndjson_items(delivery.body)
+                items: Iterable[Item] = ndjson_items(whole)
             else:
-                items = ((0, delivery.body, message_id_of(header)),)
+                items = ((0, whole, message_id_of(header)),)
         except FrameError as error:
-            poison.append(Poison("not_an_event", str(error), None, 0, header, delivery.body))
+            poison.append(Poison("not_an_event", str(error), None, 0, header, whole))
             continue
+        events = 0
         for line, body, event_id in items:
             events += 1
             try:
@@ -71,7 +71,8 @@ def prepare_batch(deliveries: Sequence[Delivery], seen: Callable[[bytes], bool],
                 fresh[digest] = None
             parts += texts
             rows += count
-        most_events = max(most_events, events)
+        if events > most_events:
+            most_events = events
     return Prepared("".join(parts).encode(), rows, list(fresh), duplicates, poison, most_events)
 
 
