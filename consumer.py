@@ -27,7 +27,7 @@ from common import __version__
 from common.config import FORMER_WARNING, ConsumerSettings, describe, former_settings, load, parser_for
 from common.consumer import partitions, processes, replay
 from common.consumer.metrics import Counters
-from common.errors import Fatal, StartupError
+from common.errors import Fatal
 from common.event.rows import CSV_HEADER
 from common.logs import set_up_logging
 from common.process import fail, read_file, run
@@ -71,14 +71,9 @@ def read(csv_files: Iterable[str]) -> int:
     """Write the committed rows of all `csv_files` to stdout, under one header. Raise StartupError."""
     skipped_bytes = 0
     for path in csv_files:
-        try:
-            for block in committed_rows(path):
-                sys.stdout.buffer.write(block[skipped_bytes:])
-                skipped_bytes = max(0, skipped_bytes - len(block))
-        except OSError as error:
-            if isinstance(error, BrokenPipeError):
-                raise
-            raise StartupError(f"{path}: {error.strerror}") from None
+        for block in committed_rows(path):
+            sys.stdout.buffer.write(block[skipped_bytes:])
+            skipped_bytes = max(0, skipped_bytes - len(block))
         skipped_bytes = len(CSV_HEADER)
     return 0
 

@@ -6,8 +6,8 @@ The way of an event, from the socket to the broker and back:
     Api.check, Api.handle      common/producer/api.py         permission, then the route
     normalise_event            common/event/schema.py         JSON into an event in normal form
     Publisher.publish          common/producer/publisher.py   into the confirm window of its partition
-    FastLane.send              common/amqp/transport.py       one write for each turn of the event loop
-    FastLane.data_received     common/amqp/transport.py       the broker's confirms
+    FastLane.send              common/amqp/lane.py            one write for what it is given
+    FastLane.data_received     common/amqp/lane.py            the broker's confirms
     Publisher.confirms         common/producer/publisher.py   from delivery tag to event
     _Post.confirmed            common/producer/api.py         200
     Exchange.answer            common/http/exchange.py        answers in the order of the requests
@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from common import __version__
 from common.config import FORMER_WARNING, ProducerSettings, describe, former_settings, load, parser_for
 from common.errors import Fatal
+from common.http.tokens import parse_tokens
 from common.logs import set_up_logging
 from common.process import fail, inherited_socket, read_file, run
 from common.producer import processes
@@ -48,7 +49,8 @@ def main(argv: Sequence[str], environ: dict[str, str]) -> int:
         inherited = inherited_socket(environ, os.getpid())
         if settings.workers > 1:
             return processes.serve_all(settings, inherited)
-        return run("producer", lambda: processes.serve(settings, Counters(settings.partitions), inherited=inherited))
+        counters = Counters(settings.partitions, parse_tokens(settings.api_token))
+        return run("producer", lambda: processes.serve(settings, counters, inherited=inherited))
     except Fatal as error:
         return fail("producer", error)
 

@@ -7,7 +7,6 @@ the flag the same with dashes; a flag wins over the variable. A secret can be in
 from __future__ import annotations
 
 import argparse
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -36,9 +35,7 @@ _LIMITS = Limits()
 _MOST = 2**40  # the largest whole number; a test starts and drains with it
 
 
-def _setting(
-    default: Any, text: str, *, low: float = -math.inf, high: float = _MOST, choices: tuple[str, ...] = ()
-) -> Any:
+def _setting(default: Any, text: str, *, low: float = 0, high: float = _MOST, choices: tuple[str, ...] = ()) -> Any:
     return field(default=default, metadata={"help": text, "low": low, "high": high, "choices": choices})
 
 
@@ -59,8 +56,8 @@ class Settings:
         "info", "least severe level that is logged: debug, info, warning or error", choices=LOG_LEVELS
     )
     log_format: str = _setting("text", "text for people, json for machines", choices=LOG_FORMATS)
-    shutdown_timeout_ms: int = _setting(10_000, "how long a stop may take to finish accepted work, ms", low=0)
-    health_port: int = _setting(0, "port of /healthz, /readyz and /metrics alone (0: off)", low=0, high=65535)
+    shutdown_timeout_ms: int = _setting(10_000, "how long a stop may take to finish accepted work, ms")
+    health_port: int = _setting(0, "port of /healthz, /readyz and /metrics alone (0: off)", high=65535)
     health_host: str = _setting("127.0.0.1", "address of the health port")
 
 
@@ -69,7 +66,7 @@ class ProducerSettings(Settings):
     """The settings of the producer."""
 
     http_host: str = _setting("127.0.0.1", "address to listen on")
-    http_port: int = _setting(8000, "port to listen on (0: any free one)", low=0, high=65535)
+    http_port: int = _setting(8000, "port to listen on (0: any free one)", high=65535)
     workers: int = _setting(1, "processes that share the port", low=1, high=256)
     confirm_timeout_ms: int = _setting(10_000, "wait for the broker's confirm before 504, ms", low=1)
     max_unconfirmed: int = _setting(4096, "events without a confirm before 503", low=1)
@@ -80,7 +77,7 @@ class ProducerSettings(Settings):
     max_preds: int = _setting(4_000, "most predictions in one event (422)", low=1)
     max_connections: int = _setting(16_000, "open client connections before 503 and close", low=1)
     idle_timeout_ms: int = _setting(75_000, "before an idle connection is closed, ms", low=1)
-    drain_delay_ms: int = _setting(0, "how long a stop still listens while /readyz says 503, ms", low=0)
+    drain_delay_ms: int = _setting(0, "how long a stop still listens while /readyz says 503, ms")
     allowed_hosts: str = _setting("", "Host values that are served, separated by commas; others are 403 (empty: all)")
     cors_origins: str = _setting("", "origins whose pages may POST, separated by commas (empty: none but our own)")
     api_token: str = _setting("", "bearer token(s) for POST, separated by commas (empty: no authentication)")
@@ -98,17 +95,17 @@ class ConsumerSettings(Settings):
     csv_file: str = _setting("data/data.csv", "the CSV file; its journal and lock are in the same folder")
     prefetch_count: int = _setting(500, "messages that the broker may send ahead of their acks", low=1, high=65535)
     batch_max_rows: int = _setting(5000, "rows that make a batch full", low=1)
-    flush_interval_ms: int = _setting(50, "longest wait of a row for its batch, ms", low=0, high=600_000)
+    flush_interval_ms: int = _setting(50, "longest wait of a row for its batch, ms", high=600_000)
     low_prob_threshold: float = _setting(0.25, "predictions below it get the tag low_prob", low=-1e308, high=1e308)
     dedup_window: int = _setting(
         200_000,
         f"how many message ids are remembered to drop duplicates (at least {LEAST_DEDUP_WINDOW})",
     )
-    dedup_warn_seconds: int = _setting(60, "warn when message ids are forgotten sooner than this, s (0: never)", low=0)
-    rotate_bytes: int = _setting(0, "start a new CSV when this one has so many bytes (0: off)", low=0)
-    rotate_interval: int = _setting(0, "start a new CSV every so many seconds, from UTC midnight on (0: off)", low=0)
+    dedup_warn_seconds: int = _setting(60, "warn when message ids are forgotten sooner than this, s (0: never)")
+    rotate_bytes: int = _setting(0, "start a new CSV when this one has so many bytes (0: off)")
+    rotate_interval: int = _setting(0, "start a new CSV every so many seconds, from UTC midnight on (0: off)")
     rotate_gzip: bool = _setting(False, "1: compress a CSV once it is rotated away")
-    rotate_keep: int = _setting(0, "how many rotated files stay; older ones are removed (0: all stay)", low=0)
+    rotate_keep: int = _setting(0, "how many rotated files stay; older ones are removed (0: all stay)")
 
 
 S = TypeVar("S", bound=Settings)
@@ -125,10 +122,9 @@ _TRUE, _FALSE = frozenset({"1", "true", "yes", "on"}), frozenset({"", "0", "fals
 
 def _convert(name: str, kind: type, text: str, meta: Mapping[str, Any]) -> Any:
     """Convert `text` to `kind` within the field's bounds. Raise SettingError with one line that names the variable."""
-    shown = "***" if name in SECRETS else repr(text)
 
     def bad(wanted: str) -> SettingError:
-        return SettingError(f"{name.upper()} is {shown}, but must be {wanted}")
+        return SettingError(f"{name.upper()} is {text!r}, but must be {wanted}")
 
     if kind is bool:
         if text.lower() not in _TRUE | _FALSE:
@@ -142,10 +138,8 @@ def _convert(name: str, kind: type, text: str, meta: Mapping[str, Any]) -> Any:
         value = kind(text)
     except ValueError:
         raise bad("a whole number" if kind is int else "a number") from None
-    if not meta["low"] <= value <= meta["high"]:
-        if value < meta["low"]:
-            raise bad(f"at least {meta['low']}")
-        raise bad(f"at most {meta['high']}" if value == value else "a number")
+    if not meta["low"] <= value <= meta["high"]:  # nan is not either
+        raise bad(f"from {meta['low']} to {meta['high']}")
     return value
 
 

@@ -75,6 +75,7 @@ class Collector:
 def run(prog: str, main: Callable[[], Coroutine[Any, Any, int | None]]) -> int:
     """Run `main` on uvloop to its end; return the exit code. A Fatal ends it with one line and no traceback."""
     keep_freed_memory()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which the Runner replaces: it cancels `main`
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             Collector(runner.get_loop())

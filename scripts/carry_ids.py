@@ -11,15 +11,15 @@ import argparse
 import logging
 import os
 import sys
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from itertools import chain, islice, zip_longest
 
 from common.consumer.partitions import csv_file
 from common.errors import DiskTrouble, StartupError
-from common.storage.journal import Journal, JournalCorrupt
-from common.storage.lock import WATCH_SECONDS, Lock
+from common.storage.journal import read_journal
+from common.storage.lock import Lock
+from common.storage.records import JournalCorrupt, Reading, split_ids
 from common.storage.store import Store
 
 log = logging.getLogger("carry_ids")
@@ -34,11 +34,8 @@ def carry_ids(path: str, before: int, after: int, dedup_window: int) -> int:
     with ExitStack() as locks:
         for csv in dict.fromkeys([*old, *new]):
             lock = Lock(csv)
-            deadline = time.monotonic() + 2 * WATCH_SECONDS
-            while not lock.acquire():  # also while it makes sure that a consumer elsewhere has ended
-                if time.monotonic() > deadline:
-                    raise StartupError(f"a consumer of {csv} runs: stop all consumers first")
-                time.sleep(WATCH_SECONDS / 10)
+            if not lock.acquire():
+                raise StartupError(f"a consumer of {csv} runs: stop all consumers first")
             locks.callback(lock.release)
         ids = latest([_ids(csv, dedup_window) for csv in old], dedup_window)
         for csv in new:
@@ -62,17 +59,16 @@ def latest(lists: Sequence[Sequence[bytes]], count: int) -> list[bytes]:
 
 
 def _ids(csv: str, dedup_window: int) -> list[bytes]:
-    path = os.path.realpath(csv) + ".journal"
-    journal = Journal(path, dedup_window, 0, log)
+    reading = Reading(f"{os.path.realpath(csv)}.journal", dedup_window, 0)
     try:
-        journal.load()
+        read_journal(reading)
+        reading.last_commit()
     except JournalCorrupt as error:
-        raise StartupError(f"{path}: {error}; start the consumer once, which repairs it, then stop it") from error
+        text = f"{reading.path}: {error}; start the consumer once, which repairs it, then stop it"
+        raise StartupError(text) from error
     except OSError as error:
-        raise StartupError(f"{path}: {error.strerror}") from error
-    finally:
-        journal.close()
-    return list(journal.ids())
+        raise StartupError(f"{reading.path}: {error.strerror}") from error
+    return list(split_ids(reading.ids))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

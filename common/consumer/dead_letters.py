@@ -11,7 +11,6 @@ import errno
 import fcntl
 import json
 import os
-import stat
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -23,7 +22,7 @@ from common.amqp.properties import readable_properties
 from common.consumer.prepare import Poison
 from common.event.document import write_json
 from common.event.ids import id_digest
-from common.storage.files import naming, sync_directory, write_all
+from common.storage.files import mode_of, naming, open_regular, sync_directory, write_all
 
 LOCK_SECONDS = 1.0  # a replay holds the lock for the time of a rename
 _LOCK_POLL_SECONDS = 0.005
@@ -50,7 +49,7 @@ def append(csv_path: str, poison: Sequence[Poison]) -> None:
     A letter without an id gets a random one, by which the consumer recognises a second copy of its replay.
     """
     path, when = file_of(csv_path), datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-    with naming(path), locked(path, os.O_CREAT, _mode_of(csv_path)) as fd:
+    with naming(path), locked(path, os.O_CREAT, mode_of(csv_path)) as fd:
         size = os.fstat(fd).st_size
         try:
             if size and os.pread(fd, 1, size - 1) != b"\n":  # a crash cut the last line, which was not acked
@@ -66,22 +65,13 @@ def append(csv_path: str, poison: Sequence[Poison]) -> None:
             raise
 
 
-def _mode_of(csv_path: str) -> int:
-    try:
-        return stat.S_IMODE(os.stat(csv_path).st_mode)
-    except FileNotFoundError:  # moved away, and not begun again yet
-        return 0o600
-
-
 @contextmanager
-def locked(path: str, flags: int = 0, mode: int = 0o644) -> Iterator[int]:
+def locked(path: str, flags: int = 0, mode: int | None = None) -> Iterator[int]:
     """Open the file that is at `path`, and keep others from renaming it or appending to it meanwhile. Raise OSError."""
     deadline = time.monotonic() + LOCK_SECONDS
     while True:
-        fd = os.open(path, os.O_RDWR | os.O_APPEND | flags, mode)
+        fd = open_regular(path, os.O_RDWR | os.O_APPEND | flags, mode)
         try:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise OSError(errno.EINVAL, "is not a regular file", path)
             if lock(fd) and is_at(fd, path):
                 yield fd
                 return

@@ -89,8 +89,3 @@ class Pending:
         self.deliveries = []
         self.bytes = self.rows = 0
         self.since = inf
-
-
-def rotation_due(csv_bytes: int, age_seconds: float, rotate_bytes: int, rotate_interval_seconds: int) -> bool:
-    """Tell whether the CSV is to be rotated. A limit of 0 is off."""
-    return (0 < rotate_bytes <= csv_bytes) or (0 < rotate_interval_seconds <= age_seconds)

@@ -144,6 +144,7 @@ class ConsumerService:
             log,
             settings.rotate_gzip,
             self._lock,
+            settings.rotate_keep,
         )
 
     async def _own(self) -> bool:

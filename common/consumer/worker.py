@@ -2,7 +2,7 @@
 
 The event loop owns everything here. The store has a thread of its own, one call at a time: prepare a batch, which
 reads the ids that the journal remembers; append it, with its dead letters; rotate; reopen. The event loop only reads
-the committed bytes and the age of the store.
+the committed bytes and the period of the store.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from common.amqp.topology import QUEUE_ARGUMENTS, consume, declare
 from common.config import ConsumerSettings
 from common.consumer import dead_letters
 from common.consumer.metrics import Counters
-from common.consumer.pending import Pending, rotation_due
+from common.consumer.pending import Pending
 from common.consumer.prepare import Poison, Prepared, prepare_batch
 from common.storage.store import Store, Timing
 
@@ -209,7 +209,7 @@ class Worker:
         """Do what must not happen while a batch is stored: rotate, reopen."""
         settings, store = self._settings, self._store
         try:
-            if rotation_due(store.committed_bytes, store.age_seconds, settings.rotate_bytes, settings.rotate_interval):
+            if 0 < settings.rotate_bytes <= store.committed_bytes or store.period_due(settings.rotate_interval):
                 await self._in_thread(self._on_disk, store.rotate)
             if self._reopen_due:
                 self._reopen_due = False
@@ -316,7 +316,7 @@ class Worker:
 
     def _log_window(self, now: float) -> None:
         """Warn when ids are forgotten sooner than DEDUP_WARN_SECONDS, once in WINDOW_SECONDS."""
-        seconds = self._store.window_seconds()
+        seconds = self._store.window_seconds
         if seconds is not None and seconds < self._settings.dedup_warn_seconds and now >= self._next_window_line:
             log.warning(
                 "message ids are forgotten after %.0f s: a client's retry that comes later makes a second row; "
@@ -390,3 +390,5 @@ class Worker:
                 log.debug("while cancelling: %r", error)
         self._wake.set()
         await self.running
+        self._next_poison_line = 0.0
+        self._log_dead_letters()

@@ -77,12 +77,9 @@ _ESCAPE = rb"%[0-9A-Fa-f]{2}"
 _HOST = rb"(?:\[[0-9A-Fa-f:.]++\]|(?:[A-Za-z0-9\-._~!$&'()*+;=]++|" + _ESCAPE + rb")+)"
 
 # request-line = method SP request-target SP HTTP-version (RFC 9112 section 3)
-_REQUEST_LINE = re.compile(rb"(%b) ([!-~]++) HTTP/([0-9])\.([0-9])" % TOKEN)
-# RFC 3986 has no []{}|\^` in a query, but browsers send them unencoded (URL Standard), and they are unambiguous.
-# origin-form = absolute-path [ "?" query ] (RFC 9112 section 3.2.1)
-_ORIGIN_FORM = re.compile(
-    rb"(/(?:[%b]++|%b)*)(?:\?((?:[%b?\[\]{}|\\^`]++|%b)*))?" % (_PCHARS, _ESCAPE, _PCHARS, _ESCAPE)
-)
+_REQUEST_LINE = re.compile(rb"(%b) ([!-~\x80-\xff]++) HTTP/([0-9])\.([0-9])" % TOKEN)
+# origin-form = absolute-path [ "?" query ] (RFC 9112 section 3.2.1). The query is ignored, so it has any form.
+_ORIGIN_FORM = re.compile(rb"(/(?:[%b]++|%b)*)(?:\?(.*+))?" % (_PCHARS, _ESCAPE))
 # absolute-form = absolute-URI (RFC 9112 section 3.2.2), of http and https
 _ABSOLUTE_FORM = re.compile(rb"(?i:https?)://(%b(?::[0-9]{0,5})?)([/?].*+)?" % _HOST)
 # authority-form = uri-host ":" port (RFC 9112 section 3.2.3)

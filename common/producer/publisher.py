@@ -13,7 +13,7 @@ import sys
 import uuid
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -65,19 +65,19 @@ class Publication(ABC):
         """Take note that the event was not accepted, or that its outcome is unknown."""
 
 
-def grouped(events: Iterable[Publication], most_events: int, most_bytes: int) -> Iterator[list[Publication]]:
-    """Yield the events of each message, in order. One that is too large for a group of `most_bytes` is alone."""
-    group: list[Publication] = []
-    size = 0
+def grouped(events: Iterable[Publication], most_events: int, most_bytes: int) -> list[list[Publication]]:
+    """Return the events of each message, in order. One that is too large for a group of `most_bytes` is alone."""
+    groups: list[list[Publication]] = []
+    count, size = most_events, 0
     for event in events:
         line_bytes = len(event.body) + _LINE_BYTES
-        if group and (len(group) >= most_events or size + line_bytes > most_bytes):
-            yield group
-            group, size = [], 0
+        count, size = count + 1, size + line_bytes
+        if count > most_events or size > most_bytes:
+            group: list[Publication] = []
+            groups.append(group)
+            count, size = 1, line_bytes
         group.append(event)
-        size += line_bytes
-    if group:
-        yield group
+    return groups
 
 
 class _Channel:
@@ -161,11 +161,11 @@ class Publisher:
 
     @property
     def is_blocked(self) -> bool:
-        return bool(self._health.blocked)
+        return self._health.is_blocked
 
     @property
     def is_stalled(self) -> bool:
-        return bool(self._health.stalled)
+        return self._health.is_stalled
 
     def trouble(self) -> Unavailable | None:
         """Return why no event can be accepted now; None if one can be, given room in the window."""

@@ -11,11 +11,12 @@ from contextlib import suppress
 
 from common.amqp.link import keep_up
 from common.amqp.topology import queue_names
-from common.config import ProducerSettings
+from common.config import ProducerSettings, read_again
+from common.errors import SettingError
 from common.health import HEALTH_LIMITS, Health
 from common.http.parser import Limits
 from common.http.server import HttpServer, ServerLimits
-from common.process import end, first_of, raise_file_limit
+from common.process import end, first_of, raise_file_limit, read_file
 from common.producer.api import Api
 from common.producer.batch import PARSED_FACTOR
 from common.producer.metrics import Counters
@@ -158,9 +159,19 @@ class Producer:
         log.info("stopped")
 
     def reload(self) -> None:
-        """Load certificate and key again; keep the old ones when they cannot be used."""
+        """Load the certificate and the files of secrets again; keep the old ones when they cannot be used.
+
+        A new AMQP_URL is for the next connection.
+        """
         if self._certificate is not None:
             self._certificate.reload()
+        try:
+            settings = read_again(self._settings, read_file)
+            self._api.reload_tokens(settings.api_token)
+        except (SettingError, ValueError) as error:
+            log.error("%s; the old secrets stay", error)
+        else:
+            self._settings = settings
 
     def _keep_up(self, publisher: Publisher) -> Coroutine[object, object, None]:
         return keep_up(lambda: self._settings.amqp_url, publisher.name, publisher, publisher.limits.unconfirmed_bytes)

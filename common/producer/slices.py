@@ -1,7 +1,7 @@
 """Long work in slices, so that no request blocks the event loop.
 
-A job is a generator that yields at least every few milliseconds. It yields None to continue soon, or a function that
-takes a `resume` callback and calls it when the job can continue.
+A job is a generator that yields between its stages, of which none takes more than 30 ms. It yields None to continue
+soon, or a function that takes a `resume` callback and calls it when the job can continue.
 """
 
 from __future__ import annotations

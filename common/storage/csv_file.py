@@ -14,27 +14,24 @@ import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 
-from common.storage.files import BLOCK_BYTES, free_name, naming, sync_directory, write_all
+from common.storage.files import BLOCK_BYTES, free_name, naming, open_regular, sync_directory, write_all
 
 
 class CsvFile:
     """One open CSV file, with an flock of its own: removing the lock file must not let two consumers write."""
 
-    def __init__(self, path: str) -> None:
-        """Open `path`; create a missing file, empty."""
+    def __init__(self, path: str, mode: int | None = None) -> None:
+        """Open `path`; create a missing file, empty, with the permission bits `mode` (None: the usual ones)."""
         self.path = path
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        self._fd = open_regular(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, mode)
         try:
-            status = os.fstat(self._fd)
-            if not stat.S_ISREG(status.st_mode):
-                raise OSError(errno.EINVAL, "is not a regular file", path)
-            try:
-                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise OSError(errno.EBUSY, "is in use by another consumer", path) from error
-        except OSError:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
             self.close()
+            if isinstance(error, BlockingIOError):
+                raise OSError(errno.EBUSY, "is in use by another consumer", path) from error
             raise
+        status = os.fstat(self._fd)
         self.device = status.st_dev
         self.inode = status.st_ino
 
@@ -44,8 +41,13 @@ class CsvFile:
     def size(self) -> int:
         return os.fstat(self._fd).st_size
 
+    def size_and_mode(self) -> tuple[int, int]:
+        """Return the size and the permission bits."""
+        status = os.fstat(self._fd)
+        return status.st_size, stat.S_IMODE(status.st_mode)
+
     def is_at(self, path: str) -> bool:
-        """Tell whether `path` leads to this file: nothing was renamed, removed or replaced, and no link re-pointed."""
+        """Tell whether `path` leads to this file: nothing was renamed, removed or replaced."""
         try:
             status = os.stat(path)
         except FileNotFoundError:
@@ -67,28 +69,20 @@ class CsvFile:
 
     def read(self, start: int, end: int | None = None) -> Iterator[bytes]:
         """Yield the bytes from `start` up to `end`, or up to the end of the file, in blocks."""
-        while end is None or start < end:
-            block = os.pread(self._fd, BLOCK_BYTES if end is None else min(BLOCK_BYTES, end - start), start)
-            if not block:
-                return
-            yield block
-            start += len(block)
-
-    def crc32(self, start: int, end: int) -> int:
-        checksum = 0
-        for block in self.read(start, end):
-            checksum = zlib.crc32(block, checksum)
-        return checksum
+        return read(self._fd, start, end)
 
     def rows_end(self, start: int = 0) -> int:
         """Find the offset behind the last whole row; `start` is behind one, or 0."""
         return start + rows_end(self.read(start))
 
-    def set_aside(self, start: int) -> str:
-        """Move the bytes from `start` on to a new file in the same folder, synced before the cut; return its path."""
-        aside = free_name(f"{self.path}.uncommitted-")
+    def set_aside(self, start: int, csv_path: str = "") -> str:
+        """Move the bytes from `start` on to a new file, synced before the cut; return its path.
+
+        It is beside the file, and named after it, or after `csv_path`.
+        """
+        aside = free_name(f"{csv_path or self.path}.uncommitted-")
         part = f"{aside}.part"
-        fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        fd = open_regular(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, self.size_and_mode()[1])
         try:
             with naming(part), open(fd, "wb") as file:
                 for block in self.read(start):
@@ -104,6 +98,23 @@ class CsvFile:
             raise
         self.cut(start)
         return aside
+
+
+def read(fd: int, start: int, end: int | None = None) -> Iterator[bytes]:
+    """Yield the bytes of a file from `start` up to `end`, or up to its end, in blocks."""
+    while end is None or start < end:
+        block = os.pread(fd, BLOCK_BYTES if end is None else min(BLOCK_BYTES, end - start), start)
+        if not block:
+            return
+        yield block
+        start += len(block)
+
+
+def crc32(blocks: Iterable[bytes]) -> int:
+    checksum = 0
+    for block in blocks:
+        checksum = zlib.crc32(block, checksum)
+    return checksum
 
 
 def rows_end(blocks: Iterable[bytes]) -> int:

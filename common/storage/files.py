@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import time
 import zlib
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ from common.errors import DiskTrouble, StartupError
 
 BLOCK_BYTES = 1 << 20
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_NOT_REGULAR = "is not a regular file: move it away, or set CSV_FILE to another place"
 _MAY_END = (*NO_SPACE, errno.EIO, errno.EBUSY)  # EBUSY: another consumer has the file and may end
 
 
@@ -24,6 +26,38 @@ def naming(path: str) -> Iterator[None]:
     except OSError as error:
         error.filename = error.filename or path
         raise
+
+
+def open_regular(path: str, flags: int, mode: int | None = None) -> int:
+    """Open a regular file. Anything else there is an OSError, and a FIFO is not waited for.
+
+    With O_CREAT, a file that is made has exactly `mode`; None is 0644 without what the umask forbids.
+    """
+    flags |= os.O_NONBLOCK
+    if flags & os.O_CREAT:
+        with suppress(FileExistsError):
+            fd = os.open(path, flags | os.O_EXCL, 0o644 if mode is None else mode)
+            if mode is not None:
+                os.fchmod(fd, mode)
+            return fd
+    try:
+        fd = os.open(path, flags & ~os.O_CREAT)
+    except OSError as error:
+        if error.errno in (errno.EISDIR, errno.ENXIO):  # a folder; a socket, or a FIFO without a reader
+            raise OSError(errno.EINVAL, _NOT_REGULAR, path) from error
+        raise
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, _NOT_REGULAR, path)
+    return fd
+
+
+def mode_of(path: str) -> int | None:
+    """Return the permission bits of a file; None if it cannot be looked at."""
+    try:
+        return stat.S_IMODE(os.stat(path).st_mode)
+    except OSError:
+        return None
 
 
 def write_all(fd: int, data: bytes | bytearray) -> None:
@@ -44,14 +78,19 @@ def checked(line: bytes) -> bytes | None:
     return text if checksum == b"%08x" % zlib.crc32(text) else None
 
 
-def free_name(prefix: str, suffix: str = "") -> str:
-    """Return `prefix` + UTC time + `suffix`, numbered when it or its .gz is taken. Safe under the consumer's lock."""
-    name = utc = prefix + time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+def utc_now() -> str:
+    """Return the UTC time as it is in names of files."""
+    return time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+
+
+def free_name(prefix: str) -> str:
+    """Return `prefix` + UTC time, numbered when it is taken. Safe under the consumer's lock."""
+    name = utc = prefix + utc_now()
     number = 0
-    while os.path.lexists(name + suffix) or os.path.lexists(f"{name}{suffix}.gz"):
+    while os.path.lexists(name):
         number += 1
         name = f"{utc}-{number}"
-    return name + suffix
+    return name
 
 
 def sync_directory(path: str) -> None:
@@ -85,7 +124,6 @@ def explain_os_error(error: OSError, path: str) -> str:
         errno.EACCES: f"let uid {os.geteuid()} read and write there",
         errno.EPERM: f"let uid {os.geteuid()} read and write there",
         errno.EROFS: "mount it writable, or set CSV_FILE to another place",
-        errno.EISDIR: "set CSV_FILE to a file",
         errno.ENOTDIR: "set CSV_FILE to a file in a folder",
         errno.ENOSPC: "free some space",
         errno.EDQUOT: "free some space",

@@ -1,12 +1,8 @@
 """The journal next to the CSV: which bytes of which file are committed, and the ids of recent messages.
 
-An append-only text file. Each line is a checksum and one JSON record, and is one commit: one write, one fsync. A line
-cut short by a crash is a commit that never happened. The first line holds the version of the format and every id, each
-other line the ids of its commit. The file is replaced as a whole (new file, sync, rename) when it has grown, and after
-any failure, because a failed write or fsync leaves it unknown what is on disk.
-
-A second file, the mark, says how far the journal went. It is written after each commit and not synced. It distinguishes
-a journal whose end is gone (truncated, or an old copy put back) from one whose last commit never happened.
+An append-only text file. Each line is one commit (records.py): one write, one fsync. A line cut short by a crash is a
+commit that never happened. The file is replaced as a whole (new file, sync, rename) when it has grown, and after any
+failure, because a failed write or fsync leaves it unknown what is on disk. A mark says how far it went (committed.py).
 
 Locks decide who may write. Where they have no effect (some network file systems), the journal itself keeps a second
 writer out. Each run has a generation, greater than any before. It begins with a fence, a line after which commits of
@@ -20,73 +16,59 @@ Knows nothing of the CSV itself. For one thread.
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import os
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
-from itertools import chain, islice
-from struct import iter_unpack
-from typing import Any, NamedTuple
+from typing import BinaryIO
 
-from common.errors import StartupError, TakenOver
-from common.storage.files import checked, free_name, naming, sync_directory, with_checksum, write_all
+from common.errors import TakenOver
+from common.storage.committed import Mark, MarkFile
+from common.storage.files import BLOCK_BYTES, free_name, naming, open_regular, sync_directory, write_all
+from common.storage.records import (
+    ID_BYTES,
+    JournalCorrupt,
+    Reading,
+    commit_line,
+    fence_line,
+    ids_line,
+    split_ids,
+    window,
+)
 from common.storage.state import FileState, LastRun
 
-ID_BYTES = 16
-_to_json = json.JSONEncoder(separators=(",", ":")).encode
-VERSION = 2  # of the format; version 1 is that of predlog 1.0.0, whose lines have no version
-
-
-class JournalCorrupt(Exception):
-    """A journal that exists, and does not say what was committed."""
-
-
-class Mark(NamedTuple):
-    inode: int
-    committed_bytes: int
-    generation: int
-
-
-class _Content(NamedTuple):
-    state: FileState
-    clean: bool
-    prefetch_count: int
-    ids: list[bytes]
-    generation: int
+_LINE_IDS = 1 << 16  # of a line that only carries ids, so that no line needs much memory
+_LEAST_ROOM_BYTES = 4 << 20
+_EIGHTHS = 8
 
 
 class Journal:
-    def __init__(self, path: str, dedup_window: int, prefetch_count: int, log: logging.Logger) -> None:
-        self.path = path
+    """The journal of `csv_path`. Its files have the permission bits `mode`; None is what is usual."""
+
+    def __init__(self, csv_path: str, dedup_window: int, prefetch_count: int, log: logging.Logger) -> None:
+        self.path = f"{csv_path}.journal"
+        self.mode: int | None = None
+        self.window_seconds: float | None = None  # how long the last window of ids took to come, once one has
         self._log = log
         self._dedup_window = dedup_window
         self._prefetch_count = prefetch_count
-        self._order: deque[bytes] = deque()  # the same ids in commit order
         self._ids: set[bytes] = set()
+        self._order = bytearray()  # the same ids in the order of their commits
+        self._uncounted = 0  # ids since the last eighth of a window
+        self._eighths: deque[float] = deque(maxlen=_EIGHTHS + 1)  # when the last ones were complete
         self._generation = time.time_ns()  # of this run: unique, and `load` makes it greater than any before
         self._last_generation = 0  # of the journal on the disk
         self._place: tuple[int, int, int] | None = None  # device, inode and size of the journal as this run left it
         self._fd = -1  # -1: the next commit writes a new file
         self._failed = False  # whether the last write did, so that what it left is unknown
-        self._mark: Mark | None = None  # the furthest that the mark on disk may say
-        self._mark_fd = -1
-
-    def at(self, path: str) -> Journal:
-        """Return a journal like this one for another file."""
-        return Journal(path, self._dedup_window, self._prefetch_count, self._log)
+        self._mark = MarkFile(csv_path)
 
     @property
     def window(self) -> int:
-        """The number of ids that are kept.
-
-        The broker can redeliver the events of `prefetch_count` messages, and as many others can be committed meanwhile.
-        The largest number ever known counts, because what was unacked then may still be redelivered.
-        """
-        return max(self._dedup_window, 2 * self._prefetch_count)
+        """The number of ids that are kept."""
+        return window(self._dedup_window, self._prefetch_count)
 
     def expect_again(self, events: int) -> None:
         """Raise the number of events that can be delivered again. The next commit makes it durable."""
@@ -98,49 +80,35 @@ class Journal:
         Raise OSError, JournalCorrupt for anything that a crash of ours cannot have left, and StartupError for a journal
         of a newer version. These two leave the file as it is.
         """
-        self._mark = _read_mark(self._mark_path)
-        newest = self._mark.generation if self._mark is not None else 0
+        mark = self._mark.load()
+        newest = 0 if mark is None else mark.generation
         self._generation = max(self._generation, newest + 1)
         try:
-            fd = os.open(self.path, os.O_RDWR | os.O_APPEND)
+            fd = open_regular(self.path, os.O_RDWR | os.O_APPEND)
         except FileNotFoundError:
             return None
-        try:
-            with naming(self.path):
-                whole = _read(fd)
-                content = self._parse(whole)
-                self._generation = max(self._generation, content.generation + 1)
-                if (before := self._fence(fd)) != whole:  # committed meanwhile
-                    content = self._parse(before)
-        finally:
-            os.close(fd)
-        self._last_generation = content.generation
-        self._prefetch_count = max(self._prefetch_count, content.prefetch_count)
-        self._remember(content.ids[-self.window :])
-        state, outdated = content.state, ""
-        if newest > content.generation:
+        reading = Reading(self.path, self._dedup_window, self._prefetch_count)
+        with open(fd, "rb", BLOCK_BYTES) as file, naming(self.path):
+            read_lines(file, reading)
+            reading.last_commit()  # raises for a file that is no journal, before anything is written
+            self._generation = max(self._generation, reading.generation + 1)
+            self._fence(file, reading)
+            state = reading.last_commit()
+        self._last_generation = reading.generation
+        self._prefetch_count = reading.prefetch_count
+        self._order, self._ids = reading.ids, set(split_ids(reading.ids))
+        outdated = ""
+        if newest > self._last_generation:
             outdated = "its end is gone: it is older than its mark"
-        elif (
-            self._mark is not None
-            and self._mark.inode == state.inode
-            and self._mark.committed_bytes > state.committed_bytes
-        ):
-            outdated = f"its end is gone: it knows of {state.committed_bytes} bytes, not {self._mark.committed_bytes}"
-        return LastRun(state, content.clean, outdated)
-
-    def remember(self, ids: Iterable[bytes]) -> None:
-        """Take over ids of another journal, before the first commit."""
-        self._remember([id for id in ids if id not in self._ids])
+        elif mark is not None and mark.inode == state.inode and mark.committed_bytes > state.committed_bytes:
+            outdated = f"its end is gone: it knows of {state.committed_bytes} bytes, not {mark.committed_bytes}"
+        return LastRun(state, reading.clean, outdated)
 
     def seen(self, id: bytes) -> bool:
         return id in self._ids
 
     def __len__(self) -> int:
-        return len(self._order)
-
-    def ids(self) -> Iterator[bytes]:
-        """Return the ids in the order of their commits, oldest first."""
-        return iter(self._order)
+        return len(self._order) // ID_BYTES
 
     def commit(self, state: FileState, ids: Sequence[bytes] = (), clean: bool = False) -> None:
         """Make `state` and new `ids` (16 bytes each) durable, then remember them.
@@ -148,21 +116,24 @@ class Journal:
         Raise OSError if the commit may or may not be on disk; repeat the same call until it succeeds. Raise TakenOver
         when another run has begun; this one must then touch nothing and ack nothing.
         """
-        mark = self._mark
-        if mark is not None and not (mark.inode == state.inode and mark.committed_bytes <= state.committed_bytes):
+        last, packed = self._mark.last, b"".join(ids)
+        if last is not None and not (last.inode == state.inode and last.committed_bytes <= state.committed_bytes):
             # The mark must never be ahead of the journal, not even after a power cut.
-            self._write_mark(Mark(state.inode, state.committed_bytes, self._last_generation), sync=True)
-        done = False
-        if self._fd >= 0 and self._place is not None and self._place[2] < self._limit_bytes():
-            self._append(self._line(state, ids, clean))
-            done = self._is_untouched()
-        if not done:
-            known = islice(self._order, max(0, len(self._order) + len(ids) - self.window), None)
-            self._replace(self._line(state, chain(known, ids), clean, first=True))
-        self._remember(ids)
+            self._mark.write(Mark(state.inode, state.committed_bytes, self._last_generation), self.mode, sync=True)
+        if not (self._has_room() and self._append(commit_line(state, packed, clean, self._prefetch_count))):
+            self._replace(state, packed, clean)
+        self._remember(ids, packed)
         self._last_generation = self._generation
         with suppress(OSError):  # an older mark does no harm
-            self._write_mark(Mark(state.inode, state.committed_bytes, self._generation), sync=False)
+            self._mark.write(Mark(state.inode, state.committed_bytes, self._generation), self.mode)
+
+    def set_mode(self, mode: int) -> None:
+        """Give the files that are there, and all later ones, these permission bits."""
+        self.mode = mode
+        if self._fd >= 0:
+            with naming(self.path):
+                os.fchmod(self._fd, mode)
+        self._mark.set_mode(mode)
 
     def set_aside(self) -> str:
         """Rename the journal on disk, which is corrupt or outdated; return its new name."""
@@ -174,137 +145,66 @@ class Journal:
 
     def check(self) -> None:
         """Raise TakenOver when another run has begun, OSError when that cannot be known."""
-        self._is_untouched()
+        if self._is_untouched():
+            return
+        reading = Reading(self.path, 0, 0)
+        with suppress(FileNotFoundError, JournalCorrupt):  # also of a damaged one, as far as it can be read
+            read_journal(reading)
+        if reading.generation > self._generation:
+            raise TakenOver(
+                f"{self.path}: another consumer has begun to write the same CSV, although this one has its lock (the "
+                "lock file was removed, or flock has no effect on this file system): this one stops, and acks nothing"
+            )
 
     def close(self) -> None:
         self._close_file()
-        self._close_mark()
+        self._mark.close()
 
     def _close_file(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
 
-    def _close_mark(self) -> None:
-        if self._mark_fd >= 0:
-            os.close(self._mark_fd)
-            self._mark_fd = -1
-
-    @property
-    def _mark_path(self) -> str:
-        return f"{self.path}.mark"
-
-    def _write_mark(self, mark: Mark, sync: bool) -> None:
-        if not sync:
-            self._mark = mark  # a failed write may have reached the disk
-        if self._mark_fd < 0:
-            self._mark_fd = os.open(self._mark_path, os.O_RDWR | os.O_CREAT, 0o644)
-        text = b'{"file": {"inode": %d, "committed_bytes": %d}, "generation": %d}' % mark
-        with naming(self._mark_path):
-            os.pwrite(self._mark_fd, with_checksum(text.ljust(140)), 0)
-            if sync:
-                os.fsync(self._mark_fd)
-        self._mark = mark
-
-    def _remember(self, ids: Sequence[bytes]) -> None:
-        self._order.extend(ids)
+    def _remember(self, ids: Sequence[bytes], packed: bytes) -> None:
         self._ids.update(ids)
-        for _ in range(len(self._order) - self.window):
-            self._ids.discard(self._order.popleft())
+        self._order += packed
+        if (over := len(self._order) - ID_BYTES * self.window) > 0:
+            self._ids.difference_update(split_ids(self._order[:over]))
+            del self._order[:over]
+        self._uncounted += len(ids)
+        while self._uncounted > (eighth := self.window // _EIGHTHS):
+            self._uncounted -= eighth + 1
+            self._eighths.append(time.monotonic())
+            if len(self._eighths) > _EIGHTHS:
+                self.window_seconds = self._eighths[-1] - self._eighths[0]
 
-    def _line(self, state: FileState, ids: Iterable[bytes], clean: bool, first: bool = False) -> bytes:
-        record: dict[str, Any] = {"version": VERSION, "generation": self._generation} if first else {}
-        record |= {
-            "file": asdict(state),
-            "clean": clean,
-            "prefetch_count": self._prefetch_count,
-            "at": int(time.time() * 1000) / 1000,  # never ahead of the clock
-            "ids": b"".join(ids).hex(),
-        }
-        return with_checksum(_to_json(record).encode())
+    def _has_room(self) -> bool:
+        """Tell whether the journal is open and has not grown too much."""
+        limit_bytes = _LEAST_ROOM_BYTES + 2 * (2 * ID_BYTES * self.window)
+        return self._fd >= 0 and self._place is not None and self._place[2] < limit_bytes
 
-    def _limit_bytes(self) -> int:
-        return (4 << 20) + 2 * (2 * ID_BYTES * self.window)
-
-    def _fence(self, fd: int) -> bytes:
-        """Write the fence of this run; return the journal before it."""
-        line = b"\n" + with_checksum(b'{"fence":%d}' % self._generation)  # a torn commit may come before it
-        write_all(fd, line)
+    def _fence(self, file: BinaryIO, reading: Reading) -> None:
+        """Write the fence of this run, and take what was committed before it."""
+        fence, fd = fence_line(self._generation), file.fileno()
+        position = os.lseek(fd, 0, os.SEEK_CUR)
+        write_all(fd, b"\n" + fence)  # a torn commit may come before it
         os.fsync(fd)
-        whole = _read(fd)
-        if (at := whole.find(line)) < 0:
+        os.lseek(fd, position, os.SEEK_SET)  # appending has moved it
+        if not read_lines(file, reading, fence):
             raise OSError(errno.EBUSY, "was changed while it was read")
         status = os.fstat(fd)
-        self._place = status.st_dev, status.st_ino, at + len(line)
-        return whole[:at]
+        self._place = status.st_dev, status.st_ino, file.tell()
 
     def _is_untouched(self) -> bool:
-        """Tell whether the journal is as this run left it. Raise TakenOver when another run has begun."""
+        """Tell whether the journal is as this run left it."""
         try:
             status = os.stat(self.path)
         except FileNotFoundError:
-            place = None
-        else:
-            place = status.st_dev, status.st_ino, status.st_size
-        if place == self._place:
-            return True
-        if place is not None and self._newest_generation() > self._generation:
-            raise TakenOver(
-                f"{self.path}: another consumer has begun to write the same CSV, although this one has its lock (the "
-                "lock file was removed, or flock has no effect on this file system): this one stops, and acks nothing"
-            )
-        return False
+            return self._place is None
+        return (status.st_dev, status.st_ino, status.st_size) == self._place
 
-    def _newest_generation(self) -> int:
-        newest = 0
-        with open(self.path, "rb") as file:
-            for line in file:
-                text = checked(line.removesuffix(b"\n"))
-                with suppress(ValueError, TypeError):
-                    record = json.loads(text or b"{}")
-                    newest = max(newest, int(record.get("generation", 0)), int(record.get("fence", 0)))
-        return newest
-
-    def _parse(self, whole: bytes) -> _Content:
-        """Parse a journal. Raise JournalCorrupt, and StartupError for a newer version."""
-        content: _Content | None = None
-        ids: list[str] = []
-        generation, damaged, fenced = 0, False, False
-        for line in whole.split(b"\n")[:-1]:
-            text = checked(line)
-            if text is None:
-                damaged = True  # a torn commit if nothing but a fence follows
-                continue
-            try:
-                record = json.loads(text)
-                if "fence" in record:
-                    generation, damaged, fenced = int(record["fence"]), False, True
-                    continue
-                if int(record.get("version", 1)) > VERSION:
-                    raise StartupError(
-                        f"{self.path}: its format {record['version']} is that of a newer predlog, and this one reads "
-                        f"up to {VERSION}: upgrade, or move the journal and its CSV away together"
-                    )
-                if fenced:
-                    continue  # a commit behind the fence
-                ids.append(record["ids"])
-                generation = int(record.get("generation", generation))
-                content = _content(record, generation)
-            except (ValueError, TypeError, KeyError, AttributeError) as error:
-                raise JournalCorrupt(f"not a journal of this version ({error!r})") from error
-            if damaged:
-                raise JournalCorrupt("a damaged line")
-        if content is None:
-            raise JournalCorrupt("no whole line")
-        try:
-            packed = bytes.fromhex("".join(ids))
-            if len(packed) % ID_BYTES:
-                raise ValueError("impossible numbers")
-        except (ValueError, TypeError) as error:
-            raise JournalCorrupt(f"not a journal of this version ({error!r})") from error
-        return content._replace(ids=[id for (id,) in iter_unpack("16s", packed)], generation=generation)
-
-    def _append(self, line: bytes) -> None:
+    def _append(self, line: bytes) -> bool:
+        """Append a commit; return whether the journal is as this run left it. Raise OSError and TakenOver."""
         assert self._place is not None
         device, inode, size = self._place
         try:
@@ -316,20 +216,32 @@ class Journal:
             self._close_file()
             raise
         self._place = device, inode, size + len(line)
+        untouched = self._is_untouched()
+        if not untouched:
+            self.check()
+        return untouched
 
-    def _replace(self, line: bytes) -> None:
+    def _replace(self, state: FileState, ids: bytes, clean: bool) -> None:
+        """Write a new journal: the ids that stay in the window, then the commit."""
         self._close_file()
-        self._close_mark()  # its folder may be a new one
+        self._mark.close()  # its folder may be a new one
         new = f"{self.path}.new"
-        fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644)
+        fd = open_regular(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, self.mode)
         try:
             with naming(self.path):
-                write_all(fd, line)
+                generation: int | None = self._generation
+                first = max(0, len(self._order) + len(ids) - ID_BYTES * self.window)
+                for at in range(first, len(self._order), ID_BYTES * _LINE_IDS):
+                    some = self._order[at : at + ID_BYTES * _LINE_IDS]
+                    write_all(fd, ids_line(state, some, self._prefetch_count, generation))
+                    generation = None
+                write_all(fd, commit_line(state, ids, clean, self._prefetch_count, generation))
                 os.fsync(fd)
-                if not self._is_untouched() and not self._failed:
-                    self._log.warning(
-                        "%s: another program changed or removed it; it is written again, whole", self.path
-                    )
+                if not self._is_untouched():
+                    self.check()
+                    if not self._failed:
+                        text = "%s: another program changed or removed it; it is written again, whole"
+                        self._log.warning(text, self.path)
                 os.rename(new, self.path)
                 sync_directory(self.path)
         except (OSError, TakenOver):
@@ -340,35 +252,23 @@ class Journal:
             raise
         self._fd, self._failed = fd, False
         status = os.fstat(fd)
-        self._place = status.st_dev, status.st_ino, len(line)
+        self._place = status.st_dev, status.st_ino, status.st_size
 
 
-def _content(record: dict[str, Any], generation: int) -> _Content:
-    """Return the content of a commit without its ids. Raise ValueError, TypeError or KeyError."""
-    state = FileState(**record["file"])
-    if not 0 <= state.chunk_offset <= state.committed_bytes:
-        raise ValueError("impossible numbers")
-    set_back_seconds = float(record.get("at", 0.0)) - time.time()
-    if set_back_seconds > 0:  # the clock was set back: keep the age of the file
-        state = replace(state, started_at=state.started_at - set_back_seconds)
-    return _Content(state, bool(record["clean"]), int(record["prefetch_count"]), [], generation)
+def read_journal(reading: Reading) -> None:
+    """Take what a journal says now, without a fence. Raise OSError, and as Reading.take does."""
+    with naming(reading.path), open(open_regular(reading.path, os.O_RDONLY), "rb", BLOCK_BYTES) as file:
+        read_lines(file, reading)
 
 
-def _read_mark(path: str) -> Mark | None:
-    """Return the mark; None if it is missing or torn."""
-    with suppress(OSError, ValueError, KeyError, TypeError), open(path, "rb") as file:
-        text = checked(file.readline().removesuffix(b"\n"))
-        if text is not None:
-            record = json.loads(text)
-            file_record = record["file"]
-            generation = int(record.get("generation", 0))
-            return Mark(int(file_record["inode"]), int(file_record["committed_bytes"]), generation)
-    return None
+def read_lines(file: BinaryIO, reading: Reading, last: bytes = b"") -> bool:
+    """Take the whole lines of a journal up to the line `last`, or up to its end; return whether `last` came.
 
-
-def _read(fd: int) -> bytes:
-    blocks, at = [], 0
-    while block := os.pread(fd, 1 << 24, at):
-        blocks.append(block)
-        at += len(block)
-    return b"".join(blocks)
+    A line without an end is left unread, since it is torn or being written.
+    """
+    while (line := file.readline()).endswith(b"\n"):
+        if line == last:
+            return True
+        reading.take(line[:-1])
+    file.seek(-len(line), os.SEEK_CUR)
+    return False

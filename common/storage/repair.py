@@ -9,12 +9,12 @@ import errno
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 
 from common.event.rows import CSV_HEADER
-from common.storage.csv_file import CsvFile
+from common.storage.csv_file import CsvFile, crc32
 from common.storage.files import sync_directory
-from common.storage.journal import Journal, JournalCorrupt
+from common.storage.journal import Journal
+from common.storage.records import JournalCorrupt
 from common.storage.recovery import (
     Adopt,
     Begin,
@@ -66,7 +66,7 @@ def apply(steps: Sequence[Step], file: CsvFile, journal: Journal, notes: list[st
 def is_intact(file: CsvFile, size: int, state: FileState) -> bool:
     """Tell whether the committed bytes are still there, by the checksum of the last of them."""
     return size >= state.committed_bytes and (
-        file.crc32(state.chunk_offset, state.committed_bytes) == state.chunk_crc32
+        crc32(file.read(state.chunk_offset, state.committed_bytes)) == state.chunk_crc32
     )
 
 
@@ -82,7 +82,7 @@ def continue_after(file: CsvFile, state: FileState, notes: list[str]) -> FileSta
         notes.append(f"{more} bytes that the last run had not committed were moved to {aside}")
     file.sync()
     sync_directory(file.path)
-    return replace(state, device=file.device, inode=file.inode)
+    return state._replace(device=file.device, inode=file.inode)
 
 
 def cut_renamed(path: str, state: FileState, notes: list[str]) -> bool:
@@ -99,7 +99,7 @@ def cut_renamed(path: str, state: FileState, notes: list[str]) -> bool:
                 found = True
                 notes.append(f"the file of the last run is now {name}")
                 if size > state.committed_bytes:
-                    aside = file.set_aside(state.committed_bytes)
+                    aside = file.set_aside(state.committed_bytes, path)
                     notes.append(f"{size - state.committed_bytes} bytes that were not committed there moved to {aside}")
                     file.sync()
         finally:
@@ -128,4 +128,4 @@ def take_over(how: Adopt | Begin | Refuse, file: CsvFile, notes: list[str]) -> F
     file.sync()
     sync_directory(file.path)
     offset = max(0, end - CHUNK_BYTES)
-    return FileState(file.device, file.inode, end, offset, file.crc32(offset, end), round(time.time(), 3))
+    return FileState(file.device, file.inode, end, offset, crc32(file.read(offset, end)), round(time.time(), 3))

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 CHUNK_BYTES = 64 << 10  # of the committed end, whose checksum identifies the file
 
 
-@dataclass(frozen=True, slots=True)
-class FileState:
+class FileState(NamedTuple):
     """How far a file is committed, and its identity: crc32 of its committed bytes from `chunk_offset` on."""
 
     device: int

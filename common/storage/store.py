@@ -11,20 +11,22 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import time
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
 from typing import NamedTuple
 
 from common.errors import TakenOver
 from common.event.rows import CSV_HEADER
+from common.storage import rotation
+from common.storage.compress import Compressor
 from common.storage.csv_file import CsvFile
-from common.storage.files import NO_SPACE, explain_os_error, free_name, make_directory, startup_error
-from common.storage.journal import ID_BYTES, Journal
+from common.storage.files import NO_SPACE, explain_os_error, make_directory, mode_of, startup_error
+from common.storage.journal import Journal
 from common.storage.lock import Lock
-from common.storage.packer import Packer, clean_up, rotated_files
+from common.storage.records import ID_BYTES
 from common.storage.recovery import decide
 from common.storage.repair import adopt, apply, is_intact, load, look
 from common.storage.state import CHUNK_BYTES, FileState
@@ -38,13 +40,25 @@ class Timing(NamedTuple):
     commit_seconds: float
 
 
-def _boot_seconds() -> float:
-    """Read a clock that cannot be set, and that also runs while the machine is suspended."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
+class _Stopwatch:
+    def __init__(self) -> None:
+        self._at = time.perf_counter()
+
+    def lap(self) -> float:
+        """Return the seconds since the last lap."""
+        before, self._at = self._at, time.perf_counter()
+        return self._at - before
+
+
+class _Uncommitted(NamedTuple):
+    """Rows that are on disk, and stay, since their commit may be on disk too: it is repeated until it succeeds."""
+
+    data: bytes
+    state: FileState  # what the journal must say
 
 
 class Store:
-    """A CSV, its journal and its lock."""
+    """A CSV and its journal. Made by Store.open()."""
 
     def __init__(
         self,
@@ -52,22 +66,23 @@ class Store:
         file: CsvFile,
         state: FileState,
         journal: Journal,
+        log: logging.Logger,
         rotate_gzip: bool,
         lock: Lock | None,
-        log: logging.Logger,
+        rotate_keep: int,
     ) -> None:
         """Take over what Store.open() has recovered."""
         self._csv_path = csv_path  # as configured: it may be a link, which may be re-pointed
+        self._other_target = ""  # where the link leads instead, once that was logged
         self._file = file
         self._state = state  # what the journal says
-        self._synced: FileState | None = None  # what it must say next, when rows are on disk and their commit failed
+        self._uncommitted: _Uncommitted | None = None
         self._journal = journal
-        self._lock = lock
         self._log = log
         self._rotate_gzip = rotate_gzip
-        self._packer = Packer(log)
-        self._began = 0.0  # when its first row, or the file itself, was written, by _boot_seconds
-        self._set_age()
+        self._lock = lock
+        self._rotate_keep = rotate_keep
+        self._compressor = Compressor(_gzip_part(file.path), log)
 
     @classmethod
     def open(
@@ -78,29 +93,33 @@ class Store:
         log: logging.Logger,
         rotate_gzip: bool = False,
         lock: Lock | None = None,
+        rotate_keep: int = 0,
     ) -> Store:
         """Recover the CSV and its journal. Log in one line what was found and done.
 
-        The caller holds the `lock`; the store makes it again when the file moves, and releases it when it is closed.
-        Raise DiskTrouble if a retry may work, and StartupError if the file is not predlog's or cannot be written.
+        The caller holds the `lock`; the store releases it when it is closed. Of the rotated files the latest
+        `rotate_keep` are kept, and with 0 all. Raise DiskTrouble if a retry may work, and StartupError if the file is
+        not predlog's or cannot be written.
         """
         path = os.path.realpath(csv_path)
-        journal = Journal(f"{path}.journal", dedup_window, prefetch_count, log)
+        journal = Journal(path, dedup_window, prefetch_count, log)
         notes: list[str] = []
         try:
-            clean_up(path)
-            file, state = _recover(path, journal, (), notes)
-            packed = set(os.listdir(os.path.dirname(path)))
-            plain = [each for each in rotated_files(path) if rotate_gzip or f"{os.path.basename(each)}.gz" in packed]
+            rotated = rotation.rotated_files(path)
+            file, state = _recover(path, journal, notes)
         except OSError as error:
             journal.close()
             raise startup_error(error, path, notes) from error
         level = logging.WARNING if notes else logging.INFO
         notes.append(f"continues after {state.committed_bytes} bytes, with {len(journal)} message ids remembered")
         log.log(level, "%s: %s", path, "; ".join(notes))
-        store = cls(csv_path, file, state, journal, rotate_gzip, lock, log)
-        for each in plain:  # left by an earlier run, perhaps next to its .gz
-            store._packer.put(each)
+        store = cls(csv_path, file, state, journal, log, rotate_gzip, lock, rotate_keep)
+        removed = store._remove_oldest()
+        compressed = {each.path for each in rotated if each.compressed}
+        for each in rotated:  # left plain by an earlier run, perhaps next to its .gz
+            left = not each.compressed and each.path not in removed
+            if left and (rotate_gzip or f"{each.path}.gz" in compressed):
+                store._compressor.put(each.path)
         return store
 
     @property
@@ -117,12 +136,18 @@ class Store:
         return self.committed_bytes > len(CSV_HEADER)
 
     @property
-    def age_seconds(self) -> float:
-        """Seconds since the first row of the current CSV, or else since it was begun or taken over, over all runs.
+    def window_seconds(self) -> float | None:
+        """How long the ids of the last full window took to come; None until this run has committed so many.
 
-        A wall clock that is set back adds nothing, whether the consumer is down or running.
+        Known to an eighth of the window, so a retry that comes later than this may not be recognised.
         """
-        return _boot_seconds() - self._began
+        return self._journal.window_seconds
+
+    def period_due(self, rotate_interval_seconds: int) -> bool:
+        """Tell whether there are rows of an earlier period than the current one (rotation.py); 0 is off."""
+        if not (rotate_interval_seconds and self.has_rows):
+            return False
+        return rotation.period_due(self._state.started_at, time.time(), rotate_interval_seconds)
 
     def seen(self, id: bytes) -> bool:
         """Tell whether the message with this id (16 bytes) is committed, within the window."""
@@ -131,10 +156,6 @@ class Store:
     def expect_again(self, events: int) -> None:
         """Keep the ids of so many events that the broker can deliver again, and of as many that come meanwhile."""
         self._journal.expect_again(events)
-
-    def window_seconds(self) -> float | None:
-        """Return the age of the oldest id, in seconds, if ids are forgotten; else None."""
-        return None
 
     def append(self, data: bytes, ids: Sequence[bytes]) -> Timing:
         """Make whole rows `data` and the new, distinct `ids` (16 bytes each) of their messages durable, as one.
@@ -145,44 +166,25 @@ class Store:
         """
         if sum(map(len, ids)) != ID_BYTES * len(ids):
             raise ValueError(f"an id is not {ID_BYTES} bytes")
-        began = written = synced = time.perf_counter()
-        if self._synced is None and data:
-            self._check_file(data)
-            began = time.perf_counter()
-            try:
-                self._file.write(data)
-                written = time.perf_counter()
-                self._file.sync()
-                synced = time.perf_counter()
-                if self._file.size() != self.committed_bytes + len(data):
-                    raise OSError(errno.EBUSY, "another program wrote to it at the same moment", self.path)
-            except OSError as error:
-                self._make_room(error)
-                with suppress(OSError):
-                    self._cut_own(data)
-                raise
-        state = self._state
-        if data:
-            end = state.committed_bytes + len(data)
-            chunk = memoryview(data)[-CHUNK_BYTES:]
-            state = replace(state, committed_bytes=end, chunk_offset=end - len(chunk), chunk_crc32=zlib.crc32(chunk))
-            if not self.has_rows and self._synced is None:
-                self._began = _boot_seconds()  # its age counts from its first row
-        state = self._with_age(state) if self._synced is None else replace(state, started_at=self._synced.started_at)
-        if self._synced not in (None, state):
-            raise ValueError("the batch before is not committed yet")
-        self._synced = state  # from here on the rows stay, since a failed commit may be on disk
+        write_seconds = fsync_seconds = 0.0
         try:
-            self._journal.commit(state, ids)
+            if self._uncommitted is None:
+                write_seconds, fsync_seconds = self._write(data)
+                self._uncommitted = _Uncommitted(data, self._state_after(data))
+            elif self._uncommitted.data != data:
+                raise ValueError("the batch before is not committed yet")
+            watch = _Stopwatch()
+            self._journal.commit(self._uncommitted.state, ids)
         except OSError as error:
-            self._make_room(error)
+            if error.errno in NO_SPACE:
+                self._compressor.give_way()
             raise
-        self._state, self._synced = state, None
-        return Timing(written - began, synced - written, time.perf_counter() - synced)
+        self._state, self._uncommitted = self._uncommitted.state, None
+        return Timing(write_seconds, fsync_seconds, watch.lap())
 
     def reopen(self) -> None:
         """Start a new file if the current one was renamed or removed, as append would. Raise OSError."""
-        if self._synced is None:
+        if self._uncommitted is None:
             self._check_file(b"")
 
     def rotate(self) -> str | None:
@@ -191,29 +193,26 @@ class Store:
         Return None if there are no rows, or a failed append must be repeated first. Raise OSError; the next append or
         rotate then continues in a new file.
         """
-        if self._synced is not None:
+        if self._uncommitted is not None:
             return None
         self._check_file(b"")
         if not self.has_rows:
             return None
         self._journal.check()
-        stem, suffix = os.path.splitext(self.path)
-        rotated = free_name(f"{stem}-", suffix)
+        rotated = rotation.new_name(self.path)
         os.rename(self.path, rotated)
         self._start_file(logging.INFO, f"rotated to {rotated}")
         if self._rotate_gzip:
-            self._packer.put(rotated)
+            self._compressor.put(rotated)
+        self._remove_oldest()
         return rotated
 
     def close(self) -> None:
         """Mark the journal clean if everything is committed; close the files and release the lock."""
-        self._packer.close()
-        self._give_up_files()
-
-    def _give_up_files(self) -> None:
+        self._compressor.close()
         try:
-            if self._synced is None and self._file.size() == self.committed_bytes:
-                self._journal.commit(self._with_age(self._state), clean=True)
+            if self._uncommitted is None and self._file.size() == self.committed_bytes:
+                self._journal.commit(self._state, clean=True)
         except OSError as error:
             self._log.warning("%s", explain_os_error(error, self._journal.path))
         except TakenOver:
@@ -223,33 +222,68 @@ class Store:
         if self._lock is not None:
             self._lock.release()
 
-    def _make_room(self, error: OSError) -> None:
-        if error.errno in NO_SPACE:
-            self._packer.give_way()
+    def _write(self, data: bytes) -> tuple[float, float]:
+        """Write rows and sync them, or leave the file as it was; return the seconds of both steps. Raise OSError."""
+        if not data:
+            return 0.0, 0.0
+        self._check_file(data)
+        watch = _Stopwatch()
+        try:
+            self._file.write(data)
+            write_seconds = watch.lap()
+            self._file.sync()
+            fsync_seconds = watch.lap()
+            if self._file.size() != self.committed_bytes + len(data):
+                raise OSError(errno.EBUSY, "another program wrote to it at the same moment", self.path)
+        except OSError:
+            with suppress(OSError):
+                self._cut_own(data)
+            raise
+        return write_seconds, fsync_seconds
 
-    def _with_age(self, state: FileState) -> FileState:
-        """Return `state` with the age of the file in terms of the current wall clock, for the next run."""
-        return replace(state, started_at=round(time.time() - self.age_seconds, 3))
-
-    def _set_age(self) -> None:
-        self._began = _boot_seconds() - max(0.0, time.time() - self._state.started_at)
+    def _state_after(self, data: bytes) -> FileState:
+        """Return the state of the file with `data` at its end."""
+        if not data:
+            return self._state
+        device, inode, committed_bytes, _, _, started_at = self._state
+        if not self.has_rows:
+            started_at = round(time.time(), 3)
+        end, chunk = committed_bytes + len(data), memoryview(data)[-CHUNK_BYTES:]
+        return FileState(device, inode, end, end - len(chunk), zlib.crc32(chunk), started_at)
 
     def _check_file(self, data: bytes) -> None:
         """Make sure, in two system calls, that the file at the path is ours and ends at the committed bytes."""
         committed = self.committed_bytes
+        size, mode = self._file.size_and_mode()
+        if mode != self._journal.mode:
+            self._journal.set_mode(mode)
         in_place = self._file.is_at(self._csv_path)
-        if in_place and self._file.size() == committed:
+        if in_place and size == committed:
             return
+        if not in_place:
+            self._look_at_link()
+            in_place = self._file.is_at(self.path)
+            if in_place and size == committed:
+                return
         self._journal.check()  # the change may be another consumer's
         size = self._cut_own(data)
         if not in_place:
-            self._follow()
+            make_directory(os.path.dirname(self.path))
+            self._start_file(logging.WARNING, "was renamed, removed or replaced")
         elif size > committed and is_intact(self._file, size, self._state):
             aside = self._file.set_aside(committed)
             self._log.warning("%s: %d bytes of another program were moved to %s", self.path, size - committed, aside)
         elif size != committed:
             note = f"was truncated or changed by another program: {committed} bytes were committed, {size} are there"
             self._start_file(logging.WARNING, note)
+
+    def _look_at_link(self) -> None:
+        """Log once when CSV_FILE is a link that leads elsewhere now."""
+        target = os.path.realpath(self._csv_path)
+        if target not in (self.path, self._other_target):
+            self._other_target = target
+            text = "%s leads to %s now; rows go to %s until the consumer is restarted"
+            self._log.warning(text, self._csv_path, target, self.path)
 
     def _cut_own(self, data: bytes) -> int:
         """Cut what a failed write of `data` left behind the committed bytes; return the size."""
@@ -261,43 +295,14 @@ class Store:
             return end
         return size
 
-    def _follow(self) -> None:
-        """Change to the file that the path leads to now."""
-        path = os.path.realpath(self._csv_path)
-        make_directory(os.path.dirname(path))
-        if path == self.path:
-            if self._lock is not None:
-                self._lock.renew()
-            self._start_file(logging.WARNING, "was renamed, removed or replaced")
-        else:
-            self._move_to(path)
-
-    def _move_to(self, path: str) -> None:
-        """Continue in a file elsewhere, with its own journal, which takes over the ids."""
-        lock = Lock(path)
-        if not lock.acquire():
-            raise OSError(errno.EBUSY, "is in use by another consumer", path)
-        journal = self._journal.at(f"{path}.journal")
-        notes = [f"{self._csv_path} leads here now, and no longer to {self.path}"]
-        try:
-            file, state = _recover(path, journal, self._journal.ids(), notes)
-        except BaseException:
-            journal.close()
-            lock.release()
-            raise
-        self._give_up_files()
-        self._file, self._state, self._journal, self._lock = file, state, journal, lock
-        self._set_age()
-        notes.append(f"continues after {state.committed_bytes} bytes")
-        self._log.warning("%s: %s", path, "; ".join(notes))
-
     def _start_file(self, level: int, note: str) -> None:
         """Change to the file at the path, or to a new one. The journal knows it before it gets a row."""
         notes = [note]
         old = self._file
-        file = old if old.is_at(self.path) else CsvFile(self.path)
+        file = old if old.is_at(self.path) else CsvFile(self.path, self._journal.mode)
         try:
             state = adopt(file, notes)
+            self._journal.set_mode(file.size_and_mode()[1])
             self._journal.commit(state)
         except BaseException:
             if file is not old:
@@ -306,20 +311,50 @@ class Store:
         if file is not old:
             old.close()
         self._file, self._state = file, state
-        self._set_age()
         self._log.log(level, "%s: %s; continues after %d bytes", self.path, "; ".join(notes), state.committed_bytes)
 
+    def _remove_oldest(self) -> list[str]:
+        """Remove the rotated files that are too many; return their paths."""
+        if not self._rotate_keep:
+            return []
+        try:
+            removed = rotation.remove_oldest(self.path, self._rotate_keep)
+        except OSError as error:
+            self._log.warning("%s; it is removed after the next rotation", explain_os_error(error, self.path))
+            return []
+        for path in removed:
+            self._log.info("%s: removed, since the latest %d rotated files are kept", path, self._rotate_keep)
+        return removed
 
-def _recover(path: str, journal: Journal, ids: Iterable[bytes], notes: list[str]) -> tuple[CsvFile, FileState]:
-    """Open the CSV, recover, and begin a run in its journal, which also takes over `ids`. Raise OSError."""
+
+def _recover(path: str, journal: Journal, notes: list[str]) -> tuple[CsvFile, FileState]:
+    """Open the CSV, recover, and begin a run in its journal. Raise OSError."""
     existed = os.path.lexists(path)
-    file = CsvFile(path)
+    file = CsvFile(path, mode_of(journal.path))
     try:
+        _clean_up(path)
+        journal.set_mode(file.size_and_mode()[1])
         last_run = load(journal)
         state = apply(decide(last_run, look(file, existed, last_run)), file, journal, notes)
-        journal.remember(ids)
         journal.commit(state)
+        with suppress(FileNotFoundError):
+            os.unlink(f"{path}.journal.mark")  # of predlog 1.0
     except BaseException:
         file.close()
         raise
     return file, state
+
+
+def _gzip_part(csv_path: str) -> str:
+    return f"{csv_path}.gz.part"
+
+
+def _clean_up(csv_path: str) -> None:
+    """Remove temporary files that a crash left, also those of predlog 1.0."""
+    folder, name = os.path.split(csv_path)
+    stem, suffix = map(re.escape, os.path.splitext(name))
+    time, name = r"\d{8}T\d{6}Z(-\d+)?", re.escape(name)
+    ours = re.compile(rf"{name}(\.gz\.part|\.uncommitted-{time}\.part|\.journal\.new)|{stem}-{time}{suffix}\.gz\.part")
+    for entry in os.listdir(folder):
+        if ours.fullmatch(entry):
+            os.unlink(os.path.join(folder, entry))

@@ -44,7 +44,7 @@ def main() -> int:
     good = load.wrong_answers == 0 and set(load.ledger.answers) <= {200, 503, 504, CUT}
     if arguments.verify is not None:
         verdict = _verify(arguments.verify, events, load.ledger, console)
-        good = good and not (verdict.lost.count or verdict.doubled.count or verdict.torn.count)
+        good = good and not (verdict.lost.count or verdict.duplicated.count or verdict.torn.count)
     return 0 if good else 1
 
 
@@ -129,7 +129,13 @@ def _verify(csv: Path, events: Events, ledger: Ledger, console: Console) -> Verd
         f"{csv}: {ledger.accepted_events:,} events answered 200, {rows:,} rows of this run",
         markup=False,
     )
-    style = "red" if verdict.lost.count or verdict.doubled.count or verdict.torn.count else "green"
+    prefix = events.prefix.decode()
+    console.print(
+        f"the rows of this run have a device_id that begins with {prefix}: leave them out by it, or stop the consumer, "
+        "remove them from the file, and start it again",
+        markup=False,
+    )
+    style = "red" if verdict.lost.count or verdict.duplicated.count or verdict.torn.count else "green"
     console.print(str(verdict).replace("foreign", "rows of others"), style=style, markup=False)
     return verdict
 

@@ -37,13 +37,13 @@ class Verdict:
 
     rows: int = 0
     lost: Finding = field(default_factory=Finding)  # answered 200, and not all rows are there
-    doubled: Finding = field(default_factory=Finding)  # a row more often than its event may be there
+    duplicated: Finding = field(default_factory=Finding)  # a row more often than its event may be there
     torn: Finding = field(default_factory=Finding)  # an event with a part of its rows; bytes that are no record
     foreign: Finding = field(default_factory=Finding)  # rows that nobody sent, or whose event was refused
 
     @property
     def findings(self) -> dict[str, Finding]:
-        return {name: getattr(self, name) for name in ("lost", "doubled", "torn", "foreign")}
+        return {name: getattr(self, name) for name in ("lost", "duplicated", "torn", "foreign")}
 
     @property
     def holds(self) -> bool:
@@ -100,7 +100,7 @@ def _judge_event(
     if min(copies) < least:
         verdict.lost.add(story)
     if max(copies) > most:
-        (verdict.doubled if most else verdict.foreign).add(story)
+        (verdict.duplicated if most else verdict.foreign).add(story)
     if min(copies) != max(copies):
         verdict.torn.add(story)
 

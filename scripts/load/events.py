@@ -75,7 +75,7 @@ class Events:
         Every `keyless_every`-th event has no Idempotency-Key, every `large_every`-th is larger than an AMQP frame. Of
         the BATCH_EVENTS in a row, every `batch_every`-th are a batch, with one key for all.
         """
-        self.prefix = b"s%d-" % seed
+        self.prefix = b"load-%d-" % seed
         self._keyless_every = keyless_every
         self._batch_every = batch_every
         count = _SHAPES_MAX

@@ -15,6 +15,7 @@ from scripts.load.ledger import CUT, Ledger
 
 ANSWER_TIMEOUT_SECONDS = 15.0  # longer than CONFIRM_TIMEOUT_MS, so that the producer can say 504 itself
 GIVE_UP_SECONDS = 60.0
+BURST_EVENTS = 512
 _BACKOFF_SECONDS = (0.05, 0.1, 0.2, 0.4, 0.8)
 _AGAIN_EVERY = 50  # with retries: events that are sent once more although they were answered
 _AGAIN_LATER = 20  # of those: how many wait, so that a repeat falls into another batch, or another life of the consumer
@@ -35,9 +36,12 @@ class Load:
         pipeline: int = 1,
         retries: bool = False,
         rate: float | None = None,
+        bursts: Sequence[int] = (1,),
         log: TextIO | None = None,
     ) -> None:
         """Prepare `count` events (None: until `stop`), at most `rate` a second, `pipeline` at once on a connection.
+
+        With a `rate`, so many events are due at the same moment as `bursts` says, each for BURST_EVENTS in turn.
 
         With `retries` each event has an Idempotency-Key and is sent until it is answered 200 or refused for good, for
         GIVE_UP_SECONDS; a retry may write the same event differently. `log` gets each answer as a JSON line.
@@ -49,6 +53,7 @@ class Load:
         self.slowest_seconds = 0.0  # from an event's first attempt until it was accepted
         self.wrong_answers = 0  # 200 with another event than the one that was sent
         self.gave_up = 0
+        self.accepted_predictions = 0
         self.batches = 0
         self._targets = [target] if isinstance(target, Target) else list(target)
         self._events = events
@@ -57,6 +62,7 @@ class Load:
         self._pipeline = pipeline
         self._retries = retries
         self._rate = rate
+        self._bursts = bursts
         self._log = log
         self._started = 0.0
         self._stopping = False
@@ -89,7 +95,8 @@ class Load:
             if self._retries and self._events.batch_key(number) is not None:
                 numbers += [self.ledger.open() for _ in range(BATCH_EVENTS - 1)]
             if self._rate is not None:
-                await asyncio.sleep(self._started + number / self._rate - time.monotonic())
+                burst = self._bursts[number // BURST_EVENTS % len(self._bursts)]
+                await asyncio.sleep(self._started + number // burst * burst / self._rate - time.monotonic())
             if len(numbers) > 1:
                 await self._deliver_batch(lines, numbers)
                 continue
@@ -162,6 +169,8 @@ class Load:
             await _back_off(attempt)
 
     def _enter(self, number: int, attempt: int, answer: Answer) -> None:
+        if answer.status == 200 and not self.ledger.accepted[number]:
+            self.accepted_predictions += len(self._events.rows(number))
         self.ledger.record(number, answer.status)
         if answer.status == 200:
             self.latencies_seconds.append(answer.seconds)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from scripts.rabbitmq import BrokerError
 from tests.bench import charts, events, machine, report
-from tests.bench.process import ROOT
+from tests.bench.process import ROOT, TICKS_PER_SECOND
 from tests.bench.results import Results
 from tests.bench.sections import SECTIONS
 from tests.bench.stage import BRIDGES, QUICK, Effort, Stage
@@ -50,7 +50,7 @@ def main() -> None:
                 print("  mind: mq-bridge is not installed, and is left out", flush=True)
             if os.getloadavg()[0] > BUSY_LOAD:
                 print("  mind: the machine is busy with something else, and the figures will show it", flush=True)
-            stage = Stage(broker.url, broker.ctl, folder, effort)
+            stage = Stage(broker.url, broker.ctl, lambda: cpu_seconds_of(broker), folder, effort)
             for number, section in enumerate(SECTIONS, 1):
                 if section.__name__ not in chosen:
                     continue
@@ -59,6 +59,12 @@ def main() -> None:
                     results.records.append(record)
                     print(f"{_clock(time.monotonic() - start)}  {report.record_line(record)}", flush=True)
     _report(results, about, effort, ROOT / "docs" if whole else Path(tempfile.mkdtemp(prefix="predlog-bench-report-")))
+
+
+def cpu_seconds_of(broker: RabbitMQ) -> float:
+    assert broker.process is not None
+    fields = Path(f"/proc/{broker.process.pid}/stat").read_text().rpartition(") ")[2].split()
+    return (int(fields[11]) + int(fields[12])) / TICKS_PER_SECOND
 
 
 def _report(results: Results, about: dict[str, str], effort: Effort, folder: Path) -> None:

@@ -5,10 +5,8 @@ harness's own errands (declare, fill, count, purge). Shares with the project not
 from __future__ import annotations
 
 import datetime
-import select
 import socket
 import struct
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import cycle, islice
 from types import TracebackType
@@ -91,27 +89,6 @@ class BareConnection:
         while confirms.count < count:
             self._receive_confirms(confirms)
 
-    def publish_paced(self, messages: Iterable[bytes], count: int, rate: float) -> list[float]:
-        """Send `count` messages, one every 1/`rate` seconds; the seconds from when each was due to its confirm."""
-        self._call(commands.Confirm.Select())
-        confirms, waits = Confirms(), []
-        due = [0.0] * count
-        start = time.perf_counter()
-        for i, message in enumerate(messages):
-            due[i] = start + i / rate
-            while (early := due[i] - time.perf_counter()) > 0:
-                if select.select((self._socket,), (), (), early)[0]:
-                    waits += self._waits(confirms, due)
-            self._socket.sendall(message)
-        while len(waits) < count:
-            waits += self._waits(confirms, due)
-        return waits
-
-    def _waits(self, confirms: Confirms, due: Sequence[float]) -> list[float]:
-        tags = self._receive_confirms(confirms)
-        now = time.perf_counter()
-        return [now - due[tag - 1] for tag in tags]
-
     def consume(self, queue: str, count: int, prefetch: int = 2000, ack_every: int = 256) -> None:
         """Receive and ack `count` messages, looking at nothing but the delivery tags."""
         self._call(commands.Basic.Qos(prefetch_count=prefetch))
@@ -126,15 +103,12 @@ class BareConnection:
                         acked = int.from_bytes(payload[tag_at : tag_at + 8], "big")
                         self._socket.sendall(_ack_frame.pack(METHOD, CHANNEL, 13, ACK, acked, 1, 0xCE))
 
-    def _receive_confirms(self, confirms: Confirms) -> list[int]:
-        """Wait for confirms; the delivery tags that are confirmed now."""
-        tags: list[int] = []
+    def _receive_confirms(self, confirms: Confirms) -> None:
         for method, payload in self._methods():
             if method == ACK:
-                tags += confirms.add(int.from_bytes(payload[4:12], "big"), bool(payload[12]))
+                confirms.add(int.from_bytes(payload[4:12], "big"), bool(payload[12]))
             elif method in (NACK, RETURN):
                 raise RuntimeError("the broker refused a message of the benchmark")
-        return tags
 
     def _methods(self) -> Iterator[tuple[int, bytes]]:
         """(class and method id, payload) of each method frame in the next piece of the stream."""
@@ -190,19 +164,15 @@ class Confirms:
     def count(self) -> int:
         return self._all_up_to + len(self._above)
 
-    def add(self, tag: int, multiple: bool) -> list[int]:
-        """The tags that this confirm is the first to confirm."""
+    def add(self, tag: int, multiple: bool) -> None:
         if multiple:
-            new = [lower for lower in range(self._all_up_to + 1, tag + 1) if lower not in self._above]
             self._all_up_to = max(self._all_up_to, tag)
             self._above = {t for t in self._above if t > self._all_up_to}
         else:
-            new = [tag]
             self._above.add(tag)
         while self._all_up_to + 1 in self._above:
             self._all_up_to += 1
             self._above.remove(self._all_up_to)
-        return new
 
 
 def messages(queue: str, bodies: Sequence[bytes], count: int, frame_max: int) -> Iterator[bytes]:

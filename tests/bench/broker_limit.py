@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from tests.bench.bare_amqp import BareConnection, blobs, messages
+from tests.bench.bare_amqp import BareConnection, blobs
 
 
 def publish_rate(url: str, queue: str, bodies: Sequence[bytes], count: int) -> float:
@@ -16,13 +16,6 @@ def publish_rate(url: str, queue: str, bodies: Sequence[bytes], count: int) -> f
         start = time.perf_counter()
         connection.publish(encoded, count)
         return count / (time.perf_counter() - start)
-
-
-def paced_waits(url: str, queue: str, bodies: Sequence[bytes], count: int, rate: float) -> list[float]:
-    """Seconds from when each of `count` messages was due, one every 1/`rate` seconds, to its confirm."""
-    with BareConnection(url) as connection:
-        connection.declare(queue)
-        return connection.publish_paced(messages(queue, bodies, count, connection.frame_max), count, rate)
 
 
 def consume_rate(url: str, queue: str, count: int) -> float:

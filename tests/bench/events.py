@@ -59,10 +59,17 @@ def numbered(count: int, seed: int = 9) -> Load:
     return _load([_event(rng, frames) | {"device_id": f"{i:08d}"} for i, frames in enumerate(names)])
 
 
+_HEAD = b"POST %b HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/%b\r\nContent-Length: %d\r\n\r\n"
+
+
 def post_request(body: bytes) -> bytes:
     """One complete POST /process."""
-    head = b"POST /process HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
-    return head % len(body) + body
+    return _HEAD % (b"/process", b"json", len(body)) + body
+
+
+def post_lines(body: bytes) -> bytes:
+    """One complete POST /process/batch of NDJSON."""
+    return _HEAD % (b"/process/batch", b"x-ndjson", len(body)) + body
 
 
 def _load(events: list[dict[str, object]]) -> Load:

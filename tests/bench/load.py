@@ -11,7 +11,7 @@ import socket
 import subprocess
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -89,14 +89,19 @@ class Answer:
 
 
 def drive(
-    port: int, bodies: Sequence[bytes], connections: int, rate: float | None = None, count: int | None = None
+    port: int,
+    bodies: Sequence[bytes],
+    connections: int,
+    rate: float | None = None,
+    count: int | None = None,
+    request: Callable[[bytes], bytes] = post_request,
 ) -> list[Answer]:
     """POST `bodies` in rotation (`count` of them; by default each once) over keep-alive connections; all answers.
 
     With a `rate` (requests/s) it is an open loop: a slow answer does not delay the requests after it, and latency
     counts from the moment a request was due, so that no wait hides. Without, all are due at once.
     """
-    requests = [post_request(body) for body in bodies]
+    requests = [request(body) for body in bodies]
     gc.collect()
     gc.disable()
     try:

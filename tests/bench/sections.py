@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import signal
 import time
@@ -13,21 +14,36 @@ from pathlib import Path
 
 from common.amqp.topology import queue_names
 from tests.bench import broker_limit, events, load
-from tests.bench.events import HEADER, Load
+from tests.bench.events import HEADER, Load, post_lines
 from tests.bench.growth import Growth
 from tests.bench.process import Process
-from tests.bench.results import BASELINE, FLOOR, IMAGES, IMAGES_CASE, LIMIT, PLAIN, PREDLOG, SMALL, Record, Results
+from tests.bench.results import (
+    BASELINE,
+    FEW,
+    FLOOR,
+    IMAGES,
+    IMAGES_CASE,
+    LIMIT,
+    MANY,
+    PLAIN,
+    PREDLOG,
+    SINGLE,
+    SMALL,
+    Record,
+    Results,
+)
 from tests.bench.stage import BRIDGES, SUBJECTS, Consumer, Producer, Stage
 
 CLIENT_CONNECTIONS = 64
 CALLS = 1000
+BATCH_EVENTS, BATCH_CONNECTIONS = 1000, 4
 END_TO_END_RATE = 1000
 SETTLE_SECONDS = 0.3
 STILL_SECONDS = 1.0
 LONGEST_BLOCK_SECONDS = 120
 WARM_SECONDS = 1
 
-# Offered load, as a share of the baseline's highest rate; beyond all of it, predlog is alone.
+# Offered load, as a share of the baseline's highest rate; beyond all of it, predlog alone.
 OFFERED = {
     SMALL: {"a quarter of": 0.25, "half of": 0.5, "all of": 1.0, "twice": 2.0, "four times": 4.0},
     IMAGES: {"a quarter of": 0.25, "half of": 0.5, "all of": 1.0, "one and a half times": 1.5},
@@ -37,7 +53,7 @@ HIGHEST_OFFERED = 0.8  # of what predlog itself has taken at most
 
 # A backlog that takes about a second, on two cores.
 BACKLOG = {
-    SMALL: {PREDLOG: 50_000, BASELINE: 5_000, PLAIN: 20_000},
+    SMALL: {PREDLOG: 50_000, SINGLE: 50_000, BASELINE: 5_000, PLAIN: 20_000},
     IMAGES: {PREDLOG: 1_500, BASELINE: 400},
 }
 
@@ -48,13 +64,13 @@ def producer(stage: Stage, _: Results) -> Iterator[Record]:
     """POST → confirm: the highest rate at several numbers of connections, and with images."""
     small, images = events.small(), events.with_frames()
     cases = (
-        ("1 connection", small, 1, SUBJECTS),
-        ("32 connections", small, 32, (*SUBJECTS, *BRIDGES, PLAIN, FLOOR)),
-        ("256 connections", small, 256, (*SUBJECTS, *BRIDGES)),
+        ("1 connection", small, 1, (*SUBJECTS, SINGLE)),
+        (FEW, small, 32, (*SUBJECTS, SINGLE, *BRIDGES, PLAIN, FLOOR)),
+        (MANY, small, 256, (*SUBJECTS, SINGLE, *BRIDGES, FLOOR)),
         (IMAGES_CASE, images, 32, (*SUBJECTS, *BRIDGES, PLAIN, FLOOR)),
     )
-    limits = {"256 connections": 20_000, IMAGES_CASE: 500}  # messages for each second of measuring
-    with _producers(stage, *SUBJECTS, *BRIDGES, PLAIN, FLOOR) as running, stage.queue("bench-limit") as limit:
+    limits = {MANY: 20_000, IMAGES_CASE: 500}  # messages for each second of measuring
+    with _producers(stage, *SUBJECTS, SINGLE, *BRIDGES, PLAIN, FLOOR) as running, stage.queue("bench-limit") as limit:
         for case, messages, connections, subjects in cases:
             file = load.write_bodies(messages, stage.folder / "bodies.jsonl")
             for subject in subjects:
@@ -70,9 +86,31 @@ def producer(stage: Stage, _: Results) -> Iterator[Record]:
                     yield Record("producer", case, LIMIT, {"rate": rate})
 
 
+def batches(stage: Stage, _: Results) -> Iterator[Record]:
+    """POST /process/batch of 1,000 events (NDJSON) → confirm, as many as are answered."""
+    body = b"\n".join(json.dumps(json.loads(each)).encode() for each in events.small(BATCH_EVENTS).bodies)
+    count = 30 * stage.effort.seconds
+    with _producers(stage, PREDLOG, SINGLE) as running:
+        for number, subject in product(range(stage.effort.rounds + 1), running):
+            posting = running[subject]
+            cpu_before, broker_before = posting.process.cpu_seconds(), stage.broker_cpu_seconds()
+            answers = _accepted(load.drive(posting.port, [body], BATCH_CONNECTIONS, count=count, request=post_lines))
+            cpu_seconds = posting.process.cpu_seconds() - cpu_before
+            broker_cpu_seconds = stage.broker_cpu_seconds() - broker_before
+            _settle(stage, posting.queue)
+            if number:  # the first warms up
+                sent = count * BATCH_EVENTS
+                values = {
+                    "rate": sent / (max(each.at for each in answers) - answers[0].due),
+                    "cpu_us": cpu_seconds * 1e6 / sent,
+                    "broker_us": broker_cpu_seconds * 1e6 / sent,
+                }
+                yield Record("batches", f"{BATCH_EVENTS:,} events a batch", subject, values)
+
+
 def latency(stage: Stage, results: Results) -> Iterator[Record]:
     """POST → confirm at equal offered load, from the moment each request was due."""
-    with _producers(stage, *SUBJECTS, *BRIDGES[-1:]) as running, stage.queue("bench-limit") as limit:
+    with _producers(stage, *SUBJECTS, SINGLE, *BRIDGES[-1:]) as running:
         for kind, messages in ((SMALL, events.small()), (IMAGES, events.with_frames())):
             file = load.write_bodies(messages, stage.folder / "bodies.jsonl")
             highest = {s: _highest_known(stage, results, kind, s, running[s], file) for s in SUBJECTS}
@@ -80,15 +118,11 @@ def latency(stage: Stage, results: Results) -> Iterator[Record]:
                 rate = share * highest[BASELINE]
                 if share > 1 and rate > HIGHEST_OFFERED * highest[PREDLOG]:
                     continue
-                subjects = running if share <= 1 else (PREDLOG,)
+                subjects = running if share <= 1 else (PREDLOG, SINGLE)
                 for _round in range(stage.effort.rounds):
-                    for subject in (*subjects, LIMIT):
+                    for subject in subjects:
                         count = int(rate * stage.effort.seconds)
-                        if subject == LIMIT:
-                            waits = broker_limit.paced_waits(stage.amqp_url, limit, messages.bodies, count, rate)
-                            _settle(stage, limit)
-                        else:
-                            waits = _waits(stage, running[subject], messages.bodies, count, rate)
+                        waits = _waits(stage, running[subject], messages.bodies, count, rate)
                         case = f"{kind}, {words} the baseline's best"
                         yield Record("latency", case, subject, {"offered": rate} | _percentiles(waits))
 
@@ -101,7 +135,10 @@ def consumer(stage: Stage, _: Results) -> Iterator[Record]:
             for subject, count in counts.items():
                 csv_file = stage.folder / "drain.csv"
                 with stage.queue(f"bench-drain-{turn}") as queue:
-                    stage.fill(queue, messages, count)
+                    if (kind, subject) == (SMALL, PREDLOG):
+                        stage.fill_by_posting(queue, messages, count)
+                    else:
+                        stage.fill(queue, messages, count)
                     yield Record("consumer", kind, subject, _drain(stage, subject, queue, csv_file, messages, count))
                 _remove(csv_file)
             with stage.queue("bench-limit") as limit:
@@ -126,7 +163,7 @@ def end_to_end(stage: Stage, _: Results) -> Iterator[Record]:
                 yield Record("end to end", f"{CALLS:,} calls", subject, flow.calls())
                 latencies = flow.latency(stage.effort.seconds)
                 yield Record("end to end", f"{END_TO_END_RATE:,} requests/s", subject, latencies)
-                yield Record("end to end", "32 connections", subject, flow.highest(file, stage.effort.seconds))
+                yield Record("end to end", FEW, subject, flow.highest(file, stage.effort.seconds))
             _remove(csv_file)
 
 
@@ -195,7 +232,7 @@ def partitions(stage: Stage, _: Results) -> Iterator[Record]:
         yield Record("partitions", f"{count} partition{'s' if count > 1 else ''}", PREDLOG, values)
 
 
-SECTIONS: tuple[Section, ...] = (producer, latency, consumer, end_to_end, idle, blocked, partitions)
+SECTIONS: tuple[Section, ...] = (producer, batches, latency, consumer, end_to_end, idle, blocked, partitions)
 
 
 @contextlib.contextmanager
@@ -283,15 +320,17 @@ class _Flow:
 
 
 def _highest(stage: Stage, running: Producer, file: Path, connections: int) -> dict[str, float]:
-    cpu_before = running.process.cpu_seconds()
+    cpu_before, broker_before = running.process.cpu_seconds(), stage.broker_cpu_seconds()
     result = load.Wrk(running.port, file, connections, stage.effort.seconds).result()
     cpu_seconds = running.process.cpu_seconds() - cpu_before
+    broker_cpu_seconds = stage.broker_cpu_seconds() - broker_before
     _settle(stage, running.queue)
     if result.refused or result.broken or result.timeouts:
         raise RuntimeError(f"requests failed: {result}\n{running.process.log_tail()}")
     return {
         "rate": result.rate,
         "cpu_us": cpu_seconds * 1e6 / result.requests,
+        "broker_us": broker_cpu_seconds * 1e6 / result.requests,
         "p50_ms": result.p50_us / 1000,
         "p99_ms": result.p99_us / 1000,
         "memory_mb": running.process.peak_memory_mb(),

@@ -13,13 +13,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.bench import load
 from tests.bench.bare_amqp import BareConnection, blobs
 from tests.bench.events import Load
 from tests.bench.process import Process
-from tests.bench.results import BASELINE, BRIDGE, BRIDGE_TUNED, FLOOR, PLAIN, PREDLOG
+from tests.bench.results import BASELINE, BRIDGE, BRIDGE_TUNED, FLOOR, PLAIN, PREDLOG, SINGLE
 
 PROGRAMS: dict[str, dict[str, tuple[str, ...]]] = {
     PREDLOG: {"producer": ("producer.py",), "consumer": ("consumer.py",)},
+    SINGLE: {"producer": ("producer.py",), "consumer": ("consumer.py",)},
     BASELINE: {
         "producer": ("-m", "tests.bench.baseline_producer"),
         "consumer": ("-m", "tests.bench.baseline_consumer"),
@@ -32,6 +34,7 @@ PROGRAMS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     FLOOR: {"producer": ("-m", "tests.bench.floor_producer")},
 }
+SETTINGS = {SINGLE: {"EVENTS_PER_MESSAGE": "1"}}
 SUBJECTS = (PREDLOG, BASELINE)
 BRIDGES = (BRIDGE, BRIDGE_TUNED) if importlib.util.find_spec("mq_bridge") else ()
 
@@ -76,17 +79,19 @@ class Consumer:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """`control` runs rabbitmqctl with the given words."""
+    """`control` runs rabbitmqctl with the given words; `broker_cpu_seconds` is user + sys of the broker so far."""
 
     amqp_url: str
     control: Callable[..., object]
+    broker_cpu_seconds: Callable[[], float]
     folder: Path
     effort: Effort
 
     @contextlib.contextmanager
-    def producer(self, subject: str, queue: str, **settings: str) -> Iterator[Producer]:
+    def producer(self, subject: str, queue: str, **given: str) -> Iterator[Producer]:
         port = free_port()
-        settings = {"AMQP_URL": self.amqp_url, "QUEUE_NAME": queue, "HTTP_PORT": str(port)} | settings
+        settings = {"AMQP_URL": self.amqp_url, "QUEUE_NAME": queue, "HTTP_PORT": str(port)}
+        settings |= SETTINGS.get(subject, {}) | given
         command = (sys.executable, *PROGRAMS[subject]["producer"])
         with Process(command, settings, self.folder / "producer.log") as process:
             process.wait_until_ready(port)
@@ -130,9 +135,18 @@ class Stage:
                     raise RuntimeError(f"no consumer after {timeout_seconds:.0f} s:\n{process.log_tail()}")
                 time.sleep(0.05)
 
-    def fill(self, queue: str, load: Load, count: int) -> None:
+    def fill(self, queue: str, messages: Load, count: int) -> None:
+        """Publish `count` events, one a message."""
         with BareConnection(self.amqp_url) as connection:
-            connection.publish(blobs(queue, load.bodies, count, connection.frame_max), count)
+            connection.publish(blobs(queue, messages.bodies, count, connection.frame_max), count)
+
+    def fill_by_posting(self, queue: str, messages: Load, count: int) -> None:
+        """POST `count` events to a predlog producer on 256 connections, so that they share messages as under load."""
+        with self.producer(PREDLOG, queue) as running:
+            answers = load.drive(running.port, messages.bodies, 256, count=count)
+        refused = [answer for answer in answers if answer.status != 200]
+        if refused:
+            raise RuntimeError(f"{len(refused):,} of {count:,} events were refused, the first with {refused[0].status}")
 
 
 def free_port() -> int:

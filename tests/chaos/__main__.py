@@ -1,8 +1,9 @@
 """The chaos run (`make chaos`): rounds of seeded trouble under load, then the comparison of every answer with the CSV.
 
 Environment: SEED (same seed, same troubles in the same order; default: random), SECONDS (default 120), ROUNDS (a
-number of rounds instead of a time), CLUSTER (a cluster of so many nodes instead of one broker). Exit code 0 only when
-nothing was lost, doubled, torn or foreign, and everything came back by itself.
+number of rounds instead of a time), CLUSTER (a cluster of so many nodes instead of one broker), PICTURE (a file for the
+picture of the run, as SVG). Exit code 0 only when nothing was lost, duplicated, torn or foreign, and everything came
+back on its own.
 """
 
 import os
@@ -26,12 +27,15 @@ from scripts.load.events import BATCH_EVENTS, Events
 from scripts.load.generator import GIVE_UP_SECONDS, Load, percentile
 from scripts.load.ledger import CUT
 from scripts.rabbitmq import BrokerError
-from tests.chaos import cluster_troubles, troubles
+from tests.chaos import cluster_troubles, picture, troubles
+from tests.chaos.picture import Mark, Sample
 from tests.chaos.stage import LoadThread, Stage, StageError
 from tests.chaos.troubles import Play, Trouble
 from tests.rabbitmq import RabbitMQ
 
-EVENTS_PER_SECOND = 400.0
+EVENTS_PER_SECOND = 600.0
+PIPELINE = 4
+BURSTS = (1, 8, 64)  # events at the same moment, so that messages of one and of many events are cut by kills
 KEYLESS_EVERY, LARGE_EVERY, BATCH_EVERY = 8, 301, 4
 METRICS_SECONDS = 0.5
 
@@ -46,6 +50,8 @@ class Report(NamedTuple):
     slowest_recovery_seconds: float
     metrics: Counter[str]
     problems: list[str]
+    samples: list[Sample]
+    marks: list[Mark]
 
     @property
     def good(self) -> bool:
@@ -78,6 +84,8 @@ def main() -> int:
     try:
         report = run(seed, limit, directory, console, cluster_nodes)
         show(report, console)
+        if os.environ.get("PICTURE"):
+            draw(report, Path(os.environ["PICTURE"]))
         good = report.good
     except (StageError, BrokerError, AssertionError) as error:
         console.print(f"make chaos: {error}", style="red", markup=False)
@@ -109,6 +117,8 @@ class _Display:
         self._began = time.monotonic()
         self._metrics_due = 0.0
         self.rounds = 0
+        self.samples: list[Sample] = []
+        self.marks: list[Mark] = []
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -137,8 +147,8 @@ class _Display:
     def _poll(self) -> None:
         if time.monotonic() >= self._metrics_due:
             self._metrics_due = time.monotonic() + METRICS_SECONDS
-            for service in self._stage.services:
-                service.metrics()
+            stored = sum(service.metrics()["predlog_rows_total"] for service in self._stage.services)
+            self.samples.append(Sample(self.seconds, self._load.accepted_predictions, stored))
         answers = self._load.ledger.answers
         others = sum(answers.values()) - answers[200]
         p99_ms = percentile(self._load.recent_seconds, 99) * 1000
@@ -168,7 +178,15 @@ def run(
         play = troubles.on_stage(directory, seed, broker, **settings)
     trouble, stage = play.trouble, play.trouble.stage
     made_up = Events(seed, keyless_every=KEYLESS_EVERY, large_every=LARGE_EVERY, batch_every=BATCH_EVERY)
-    load = Load(stage.targets(), made_up, concurrency=32, retries=True, rate=EVENTS_PER_SECOND)
+    load = Load(
+        stage.targets(),
+        made_up,
+        concurrency=64,
+        pipeline=PIPELINE,
+        retries=True,
+        rate=EVENTS_PER_SECOND,
+        bursts=BURSTS,
+    )
     problems, slowest_seconds = [], 0.0
     try:
         with _Display(console, stage, load, limit) as display:
@@ -192,7 +210,17 @@ def run(
             display.say("comparing")
             verdict = stage.verdict(made_up, load)
             return Report(
-                seed, display.rounds, display.seconds, trouble, load, verdict, slowest_seconds, metrics, problems
+                seed,
+                display.rounds,
+                display.seconds,
+                trouble,
+                load,
+                verdict,
+                slowest_seconds,
+                metrics,
+                problems,
+                display.samples,
+                display.marks,
             )
     finally:
         stage.kill_all()
@@ -206,6 +234,7 @@ def _round(kind: str, play: Play, load: Load, display: _Display) -> float:
     # What happened before does not change what is chosen in this round.
     trouble.choose = random.Random(f"{trouble.seed}/{display.rounds}")
     load.slowest_seconds = 0.0
+    display.marks.append(Mark(display.seconds, kills="kill" in kind))
     play.kinds[kind]()
     play.undo()
     display.rounds += 1
@@ -267,6 +296,8 @@ def show(report: Report, console: Console) -> None:
     table.add_row("events sent", f"{len(load.ledger):,}")
     table.add_row("of these in batches", f"{load.batches * BATCH_EVENTS:,}")
     table.add_row("events answered 200", f"{load.ledger.accepted_events:,}")
+    messages = max(1, report.metrics["predlog_messages_total"])
+    table.add_row("events a message, on average", f"{report.metrics['predlog_events_total'] / messages:.1f}")
     table.add_row(
         "answers 200 / 503 / 504 / cut", f"{answers[200]:,} / {answers[503]:,} / {answers[504]:,} / {answers[0]:,}"
     )
@@ -282,6 +313,14 @@ def show(report: Report, console: Console) -> None:
         console.print(problem, style="red", markup=False)
     for line in str(verdict).splitlines()[1:]:
         console.print(line, style="red", markup=False)
+
+
+def draw(report: Report, path: Path) -> None:
+    findings = ", ".join(f"{finding.count} {name}" for name, finding in report.verdict.findings.items())
+    kills = sum(mark.kills for mark in report.marks)
+    accepted, rows = report.load.ledger.accepted_events, report.verdict.rows
+    title = f"{kills} kills, {accepted:,} events answered 200, {rows:,} rows in the CSV: {findings}"
+    picture.draw(path, title, report.samples, report.marks)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ CHAOS_FAULT=POINT:N:power   the same, and what was not synced is gone from CSV a
 CHAOS_MUTATION=NAME   a step of the promise is missing
 CHAOS_CLOCK=SECONDS,…   the wall clock is wrong by so much: for a second by the first, for a second by the next, again
 CHAOS_FLOCK=off   flock has no effect, as on some network file systems
-CHAOS_HERE=NAME   it runs on another machine, as far as its lock tells
 """
 
 import asyncio
@@ -23,7 +22,7 @@ from typing import Any
 import consumer
 from common.consumer import prepare
 from common.consumer.worker import Worker
-from common.storage import journal, lock, packer, state, store
+from common.storage import compress, journal, state, store
 from common.storage.csv_file import CsvFile
 from common.storage.journal import Journal
 from common.storage.repair import adopt
@@ -103,7 +102,7 @@ ROTATING: dict[str, Arm] = {
     "new-file-to-commit": _after(store, "adopt"),
     "new-file-commit": _after(Store, "_start_file"),
     "in-gzip": _before(gzip.GzipFile, "write"),
-    "gzip-to-unlink": _after(packer, "sync_directory"),
+    "gzip-to-unlink": _after(compress, "sync_directory"),
 }
 """What a rotation passes (one of them a start, too)."""
 
@@ -188,8 +187,8 @@ def _watch_syncs() -> None:
         fsync(fd)
         _note_size(fd)
 
-    def watched_open(self: CsvFile, path: str) -> None:
-        open_csv(self, path)
+    def watched_open(self: CsvFile, path: str, mode: int | None = None) -> None:
+        open_csv(self, path, mode)
         _note_size(self._fd)
 
     os.fsync = watched_fsync  # type: ignore[assignment]
@@ -229,8 +228,6 @@ if __name__ == "__main__":
         _shift_clock([float(seconds) for seconds in clock.split(",")])
     if os.environ.get("CHAOS_FLOCK") == "off":
         fcntl.flock = lambda fd, operation: None
-    if here := os.environ.get("CHAOS_HERE"):
-        lock._here = lambda: f"{here} {here}"
     if mutation := os.environ.get("CHAOS_MUTATION"):
         MUTATIONS[mutation]()
     if fault := os.environ.get("CHAOS_FAULT"):

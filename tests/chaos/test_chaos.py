@@ -62,8 +62,8 @@ def test_the_promise_holds_through_an_aimed_kill_at_every_step(stage: SingleStag
     [
         ("ack-before-fsync", "write-to-fsync:4", {"lost"}),
         ("no-fsync", "commit-to-ack:4:power", {"lost"}),
-        ("no-dedup", "commit-to-ack:4", {"doubled"}),
-        ("no-cut", "write-to-fsync:4", {"doubled"}),
+        ("no-dedup", "commit-to-ack:4", {"duplicated"}),
+        ("no-cut", "write-to-fsync:4", {"duplicated"}),
         ("no-cut", "in-write:4", {"torn"}),
         ("line-unsettled", "after-ack:4", {"lost"}),
         ("id-forgotten", "commit-to-ack:4", {"doubled"}),
@@ -81,7 +81,7 @@ def test_a_missing_step_is_found(stage: SingleStage, mutation: str, fault: str, 
 
 
 def test_two_consumers_without_locks_lose_nothing(stage: SingleStage) -> None:
-    """flock has no effect. The later one stops with one line; only if the first is silent does it take over."""
+    """flock has no effect. The later one takes over, and the first one stops with one line before it acks."""
     a, b = stage.consumer, stage.standby
 
     def said(service: Service) -> list[str]:
@@ -91,14 +91,8 @@ def test_two_consumers_without_locks_lose_nothing(stage: SingleStage) -> None:
     stage.wait_until_ready()
     thread = LoadThread(Load(stage.targets(), EVENTS, concurrency=16, retries=True, rate=400))
     stage.wait_until("rows come", lambda: a.metrics()["predlog_rows_total"] > 500, 60)
-    b.start(CHAOS_FLOCK="off")  # on the same machine: it sees that the process still runs
-    assert b.wait_for_death(60)
-    b.start(CHAOS_FLOCK="off", CHAOS_HERE="elsewhere")  # it sees that somebody writes
-    assert b.wait_for_death(60)
-    assert b.exit_code == 1
-    assert len(said(b)) == 2
-    a.send(signal.SIGSTOP)  # now it sees nothing
-    b.start(CHAOS_FLOCK="off", CHAOS_HERE="elsewhere")
+    a.send(signal.SIGSTOP)  # in the middle of anything
+    b.start(CHAOS_FLOCK="off")
     stage.wait_until_ready(b)
     a.send(signal.SIGCONT)
     assert a.wait_for_death(60), "it writes on beside the other"

@@ -130,9 +130,9 @@ def test_a_path_that_is_no_text_silences_no_partition(
     service = consumer(wait=False, PARTITIONS=2, CSV_FILE=csv_file)
     service.wait_until_ready()
     publish(broker.url, f"{queue_name}.1", [b"poison"])
-    wait_until("it is told", lambda: "Is a directory" in service.not_ready(), explain=service.log)
+    wait_until("it is told", lambda: "is not a regular file" in service.not_ready(), explain=service.log)
     assert service.not_ready().startswith("partition 1: cannot store: ")
-    assert service.not_ready().endswith("/\\udcff.1.csv.dead-letters: Is a directory")
+    assert service.not_ready().endswith("/\\udcff.1.csv.dead-letters: is not a regular file")
 
 
 async def test_a_fault_in_the_watch_ends_the_service(broker: RabbitMQ, queue_name: str, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import pytest
 
 from common.errors import DiskTrouble, StartupError
 from common.event.rows import CSV_HEADER
-from common.storage import packer
+from common.storage import compress
 from common.storage.lock import Lock
 from common.storage.store import Store
 from tests.support.polling import wait_until
@@ -79,7 +79,7 @@ def test_on_a_full_disk_an_append_leaves_the_file_whole(disk: Path, free_pages: 
     assert (disk / "data.csv").read_bytes() == CSV_HEADER + ROW + data
     assert store.seen(ids[0])
     store.close()
-    assert sorted(os.listdir(disk)) == ["data.csv", "data.csv.journal", "data.csv.journal.mark"]
+    assert sorted(os.listdir(disk)) == ["data.csv", "data.csv.committed", "data.csv.journal"]
 
 
 def test_a_crash_on_a_full_disk_loses_no_committed_row(disk: Path) -> None:
@@ -133,7 +133,7 @@ def test_compression_never_keeps_rows_from_the_disk(disk: Path, caplog: pytest.L
         return count
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packer, "BLOCK_BYTES", 4096)
+        patch.setattr(compress, "BLOCK_BYTES", 4096)
         patch.setattr(gzip.GzipFile, "write", slow)
         rotated = store.rotate()
         assert rotated
@@ -142,7 +142,7 @@ def test_compression_never_keeps_rows_from_the_disk(disk: Path, caplog: pytest.L
         with pytest.raises(OSError, match="No space left on device"):
             store.append(ROW * 10, [message_id(1)])
         go_on.set()
-        wait_until("the part is gone", lambda: not os.path.exists(f"{rotated}.gz.part"))
+        wait_until("the part is gone", lambda: not (disk / "data.csv.gz.part").exists())
     assert Path(rotated).read_bytes() == CSV_HEADER + noise
     (disk / "ballast").unlink()
     store.append(ROW * 10, [message_id(1)])
@@ -167,10 +167,13 @@ def test_compression_on_a_full_disk_leaves_no_part(disk: Path, caplog: pytest.Lo
     store.close()
     ballast.unlink()
     assert sorted(path.name for path in disk.glob("data-*")) == [os.path.basename(str(rotated))]
-    Path(f"{rotated}.gz.part").write_bytes(b"left by kill -9")
+    part, part_of_1_0 = disk / "data.csv.gz.part", Path(f"{rotated}.gz.part")
+    part.write_bytes(b"left by kill -9")
+    part_of_1_0.touch()
     fill(disk, 0)
     open_store(disk).close()
-    assert not Path(f"{rotated}.gz.part").exists()
+    assert not part.exists()
+    assert not part_of_1_0.exists()
 
 
 def test_a_read_only_disk_is_one_clear_line_at_the_start(disk: Path) -> None:

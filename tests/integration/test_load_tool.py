@@ -29,7 +29,7 @@ def test_runs_at_once_are_verified_each_by_itself(producer: Start, consumer: Sta
     assert "lost 1" in missing.stderr
     assert done.returncode == 0, done.stderr
     assert "2,000 events answered 200" in done.stderr
-    assert "lost 0, doubled 0, torn 0" in done.stderr
+    assert "lost 0, duplicated 0, torn 0" in done.stderr
     answers = [json.loads(line) for line in log.read_text().splitlines()]
     assert len(answers) >= 2000
     assert {answer["status"] for answer in answers} == {200}

@@ -90,7 +90,10 @@ class Broker:
         run.say("stopping the broker")
         self.process.terminate()
         self.process.wait()
-run.choose_broker, run.spawn = Broker, lambda name, environment: child(name)
+def watch(*processes, watch=run.watch):
+    run.say("watching")
+    return watch(*processes)
+run.choose_broker, run.spawn, run.watch = Broker, lambda name, environment: child(name), watch
 sys.exit(run.main())
 """
 
@@ -103,7 +106,7 @@ def test_make_run_ends_at_once_on_a_second_interrupt(stubborn: str, tmp_path: Pa
         command = [sys.executable, "-c", MAKE_RUN, stubborn]
         run = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
     try:
-        wait_until("it runs", lambda: "up" in log.read_text(), explain=log.read_text)
+        wait_until("it runs", lambda: {"up", "watching"} <= set(log.read_text().split()), explain=log.read_text)
         run.send_signal(signal.SIGINT)
         said = "stopping the broker" if stubborn == "broker" else "Stopping"
         wait_until("it stops", lambda: said in log.read_text(), explain=log.read_text)

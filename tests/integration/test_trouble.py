@@ -5,6 +5,7 @@ Real processes under a steady load; at the end every answer is compared with the
 
 import asyncio
 import contextlib
+import copy
 import functools
 import json
 import os
@@ -24,6 +25,7 @@ from scripts.load.client import Target
 from scripts.load.events import Events
 from scripts.load.generator import Load
 from scripts.load.verify import opened
+from scripts.rabbitmq import free_port
 from tests.chaos.stage import LoadThread
 from tests.conftest import Service, Start
 from tests.integration.test_contract import EVENT, call
@@ -291,6 +293,60 @@ async def test_no_200_after_the_end_of_a_drain_is_a_lie(producer: Start, broker:
         assert statuses.count(b"504") == 32
         assert set(statuses) <= {b"503", b"504"}, "what was sent after SIGTERM never reached the broker"
         assert await asyncio.to_thread(posting.process.wait, 20) == 0
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+async def test_the_health_port_answers_until_the_end(producer: Start, broker: RabbitMQ, workers: int) -> None:
+    async with Proxy(broker.port) as proxy:
+        port = free_port()
+        posting = producer(wait=False, AMQP_URL=proxy.url, HEALTH_PORT=port, SHUTDOWN_TIMEOUT_MS=5000, WORKERS=workers)
+        health = copy.copy(posting)
+        health.url = f"http://127.0.0.1:{port}"
+        await polling.until("the health port is ready", lambda: asyncio.to_thread(health.is_ready))
+        await asyncio.to_thread(posting.wait_until_ready)
+        proxy.answers_pass.clear()
+        answer = asyncio.create_task(asyncio.to_thread(call, posting, "POST", "/process", json.dumps(EVENT).encode()))
+        sent = functools.partial(asyncio.to_thread, health.metric, "predlog_unconfirmed")
+        await polling.until("an event is in flight", sent)
+        posting.process.terminate()
+        told = functools.partial(asyncio.to_thread, health.not_ready)
+        await polling.until("it stops", told)
+        assert await told() == "the server is shutting down"
+        await polling.until("it has stopped listening", lambda: asyncio.to_thread(posting.not_ready))
+        assert (await asyncio.to_thread(call, health, "GET", "/healthz"))[0] == 200
+        proxy.answers_pass.set()
+        assert (await answer)[0] == 200
+        assert await asyncio.to_thread(posting.process.wait, 20) == 0
+
+
+async def test_secrets_in_files_are_read_again_on_sighup(producer: Start, broker: RabbitMQ, tmp_path: Path) -> None:
+    """New tokens at once, a new AMQP_URL with the next connection. A file that cannot be used changes nothing."""
+    event, token_file, url_file = json.dumps(EVENT).encode(), tmp_path / "token", tmp_path / "url"
+
+    async def status(token: str) -> int:
+        return (await asyncio.to_thread(call, posting, "POST", "/process", event, Authorization=f"Bearer {token}"))[0]
+
+    async with Proxy(broker.port) as old, Proxy(broker.port) as new:
+        token_file.write_text("one\n")
+        url_file.write_text(old.url)
+        posting = producer(wait=False, AMQP_URL="", API_TOKEN_FILE=token_file, AMQP_URL_FILE=url_file)
+        await asyncio.to_thread(posting.wait_until_ready)
+        assert [await status("one"), await status("two")] == [200, 401]
+        token_file.write_text("two\n")
+        url_file.write_text(new.url)
+        posting.process.send_signal(signal.SIGHUP)
+
+        async def is_known() -> bool:
+            return await status("two") == 200
+
+        await polling.until("the new token is known", is_known)
+        assert await status("one") == 401
+        token_file.write_text("")
+        posting.process.send_signal(signal.SIGHUP)
+        await polling.until("the fault is logged", lambda: "the old secrets stay" in posting.log())
+        await old.close()
+        await polling.until("it has another connection", lambda: str(new.port) in posting.log())
+        await polling.until("events are accepted", is_known)
 
 
 def test_a_memory_alarm_refuses_events_until_it_ends(producer: Start, consumer: Start, node: RabbitMQ) -> None:

@@ -11,6 +11,7 @@ from common.amqp.codec import Confirm, Part
 from common.config import ProducerSettings
 from common.http.connection import Connection, ServerLimits, ServerState
 from common.http.parser import Limits
+from common.http.tokens import parse_tokens
 from common.producer.api import Api
 from common.producer.metrics import Counters
 from common.producer.publisher import Publisher
@@ -66,7 +67,7 @@ class FakeProducer:
         self.now = 1000.0
         self._soon: list[Callable[[], None]] = []
         count = self.settings.partitions
-        self.counters = Counters(count)
+        self.counters = Counters(count, parse_tokens(self.settings.api_token))
         self.publishers = [
             Publisher(
                 f"q.{k}",

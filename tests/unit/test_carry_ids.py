@@ -7,7 +7,6 @@ import pytest
 
 from common.storage.lock import Lock
 from common.storage.store import Store
-from scripts import carry_ids
 from scripts.carry_ids import csv_files, latest, main
 
 LOG = logging.getLogger("test")
@@ -59,10 +58,7 @@ def test_carrying_ids_again_changes_nothing(tmp_path: Path) -> None:
     assert known(csv_files(csv, 2)[1], 1, 2) == [True, True]
 
 
-def test_a_running_consumer_is_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(carry_ids, "WATCH_SECONDS", 0.1)
+def test_a_running_consumer_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     csv = str(tmp_path / "data.csv")
     store(csv, 1)
     lock = Lock(csv_files(csv, 4)[2])
@@ -71,6 +67,15 @@ def test_a_running_consumer_is_named(
     assert f"a consumer of {csv_files(csv, 4)[2]} runs: stop all consumers first" in capsys.readouterr().err
     assert not Path(csv_files(csv, 4)[0]).exists()
     lock.release()
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", b"garbage\n"])
+def test_a_corrupt_journal_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes) -> None:
+    csv = str(tmp_path / "data.csv")
+    store(csv, 1)
+    Path(f"{csv}.journal").write_bytes(content)
+    assert carry(csv, 1, 4) == 1
+    assert f"{csv}.journal: no whole line; start the consumer once" in capsys.readouterr().err
 
 
 def test_nothing_to_carry_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -43,7 +43,7 @@ def test_a_good_file_has_no_finding() -> None:
     verdict = judge(all_rows())
     assert verdict.holds
     assert verdict.rows == len(all_rows()) > COUNT
-    assert str(verdict) == "lost 0, doubled 0, torn 0, foreign 0"
+    assert str(verdict) == "lost 0, duplicated 0, torn 0, foreign 0"
 
 
 def test_rows_may_be_spread_over_rotated_files() -> None:
@@ -76,11 +76,11 @@ def test_an_event_that_is_there_twice_is_doubled(distance: int) -> None:
     rows = all_rows()
     at = rows.index(EVENTS.rows(KEYED)[0]) + distance
     at = next(i for i in range(at, len(rows)) if rows[i].startswith(EVENTS.id(KEYED)) or distance)
-    assert counts(judge([*rows[:at], *EVENTS.rows(KEYED), *rows[at:]])) == {"doubled": 1}
+    assert counts(judge([*rows[:at], *EVENTS.rows(KEYED), *rows[at:]])) == {"duplicated": 1}
 
 
 def test_one_row_that_is_there_twice_is_doubled_and_torn() -> None:
-    assert counts(judge([*all_rows(), EVENTS.rows(KEYED)[0]])) == {"doubled": 1, "torn": 1}
+    assert counts(judge([*all_rows(), EVENTS.rows(KEYED)[0]])) == {"duplicated": 1, "torn": 1}
 
 
 CUTS: dict[str, Callable[[bytes], int]] = {

@@ -23,7 +23,6 @@ from common.config import (
 )
 from common.errors import SettingError
 
-
 FILES = {
     "/run/url": "amqps://user:hidden@broker/\n",
     "/run/tokens": "shop-1:hidden,other\r\n",

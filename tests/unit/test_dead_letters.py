@@ -133,7 +133,7 @@ def test_a_letter_never_goes_into_a_file_taken_away(csv_file: str) -> None:
 def test_what_is_no_file_is_an_error_that_names_it(csv_file: str, make: Any) -> None:
     path = Path(f"{csv_file}.dead-letters")
     make(path)
-    with pytest.raises(OSError, match=r"irectory|regular") as raised:
+    with pytest.raises(OSError, match="regular") as raised:
         append(csv_file, [poison()])
     assert raised.value.filename == str(path)
 

@@ -36,6 +36,7 @@ PURE = {
     "common.http.response",
     "common.http.fields",
     "common.http.coding",
+    "common.http.tokens",
     "common.storage.recovery",
     "common.storage.state",
     "common.amqp.address",
@@ -45,6 +46,7 @@ PURE = {
     "common.producer.openapi",
     "common.producer.broker_health",
     "common.producer.origins",
+    "common.producer.routes",
     "common.consumer.pending",
     "common.consumer.prepare",
 }

@@ -7,10 +7,10 @@ from typing import Any, cast
 import pytest
 
 from common.consumer import processes
-from common.health import Health
 from common.consumer.metrics import Counters
 from common.consumer.processes import Board
 from common.errors import HttpError
+from common.health import Health
 from common.http.parser import Limits, Request, RequestParser
 from common.http.server import Exchange
 

@@ -10,14 +10,16 @@ import tempfile
 import time
 import zlib
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
 
 from common.errors import TakenOver
-from common.storage.journal import Journal, JournalCorrupt
+from common.storage import journal as journal_module
+from common.storage.journal import Journal
+from common.storage.records import JournalCorrupt
 from common.storage.state import FileState, LastRun
 from tests.support.least import least
 
@@ -26,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 def mark_of(path: Path) -> Path:
-    return path.with_name(f"{path.name}.mark")
+    return path.with_name("data.csv.committed")
 
 
 def ids(*numbers: int) -> list[bytes]:
@@ -47,7 +49,7 @@ def noted_fsyncs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def open_journal(path: object, dedup_window: int = 100, prefetch_count: int = 10) -> Journal:
-    return Journal(str(path), dedup_window, prefetch_count, log)
+    return Journal(str(path).removesuffix(".journal"), dedup_window, prefetch_count, log)
 
 
 def peek(path: Path) -> LastRun | None:
@@ -70,10 +72,10 @@ def test_no_journal_is_not_a_state(path: Path) -> None:
 def test_the_last_commit_and_all_ids_come_back(path: Path) -> None:
     journal = open_journal(path)
     journal.commit(STATE, ids(1, 2))
-    journal.commit(replace(STATE, committed_bytes=99), ids(3))
+    journal.commit(STATE._replace(committed_bytes=99), ids(3))
     journal.close()
     again = open_journal(path)
-    assert again.load() == LastRun(replace(STATE, committed_bytes=99), False)
+    assert again.load() == LastRun(STATE._replace(committed_bytes=99), False)
     assert [id for id in ids(0, 1, 2, 3, 4) if again.seen(id)] == ids(1, 2, 3)
 
 
@@ -93,11 +95,11 @@ def test_a_commit_cut_short_at_any_byte_never_was(path: Path) -> None:
     journal.commit(STATE, ids(1))
     before = path.stat().st_size
     mark = mark_of(path).read_bytes()
-    journal.commit(replace(STATE, committed_bytes=99), ids(2))
+    journal.commit(STATE._replace(committed_bytes=99), ids(2))
     journal.close()
     mark_of(path).write_bytes(mark)  # it is written after the commit
     whole = path.read_bytes()
-    for length in range(before, len(whole)):
+    for length in range(before, len(whole) - 1):  # a whole line without its line end may count or not
         for rest in (b"", b"\0" * (len(whole) - length), b"\n" * (len(whole) - length)):
             if (torn := whole[:length] + rest) == whole:
                 continue
@@ -113,7 +115,7 @@ def test_a_commit_cut_short_after_it_was_done_is_told(path: Path) -> None:
     journal = open_journal(path)
     journal.commit(STATE, ids(1))
     before = path.stat().st_size
-    journal.commit(replace(STATE, committed_bytes=99), ids(2))
+    journal.commit(STATE._replace(committed_bytes=99), ids(2))
     journal.close()
     whole = path.read_bytes()
     for length in range(before, len(whole) - 1):
@@ -134,7 +136,7 @@ def test_a_mark_that_cannot_be_read_is_as_good_as_none(path: Path, mark: bytes) 
 
 def test_the_mark_is_lowered_on_disk_before_the_journal_is(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     journal = open_journal(path)
-    journal.commit(replace(STATE, committed_bytes=99), ids(1))
+    journal.commit(STATE._replace(committed_bytes=99), ids(1))
     synced = noted_fsyncs(monkeypatch)
     journal.commit(STATE, ids(2))
     assert synced == [str(mark_of(path)), str(path)]
@@ -147,7 +149,7 @@ def test_a_mark_that_could_not_be_lowered_is_by_the_next_try(
 ) -> None:
     """And synced."""
     journal = open_journal(path)
-    journal.commit(replace(STATE, committed_bytes=99), ids(1))
+    journal.commit(STATE._replace(committed_bytes=99), ids(1))
 
     def fail(*_: object) -> int:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -221,7 +223,7 @@ def test_the_window_covers_what_the_broker_can_redeliver(path: Path) -> None:
 
 def test_the_file_stays_bounded(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And forgets nothing within the window."""
-    monkeypatch.setattr(Journal, "_limit_bytes", lambda self: 20_000)
+    monkeypatch.setattr(journal_module, "_LEAST_ROOM_BYTES", 20_000 - 64 * 100)
     journal = open_journal(path, dedup_window=100)
     largest = 0
     for number in range(300):
@@ -255,7 +257,7 @@ def test_after_a_failed_step_the_same_commit_again_settles_it(
     def fail(*_: object) -> int:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    new = replace(STATE, committed_bytes=99)
+    new = STATE._replace(committed_bytes=99)
     for _ in range(2):
         with monkeypatch.context() as patch:
             patch.setattr(os, step, fail)
@@ -268,7 +270,7 @@ def test_after_a_failed_step_the_same_commit_again_settles_it(
     again = open_journal(path)
     assert again.load() == LastRun(new, False)
     assert [n for n in range(4) if again.seen(*ids(n))] == [1, 2]
-    assert sorted(os.listdir(path.parent)) == [path.name, mark_of(path).name]
+    assert sorted(os.listdir(path.parent)) == [mark_of(path).name, path.name]
 
 
 def test_a_file_that_failed_is_not_written_to_again(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -339,6 +341,49 @@ def test_200_000_ids_load_in_well_under_a_second(path: Path) -> None:
     assert least(seconds, 0.5) < 0.5
 
 
+def test_how_long_ids_stay_in_the_window_is_known(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To an eighth, once so many were committed."""
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    journal = open_journal(path, dedup_window=800)
+    for number in range(400):
+        if number < 100:
+            assert journal.window_seconds is None
+        journal.commit(STATE, ids(*range(number * 8, number * 8 + 8)))
+        now += 0.1
+    assert journal.window_seconds == pytest.approx(10, rel=1 / 8)
+    for number in range(400, 530):
+        journal.commit(STATE, ids(*range(number * 8, number * 8 + 8)))
+        now += 0.01
+    assert journal.window_seconds == pytest.approx(1, rel=1 / 4)
+
+
+@pytest.mark.parametrize("lines", range(1, 6))
+def test_a_rewritten_journal_that_lost_its_last_lines_is_told(
+    path: Path, monkeypatch: pytest.MonkeyPatch, lines: int
+) -> None:
+    """Without its mark, it says nothing of any row."""
+    monkeypatch.setattr(journal_module, "_LINE_IDS", 20)
+    journal = open_journal(path)
+    journal.commit(STATE, ids(*range(100)))
+    journal.close()
+    journal = open_journal(path)
+    assert journal.load() == LastRun(STATE, False)
+    journal.commit(STATE)
+    journal.close()
+    whole = path.read_bytes().splitlines(keepends=True)
+    assert len(whole) == 6
+    path.write_bytes(b"".join(whole[:lines]))
+    last_run = open_journal(path).load()
+    assert last_run
+    assert "its end is gone" in last_run.outdated
+    mark_of(path).unlink()
+    last_run = open_journal(path).load()
+    assert last_run
+    assert last_run.clean
+    assert last_run.state.committed_bytes == 0
+
+
 # Generations
 
 
@@ -348,7 +393,7 @@ def test_a_run_that_was_overtaken_commits_nothing_more(path: Path) -> None:
     first.commit(STATE, ids(1))
     second = open_journal(path)
     assert second.load() == LastRun(STATE, False)
-    new = replace(STATE, committed_bytes=99)
+    new = STATE._replace(committed_bytes=99)
     with pytest.raises(TakenOver, match="another consumer has begun to write the same CSV"):
         first.commit(new, ids(2))
     second.commit(STATE, ids(3))
@@ -357,12 +402,12 @@ def test_a_run_that_was_overtaken_commits_nothing_more(path: Path) -> None:
     with pytest.raises(TakenOver):
         first.check()
     first.close()
-    second.commit(replace(STATE, committed_bytes=77), ids(4))
+    second.commit(STATE._replace(committed_bytes=77), ids(4))
     second.close()
     third = open_journal(path)
-    assert third.load() == LastRun(replace(STATE, committed_bytes=77), False)
+    assert third.load() == LastRun(STATE._replace(committed_bytes=77), False)
     assert [n for n in range(6) if third.seen(*ids(n))] == [1, 3, 4]
-    assert sorted(os.listdir(path.parent)) == [path.name, mark_of(path).name]
+    assert sorted(os.listdir(path.parent)) == [mark_of(path).name, path.name]
 
 
 def test_a_commit_behind_the_fence_does_not_count(path: Path) -> None:
@@ -371,7 +416,7 @@ def test_a_commit_behind_the_fence_does_not_count(path: Path) -> None:
     first.commit(STATE, ids(1))
     open_journal(path).load()
     with pytest.raises(TakenOver):
-        first.commit(replace(STATE, committed_bytes=99), ids(2))
+        first.commit(STATE._replace(committed_bytes=99), ids(2))
     third = open_journal(path)
     assert third.load() == LastRun(STATE, False)
     assert not third.seen(*ids(2))
@@ -381,12 +426,12 @@ def test_a_commit_just_before_the_fence_is_seen(path: Path, monkeypatch: pytest.
     """Whoever fences may have read the file before: it reads again."""
     first = open_journal(path)
     first.commit(STATE, ids(1))
-    new = replace(STATE, committed_bytes=99)
+    new = STATE._replace(committed_bytes=99)
     fence = Journal._fence
 
-    def late(journal: Journal, fd: int) -> bytes:
+    def late(journal: Journal, *arguments: Any) -> None:
         first.commit(new, ids(2))
-        return fence(journal, fd)
+        fence(journal, *arguments)
 
     monkeypatch.setattr(Journal, "_fence", late)
     second = open_journal(path)
@@ -423,7 +468,7 @@ def test_an_older_journal_is_told_by_its_mark_across_files(path: Path) -> None:
     old = path.read_bytes()
     journal = open_journal(path)
     journal.load()
-    journal.commit(replace(STATE, inode=3), ids(2))
+    journal.commit(STATE._replace(inode=3), ids(2))
     journal.close()
     path.write_bytes(old)
     assert open_journal(path).load() == LastRun(STATE, False, "its end is gone: it is older than its mark")

@@ -162,7 +162,7 @@ def test_names_follow_the_conventions_of_prometheus(counters: producer.Counters 
     """https://prometheus.io/docs/practices/naming/"""
     for line in counters.metrics.render().decode().splitlines():
         if match := re.match("# TYPE (.*) (counter|gauge|histogram)$", line):
-            assert re.fullmatch("predlog_[a-z_]+", match[1])
+            assert re.fullmatch("(predlog|process)_[a-z_]+", match[1])
             assert match[1].endswith("_total") == (match[2] == "counter")
 
 

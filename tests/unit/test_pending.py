@@ -7,7 +7,7 @@ from math import inf
 import pytest
 
 from common.amqp.codec import Delivery
-from common.consumer.pending import FULL_BYTES, LEAST_WAIT_SECONDS, Pending, rotation_due
+from common.consumer.pending import FULL_BYTES, LEAST_WAIT_SECONDS, Pending
 from tests.support.deliveries import event_line, group
 
 
@@ -118,14 +118,3 @@ def test_a_batch_of_large_events_is_bounded() -> None:
     assert pending.bytes == 7 * (FULL_BYTES // 4)
     assert first + pending.take() == large
     assert (pending.deliveries, pending.bytes, pending.since) == ([], 0, inf)
-
-
-@pytest.mark.parametrize(
-    ("size", "age", "limit_bytes", "limit_seconds", "due"),
-    [(99, 9, 100, 10, False), (100, 0, 100, 0, True), (0, 10, 0, 10, True), (10**9, 10**9, 0, 0, False)],
-)
-def test_a_file_is_rotated_by_size_or_age_if_set(
-    size: int, age: float, limit_bytes: int, limit_seconds: int, due: bool
-) -> None:
-    """A file is rotated by size or age and never when both are off."""
-    assert rotation_due(size, age, limit_bytes, limit_seconds) is due

@@ -280,13 +280,30 @@ def test_version_is_one_line(program: str) -> None:
     assert said.stdout == f"predlog {__version__}\n"
 
 
+SLOW_IMPORT = "import time\nprint('importing', flush=True)\ntime.sleep(60)\n"
+
+
+@pytest.mark.parametrize("program", ["producer.py", "consumer.py"])
+def test_an_interrupt_during_the_imports_is_no_traceback(program: str, tmp_path: Path) -> None:
+    (tmp_path / "uvloop.py").write_text(SLOW_IMPORT)
+    command, env = [sys.executable, str(ROOT / program)], {**os.environ, "PYTHONPATH": str(tmp_path)}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=tmp_path, env=env, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "importing\n"
+        process.send_signal(signal.SIGHUP)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=10)
+    assert (process.returncode, said) == (-signal.SIGINT, "")
+
+
 @pytest.mark.parametrize("program", ["producer.py", "consumer.py"])
 def test_pid_1_hears_sigterm_during_its_imports(program: str, tmp_path: Path) -> None:
     """The kernel drops what PID 1 has no handler for: it must have one before the packages are imported."""
     in_namespace = ["unshare", "--pid", "--fork", "--kill-child"]
     if shutil.which("unshare") is None or subprocess.run([*in_namespace, "true"], capture_output=True).returncode:
         pytest.skip("no PID namespace: unshare is missing, or this user may not make one")
-    (tmp_path / "uvloop.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    (tmp_path / "uvloop.py").write_text(SLOW_IMPORT)
     command = [*in_namespace, sys.executable, str(ROOT / program)]
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
     with subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True) as unshare:

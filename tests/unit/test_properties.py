@@ -49,7 +49,6 @@ def test_properties_are_readable_whatever_is_in_them() -> None:
             "x": [1, {"y": {"hex": "ff"}}, None],
             "price": "1.5",
             "at": "2026-11-29T12:00:00+00:00",
-            ,
         },
     }
 

@@ -10,8 +10,11 @@ import io
 import json
 import logging
 import os
+import re
 import shutil
 import signal
+import socket
+import stat
 import tempfile
 import time
 import zlib
@@ -28,11 +31,11 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from common.errors import DiskTrouble, StartupError, TakenOver
 from common.event.rows import CSV_HEADER
-from common.storage import store as store_module
 from common.storage.csv_file import CsvFile
 from common.storage.journal import Journal
 from common.storage.lock import Lock
 from common.storage.store import Store
+from tests.support.polling import wait_until
 from tests.unit.test_store_crash import die_before
 
 MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None
@@ -357,10 +360,93 @@ def test_a_file_that_is_not_ours_is_refused_and_not_touched(case: Case, content:
     assert asides(case.folder) == []
 
 
-def test_a_folder_in_place_of_the_csv_is_one_clear_line(tmp_path: Path) -> None:
-    (tmp_path / "data.csv").mkdir()
-    with pytest.raises(StartupError, match=r"data.csv: Is a directory; set CSV_FILE to a file$"):
+@pytest.mark.parametrize("kind", ["fifo", "folder", "socket", "device"])
+@pytest.mark.parametrize("name", ["", ".lock", ".journal", ".committed", ".journal.mark", ".journal.new"])
+def test_an_odd_file_at_a_start_is_one_clear_line(tmp_path: Path, name: str, kind: str) -> None:
+    """And never a hang."""
+    path = tmp_path / f"data.csv{name}"
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(str(path))
+    elif os.geteuid() == 0:
+        os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(1, 3))
+    else:
+        pytest.skip("making a device needs root")
+    if name == ".journal.new" and kind != "folder":
+        Store.open(str(tmp_path / "data.csv"), 100, 10, log).close()  # it is removed, as what a crash left
+        return
+
+    def start() -> None:
+        Lock(str(tmp_path / "data.csv")).acquire()
         Store.open(str(tmp_path / "data.csv"), 100, 10, log)
+
+    with pytest.raises(StartupError, match=re.escape(str(path))) as caught:
+        start()
+    assert "\n" not in str(caught.value)
+
+
+def test_only_temporary_files_of_ours_are_removed_by_a_start(case: Case) -> None:
+    ours = [
+        "data.csv.gz.part",
+        "data-20260101T000000Z.csv.gz.part",
+        "data-20260101T000000Z-1.csv.gz.part",
+        "data.csv.uncommitted-20260101T000000Z.part",
+        "data.csv.journal.new",
+    ]
+    others = [
+        "data-20260101T000000Z.csv",
+        "data-mine.csv.gz.part",
+        "other-20260101T000000Z.csv.gz.part",
+        "data.csv.uncommitted-20260101T000000Z",
+    ]
+    case.store.close()
+    before = os.listdir(case.folder)
+    for name in ours + others:
+        (case.folder / name).touch()
+    case.open().close()
+    assert sorted(os.listdir(case.folder)) == sorted(before + others)
+
+
+def modes(folder: Path) -> dict[str, int]:
+    return {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o664])
+def test_whatever_is_made_beside_a_csv_has_its_mode(case: Case, mode: int) -> None:
+    """Rotated, compressed, set aside, begun anew, written again: also after a crash in the middle of a rotation."""
+    case.store.close()
+    case.store = case.open(rotate_gzip=True)
+    case.path.chmod(mode)
+    append(case.store, 3)
+    rotated = case.store.rotate()
+    wait_until("it is compressed", lambda: os.path.exists(f"{rotated}.gz") and not os.path.exists(str(rotated)))
+    append(case.store, 4)
+    case.path.rename(case.folder / "data.csv.1")  # as logrotate does
+    append(case.store, 5)
+    with case.path.open("ab") as file:
+        file.write(b"foreign")
+    append(case.store, 6)
+    case.journal.unlink()
+    append(case.store, 7)
+    crash(case.store)
+    assert set(modes(case.folder).values()) == {mode}
+    case.path.rename(case.folder / "data-20260101T000000Z.csv")
+    case.restart()
+    assert set(modes(case.folder).values()) == {mode}
+
+
+def test_the_mode_of_a_csv_that_another_program_made_is_kept(case: Case) -> None:
+    """For example by logrotate's create."""
+    case.path.rename(case.folder / "data.csv.1")
+    case.path.touch()
+    case.path.chmod(0o640)
+    append(case.store, 3)
+    found = modes(case.folder)
+    assert [found[name] for name in ("data.csv", "data.csv.journal", "data.csv.committed")] == [0o640] * 3
 
 
 def test_a_file_in_place_of_the_folder_is_one_clear_line(tmp_path: Path) -> None:
@@ -689,70 +775,28 @@ def test_a_file_without_rows_is_not_rotated(case: Case) -> None:
     assert len(list(case.folder.glob("data-*"))) == 1
 
 
-class Clocks:
-    """The wall clock, which somebody sets, and the clock since boot, which nobody does."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.wall, self.boot = 1_700_000_000.0, 5000.0
-        monkeypatch.setattr(time, "time", lambda: self.wall)
-        monkeypatch.setattr(store_module, "_boot_seconds", lambda: self.boot)
-
-    def wait(self, seconds: float) -> None:
-        self.wall += seconds
-        self.boot += seconds
-
-
-@pytest.fixture
-def clocks(monkeypatch: pytest.MonkeyPatch) -> Clocks:
-    return Clocks(monkeypatch)
-
-
-def test_the_age_of_a_file_is_known_across_restarts(clocks: Clocks, case: Case) -> None:
-    clocks.wait(100)
-    assert case.store.age_seconds == 100
-    case.store.close()
-    clocks.wait(20)
-    case.restart()
-    assert case.store.age_seconds == pytest.approx(120)
+def test_a_period_counts_from_the_first_row(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over all runs; a file without rows is never due."""
     case.store.rotate()
-    assert case.store.age_seconds == 0
-
-
-def test_the_age_of_a_file_counts_from_its_first_row(clocks: Clocks, case: Case) -> None:
-    case.store.rotate()
-    clocks.wait(100)
+    now = 1_699_920_000.0  # midnight
+    monkeypatch.setattr(time, "time", lambda: now)
     append(case.store, 3)
-    assert case.store.age_seconds == 0
-    clocks.wait(50)
+    now += 1000
     append(case.store, 4)
-    case.store.close()
-    case.restart()
-    assert case.store.age_seconds == pytest.approx(50)
+    for clean in (True, False):
+        case.store.close() if clean else crash(case.store)
+        case.store = case.open()
+        assert not case.store.period_due(0)
+        assert not case.store.period_due(86_400)
+        now += 40_000
+    now += 10_000
+    assert case.store.period_due(86_400)
+    case.store.rotate()
+    now += 86_400
+    assert not case.store.period_due(86_400)
 
 
-@pytest.mark.parametrize("clean", [True, False])
-@pytest.mark.parametrize("when", ["while it runs", "while it runs, before a row", "while it is down"])
-def test_a_clock_set_back_makes_no_file_younger(clocks: Clocks, case: Case, when: str, clean: bool) -> None:
-    """By a day; the age is what it was, and grows."""
-    clocks.wait(100)
-    if when != "while it is down":
-        clocks.wall -= 86_400
-    if when != "while it runs":
-        append(case.store, 3)
-    clocks.wait(10)
-    case.store.close() if clean else crash(case.store)
-    if when == "while it is down":
-        clocks.wall -= 86_400
-    case.restart()
-    known = 110  # or what the last commit said, when nothing else is left
-    if not clean and when != "while it runs, before a row":
-        known = 0 if when == "while it runs" else 100
-    assert case.store.age_seconds == pytest.approx(known, abs=0.01)
-    clocks.wait(5)
-    assert case.store.age_seconds == pytest.approx(known + 5, abs=0.01)
-
-
-def test_rotated_files_are_packed(case: Case) -> None:
+def test_rotated_files_are_compressed(case: Case) -> None:
     """Also those that an earlier run left plain."""
     left = case.store.rotate()
     append(case.store, 3)
@@ -784,72 +828,32 @@ def test_a_link_to_the_csv_leads_to_the_same_lock_and_file(case: Case) -> None:
     assert (case.folder / "link.csv").read_bytes() == CSV_HEADER
 
 
-def test_a_link_that_is_repointed_leads_the_rows_along(case: Case) -> None:
-    """With or without SIGHUP; journal, mark and lock are beside the new file, and the ids come along."""
+def test_a_repointed_link_is_followed_by_a_restart(case: Case) -> None:
+    """Until then the rows go on to the file that is open, with one line in the log, and with SIGHUP too."""
     link, new = case.folder / "link.csv", case.folder / "new" / "data.csv"
     link.symlink_to(case.path)
     case.store.close()
-    lock = Lock(str(link))
-    assert lock.acquire()
-    store = Store.open(str(link), 100, 10, log, lock=lock)
+    case.store = Store.open(str(link), 100, 10, log)
     link.unlink()
     link.symlink_to(new)
-    store.append(row(3), ids(3))
-    assert case.content == CSV_HEADER + rows(1, 2)
-    assert new.read_bytes() == CSV_HEADER + row(3)
-    assert f"{link} leads here now, and no longer to {case.path}" in case.lines[-1]
-    assert sorted(os.listdir(new.parent)) == [f"data.csv{end}" for end in ("", ".journal", ".journal.mark", ".lock")]
-    assert all(map(store.seen, ids(1, 2, 3)))
-    assert not Lock(str(new)).acquire()
-    assert Lock(str(case.path)).acquire()
-    crash(store)
-    store._lock.release()  # type: ignore[union-attr]
-    again = Store.open(str(link), 100, 10, log)
-    assert all(map(again.seen, ids(1, 2, 3)))
-    assert new.read_bytes() == CSV_HEADER + row(3)
-    again.close()
-
-
-def test_a_link_repointed_to_the_file_of_another_waits(case: Case) -> None:
-    """Until that consumer ends; nothing is written there before, and nothing is lost."""
-    link, other = case.folder / "link.csv", case.folder / "other.csv"
-    link.symlink_to(case.path)
+    case.caplog.clear()
+    for number in range(3, 6):
+        append(case.store, number)
+        case.store.reopen()
+    assert case.content == CSV_HEADER + rows(1, 2, 3, 4, 5)
+    assert case.lines == [f"{link} leads to {new} now; rows go to {case.path} until the consumer is restarted"]
+    case.path.rename(case.folder / "data.csv.1")
+    append(case.store, 6)
+    assert case.content == CSV_HEADER + row(6)
     case.store.close()
-    store = Store.open(str(link), 100, 10, log)
-    owner = Lock(str(other))
-    assert owner.acquire()
-    link.unlink()
-    link.symlink_to(other)
-    for _ in range(2):
-        with pytest.raises(OSError, match="is in use by another consumer"):
-            append(store, 3)
-    assert not other.exists()
-    owner.release()
-    append(store, 3)
-    assert other.read_bytes() == CSV_HEADER + row(3)
-    store.close()
-
-
-def test_a_link_is_repointed_back_and_forth(case: Case) -> None:
-    """As a folder for each day would; each file continues with its own journal, and all ids are known."""
-    link = case.folder / "link.csv"
-    link.symlink_to(case.path)
-    case.store.close()
-    store = Store.open(str(link), 100, 10, log)
-    for number in range(3, 9):
-        append(store, number)
-        link.unlink()
-        link.symlink_to(case.folder / f"{number % 2}.csv")
-        store.reopen()
-    assert (case.folder / "1.csv").read_bytes() == CSV_HEADER + rows(4, 6, 8)
-    assert (case.folder / "0.csv").read_bytes() == CSV_HEADER + rows(5, 7)
-    assert all(map(store.seen, ids(*range(1, 9))))
-    assert asides(case.folder) == []
-    store.close()
+    assert not new.parent.exists()
+    assert Lock(str(link)).acquire()
+    Store.open(str(link), 100, 10, log).close()
+    assert new.read_bytes() == CSV_HEADER
 
 
 def test_a_data_folder_that_is_made_again_is_complete(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Journal, mark and lock as well: a second consumer stands by."""
+    """And a second consumer waits, although the lock file is gone."""
     path = tmp_path / "data" / "data.csv"
     lock = Lock(str(path))
     assert lock.acquire()
@@ -859,10 +863,10 @@ def test_a_data_folder_that_is_made_again_is_complete(tmp_path: Path, caplog: py
     append(store, 2)
     append(store, 3)
     assert path.read_bytes() == CSV_HEADER + rows(2, 3)
-    assert sorted(os.listdir(path.parent)) == [f"data.csv{end}" for end in ("", ".journal", ".journal.mark", ".lock")]
-    assert not Lock(str(path)).acquire()
+    assert sorted(os.listdir(path.parent)) == [f"data.csv{end}" for end in ("", ".committed", ".journal")]
+    with pytest.raises(DiskTrouble, match="is in use by another consumer"):
+        Store.open(str(path), 100, 10, log)
     crash(store)
-    lock.release()
     store = Store.open(str(path), 100, 10, log)
     assert all(map(store.seen, ids(1, 2, 3)))
     store.close()
@@ -1082,7 +1086,7 @@ class Life(RuleBasedStateMachine):
             return
         found: Counter[bytes] = Counter()
         for path in self.folder.iterdir():
-            if ".uncommitted-" in path.name or ".journal" in path.name:
+            if any(part in path.name for part in (".uncommitted-", ".journal", ".committed")):
                 continue
             whole = records(path.read_bytes())
             assert path.read_bytes() == CSV_HEADER + b"".join(whole)

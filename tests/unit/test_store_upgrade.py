@@ -12,7 +12,7 @@ import pytest
 
 from common.errors import StartupError
 from common.event.rows import CSV_HEADER
-from common.storage.journal import VERSION
+from common.storage.records import VERSION
 from common.storage.store import Store
 from tests.unit.test_store import append, asides, crash, ids, row, rows
 
@@ -56,7 +56,12 @@ def test_what_1_0_0_left_is_continued(tmp_path: Path, caplog: pytest.LogCaptureF
     append(store, *again)
     assert path.read_bytes() == CSV_HEADER + rows(1, 2, 4, 5, 6, 7)
     assert asides(path.parent) == ([row(5) + row(6)[:20]] if kind == "crashed" else [])
-    assert store.age_seconds > 0
+    assert store.period_due(3600)
+    assert sorted(file.name for file in path.parent.iterdir() if ".uncommitted-" not in file.name) == [
+        "data.csv",
+        "data.csv.committed",
+        "data.csv.journal",
+    ]
     crash(store)
     assert open_store(path).seen(*ids(7))
 

@@ -1,0 +1,46 @@
+"""The picture of a chaos run: predictions answered 200 and rows stored over time, and a mark for each trouble."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+
+matplotlib.use("svg")
+
+from matplotlib import pyplot
+
+pyplot.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "predlog", "font.size": 9}
+
+
+class Sample(NamedTuple):
+    """What was counted `seconds` after the start."""
+
+    seconds: float
+    answered: int  # predictions of events that were answered 200
+    stored: int  # rows, as far as the consumers' metrics were read before they were killed
+
+
+class Mark(NamedTuple):
+    """A trouble, and whether it killed a process."""
+
+    seconds: float
+    kills: bool
+
+
+def draw(path: Path, title: str, samples: list[Sample], marks: list[Mark]) -> None:
+    """Write an SVG file."""
+    figure, axes = pyplot.subplots(figsize=(12, 3.4), layout="constrained")
+    seconds = [sample.seconds for sample in samples]
+    axes.plot(seconds, [each.answered for each in samples], color="#0b6bcb", label="predictions answered 200")
+    axes.plot(seconds, [each.stored for each in samples], color="#d9822b", linestyle="--", label="rows in the CSV")
+    for kills, colour, label in ((True, "#c03030", "kill -9"), (False, "#9aa4ae", "another trouble")):
+        at = [mark.seconds for mark in marks if mark.kills == kills]
+        axes.plot(at, [0] * len(at), "|", color=colour, markersize=14, markeredgewidth=1.2, label=label, clip_on=False)
+    axes.set(xlabel="seconds", ylim=(0, None), xlim=(0, None), title=title)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.legend(frameon=False, loc="upper left")
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
