@@ -132,7 +132,7 @@ def test_a_path_that_is_no_text_silences_no_partition(
     publish(broker.url, f"{queue_name}.1", [b"poison"])
     wait_until("it is told", lambda: "is not a regular file" in service.not_ready(), explain=service.log)
     assert service.not_ready().startswith("partition 1: cannot store: ")
-    assert service.not_ready().endswith("/\\udcff.1.csv.dead-letters: is not a regular file")
+    assert "/\\udcff.1.csv.dead-letters: " in service.not_ready()
 
 
 async def test_a_fault_in_the_watch_ends_the_service(broker: RabbitMQ, queue_name: str, tmp_path: Path) -> None:
