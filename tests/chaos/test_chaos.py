@@ -73,7 +73,7 @@ def test_a_missing_step_is_found(stage: SingleStage, mutation: str, fault: str, 
     thread = LoadThread(Load(stage.targets(), EVENTS, count=2000, concurrency=64, retries=True))
     # From a backlog, whose messages have many events each: a single one may have no row to double.
     stage.wait_until("a backlog", lambda: thread.load.ledger.accepted_events >= 1000, 60)
-    stage.consumer.start(CHAOS_MUTATION=mutation, CHAOS_FAULT=fault, PREFETCH_COUNT="3")
+    stage.consumer.start(CHAOS_MUTATION=mutation, CHAOS_FAULT=fault, PREFETCH_COUNT="5")
     assert stage.consumer.wait_for_death(60)
     verdict = finish(stage, thread, now=False, CHAOS_MUTATION=mutation)
     found = {name for name, finding in verdict.findings.items() if finding.count}

@@ -124,7 +124,7 @@ class Activated:
 
 
 def test_a_restart_on_a_held_socket_is_seen_by_nobody(broker: RabbitMQ, queue_name: str, tmp_path: Path) -> None:
-    """As with deploy/predlog-producer.socket: whoever comes while no producer runs waits for the next one."""
+    """As with deploy/systemd/predlog-producer.socket: whoever comes while no producer runs waits for the next one."""
     environment = {"AMQP_URL": broker.url, "QUEUE_NAME": queue_name}
     with socket.create_server(("127.0.0.1", 0), backlog=1000) as listener:
         port = listener.getsockname()[1]

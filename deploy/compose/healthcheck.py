@@ -30,9 +30,10 @@ def is_alive(port: int, tls: bool) -> bool:
 
 
 def main() -> int:
-    """Return 0 if the producer or the consumer answers; the check need not know which one runs here."""
-    producer = is_alive(int(os.environ.get("HTTP_PORT") or 8000), bool(os.environ.get("TLS_CERT")))
-    return 0 if producer or is_alive(int(os.environ.get("HEALTH_PORT") or 8001), False) else 1
+    """Return 0 if the health port answers or, where that is off, the producer's main port."""
+    alive = is_alive(int(os.environ.get("HEALTH_PORT") or 8001), tls=False)
+    alive = alive or is_alive(int(os.environ.get("HTTP_PORT") or 8000), tls=bool(os.environ.get("TLS_CERT")))
+    return 0 if alive else 1
 
 
 if __name__ == "__main__":
