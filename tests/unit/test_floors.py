@@ -52,7 +52,6 @@ PURE = {
     "common.producer.routes",
     "common.consumer.pending",
     "common.consumer.prepare",
-    "common.consumer.dead_letters.message",
 }
 KNOWS_ORJSON = {"common.event.document", "common.event.rows", "common.event.schema"}
 IMPURE = {
