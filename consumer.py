@@ -25,8 +25,9 @@ from collections.abc import Callable, Iterable, Sequence
 
 from common import __version__
 from common.config import FORMER_WARNING, ConsumerSettings, describe, former_settings, load, parser_for
-from common.consumer import partitions, processes, replay
+from common.consumer import partitions, replay
 from common.consumer.metrics import Counters
+from common.consumer.service import ConsumerService, serve
 from common.errors import Fatal
 from common.event.rows import CSV_HEADER
 from common.logs import set_up_logging
@@ -58,13 +59,13 @@ def main(argv: Sequence[str], environ: dict[str, str]) -> int:
         if former := former_settings(flags, environ):
             log.warning(FORMER_WARNING, former)
         if len(served) > 1:
-            return processes.serve_all(settings, served)
+            return partitions.serve_all(settings, served)
     except Fatal as error:
         return fail("consumer", error)
     ((number, own),) = served.items()
     name = "consumer" if settings.partitions == 1 else f"consumer-{number}"
     set_up_logging(name, settings.log_level, settings.log_format)
-    return run(name, lambda: processes.serve(own, Counters(), name, base_queue_name=settings.queue_name))
+    return run(name, lambda: serve(lambda: ConsumerService(own, Counters(), name, base_queue_name=settings.queue_name)))
 
 
 def read(csv_files: Iterable[str]) -> int:
