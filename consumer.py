@@ -28,10 +28,11 @@ from common.config import FORMER_WARNING, ConsumerSettings, describe, former_set
 from common.consumer import partitions, replay
 from common.consumer.metrics import Counters
 from common.consumer.service import ConsumerService, serve
-from common.errors import Fatal
+from common.errors import Fatal, StartupError
 from common.event.rows import CSV_HEADER
 from common.logs import set_up_logging
 from common.process import fail, read_file, run
+from common.storage.files import explain_os_error
 from common.storage.reader import committed_rows
 
 log = logging.getLogger("predlog.consumer")
@@ -85,13 +86,15 @@ async def _replay(served: Iterable[ConsumerSettings]) -> int:
 
 
 def _to_stdout(command: Callable[[], int]) -> int:
-    """Run a command that writes to stdout. A reader that has enough, such as `head`, ends it."""
+    """Run a command that writes files to stdout. A reader that has enough, such as `head`, ends it."""
     try:
         code = command()
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        raise StartupError(explain_os_error(error, "stdout")) from None
     return code
 
 

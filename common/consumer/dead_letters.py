@@ -31,8 +31,6 @@ class Letter(NamedTuple):
     when: str  # RFC 3339, UTC
     why: str
     id: str
-    line: int  # in its message, from 1; 0 for a whole message
-    properties: dict[str, Any]  # of the AMQP message
     body: bytes
 
 
@@ -124,12 +122,12 @@ def parse(line: bytes) -> Letter:
             base64.b64decode(entry["body_base64"], validate=True) if "body_base64" in entry else entry["body"].encode()
         )
         when, why, letter_id = (entry[name] + "" for name in ("when", "why", "id"))  # TypeError unless all are strings
-        if len(letter_id.encode()) > 255:
-            raise ValueError("longer than a message_id")
-        return Letter(when, why, letter_id, int(entry.get("line", 0)), dict(entry["properties"]), body)
+        if len(letter_id.encode()) <= 255:  # as a message_id must be
+            return Letter(when, why, letter_id, body)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        text = line.rstrip(b"\r\n")
-        return Letter("", "a damaged line", id_digest(text).hex(), 0, {}, text)
+        pass
+    text = line.rstrip(b"\r\n")
+    return Letter("", "a damaged line", id_digest(text).hex(), text)
 
 
 def printable(text: str) -> str:

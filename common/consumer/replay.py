@@ -13,7 +13,6 @@ import os
 import sys
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import accumulate
 
 import aiormq
@@ -35,19 +34,18 @@ PAGE_LETTERS, PAGE_BYTES = 256, 16 * 1024 * 1024
 CONFIRM_TIMEOUT_SECONDS = 30.0  # of a page
 PROGRESS_SECONDS = 1.0  # between two lines, where there is no terminal
 
-Message = tuple[bytes, str | None, str | None]  # body, id, content type
+Message = tuple[bytes, Basic.Properties]
 
 
 def show(partitions: Sequence[ConsumerSettings]) -> int:
-    """List the dead letters of all `partitions` on stdout, oldest first. Return the exit code. Raise StartupError."""
+    """List the dead letters of all `partitions` on stdout, oldest first. Return the exit code. Raise OSError."""
     for settings in partitions:
         path, head = _path(settings), f"{TABLE_HEAD}\n"
-        with _explained():
-            for each in filter(os.path.exists, (_taken(path), path)):
-                with open(each, "rb") as file:
-                    for line in file:
-                        print(head + table_row(dead_letters.parse(line)))
-                        head = ""
+        for each in filter(os.path.exists, (_taken(path), path)):
+            with open(each, "rb") as file:
+                for line in file:
+                    print(head + table_row(dead_letters.parse(line)))
+                    head = ""
         if head:
             print(f"no dead letters in {printable(path)}")
     return 0
@@ -61,13 +59,14 @@ async def replay(settings: ConsumerSettings) -> int:
     url, link = settings.amqp_url, None
     try:
         link = await open_link(url, "dead-letters-command", Deaf())
-        with _explained():
-            await _replay(settings, link.connection)
+        await _replay(settings, link.connection)
     except aiormq.exceptions.DeliveryError:
         raise StartupError(f"the broker at {masked_url(url)} takes no more messages for the queue (nack)") from None
     except (*CONNECTION_ERRORS, asyncio.CancelledError) as error:
         if cancelled():
             raise
+        if isinstance(error, OSError) and error.filename is not None:
+            raise StartupError(explain_os_error(error, error.filename)) from None
         lost = link and link.lane.lost
         raise StartupError(explain(ConnectionError(lost) if lost else error, url)) from None
     finally:
@@ -111,13 +110,8 @@ async def _publish(channel: AbstractChannel, queue_name: str, page: Iterable[Mes
     """Publish messages, persistent and mandatory, and wait until all are confirmed."""
     async with asyncio.timeout(CONFIRM_TIMEOUT_SECONDS):
         publishing = [
-            channel.basic_publish(
-                body,
-                routing_key=queue_name,
-                properties=Basic.Properties(message_id=message_id, content_type=content_type, delivery_mode=2),
-                mandatory=True,
-            )
-            for body, message_id, content_type in page
+            channel.basic_publish(body, routing_key=queue_name, properties=properties, mandatory=True)
+            for body, properties in page
         ]
         await asyncio.gather(*publishing)
 
@@ -133,7 +127,7 @@ async def _pages_of_file(path: str) -> AsyncIterator[tuple[list[Message], int]]:
         for first, last in _ranges(begins):
             file.seek(begins[first])
             letters = [dead_letters.parse(file.readline()) for _ in range(first, last)]
-            yield [(letter.body, letter.id, "application/json") for letter in letters], len(begins) - 1
+            yield [(letter.body, _properties(letter.id, "application/json")) for letter in letters], len(begins) - 1
             with naming(path):
                 os.ftruncate(file.fileno(), begins[first])
         if dead_letters.is_at(file.fileno(), _taken(path)):
@@ -161,7 +155,7 @@ async def _pages_of_queue(channel: AbstractChannel, name: str, total: int) -> As
             if found.delivery_tag is None:
                 break
             tag, its = found.delivery_tag, found.header.properties
-            page.append((bytes(found.body), its.message_id, its.content_type))
+            page.append((bytes(found.body), _properties(its.message_id, its.content_type)))
             size += len(found.body)
         if not page:  # another reader has the others
             return
@@ -169,6 +163,10 @@ async def _pages_of_queue(channel: AbstractChannel, name: str, total: int) -> As
         await channel.basic_ack(tag, multiple=True)
         await channel.queue_declare(name, passive=True)  # once it is answered, the ack before it has arrived
         left -= len(page)
+
+
+def _properties(message_id: str | None, content_type: str | None) -> Basic.Properties:
+    return Basic.Properties(message_id=message_id, content_type=content_type, delivery_mode=2)
 
 
 def _path(settings: ConsumerSettings) -> str:
@@ -199,14 +197,3 @@ def _take(path: str) -> int:
     except BlockingIOError:
         os.close(fd)
         raise StartupError(f"another replay works on {printable(taken)}") from None
-
-
-@contextmanager
-def _explained() -> Iterator[None]:
-    """Raise StartupError for an error of the file."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None:  # of the connection
-            raise
-        raise StartupError(explain_os_error(error, error.filename)) from None

@@ -34,8 +34,7 @@ RETRY_SECONDS = 0.5  # in disk trouble
 IDLE_SECONDS = 1.0
 STALL_SECONDS = 10.0  # after so long without progress, waiting work is reported as stalled
 LATE_SECONDS = 2.0  # after so long without a tick, this process itself was late
-LETTERS_SECONDS = 10.0  # between two lines of the log about dead letters
-WINDOW_SECONDS = 3600.0  # between two about ids that are forgotten too soon
+WINDOW_SECONDS = 3600.0  # between two lines of the log about ids that are forgotten too soon
 MOST_EVENTS = 1000  # in a message, for which the remembered ids are enough whatever is delivered again
 
 
@@ -76,7 +75,7 @@ class Worker:
         # Of the ticks
         self._ticked_at = self._on_time_since = time.monotonic()
         self._letters, self._last_why = 0, ""  # that the log has not mentioned
-        self._letters_line_at = self._window_line_at = -inf
+        self._window_line_at = -inf
         self.running = asyncio.create_task(self._run())
 
     # The link
@@ -256,11 +255,11 @@ class Worker:
         values[counters.stalled] = bool(self._stalled)
 
     def _log_what_is_due(self, now: float) -> None:
-        """Log how many dead letters there were, and ids that are forgotten too soon; both at bounded intervals."""
-        if self._letters and now >= self._letters_line_at:
+        """Log how many dead letters there were since the last call, and hourly that ids leave the window too soon."""
+        if self._letters:
             path = dead_letters.file_of(self._store.path)
             log.warning("%d dead letter(s) went to %s; the last: %s", self._letters, path, self._last_why)
-            self._letters, self._letters_line_at = 0, now + LETTERS_SECONDS
+            self._letters = 0
         seconds = self._store.window_seconds
         if seconds is not None and seconds < self._settings.dedup_warn_seconds and now >= self._window_line_at:
             log.warning(
@@ -280,8 +279,8 @@ class Worker:
             stalled = f"stalled: the disk has not answered for {disk_seconds:.0f} s"
         elif self._fruitless_looks >= 2:
             stalled = (
-                f"stalled: messages wait in '{self._settings.queue_name}', and the broker delivers none; "
-                "docs/operations.md names the causes"
+                f"stalled: messages wait in '{self._settings.queue_name}', and the broker delivers none; if a node is "
+                "lost, see consumer_disconnected_timeout in docs/operations.md"
             )
         if stalled and not self._stalled:
             log.error("%s", stalled)
@@ -292,9 +291,8 @@ class Worker:
     async def watch(self) -> None:
         """Look at the size of the dead letters, and at the queue when nothing was delivered for a while.
 
-        If messages wait in the queue twice, connect again. Possible causes are acks that the broker lost, a consumer
-        that it forgot, or another active consumer of the queue. A new connection fixes the first two. With a second
-        consumer it is not tried.
+        If messages wait twice, connect again, which helps if the broker lost acks or forgot this consumer. It is not
+        tried if there is another consumer, which is the active one.
         """
         while True:
             letters_bytes = await self._in_thread(dead_letters.size_of, self._store.path)
@@ -330,5 +328,4 @@ class Worker:
         self._draining = True
         self._wake.set()
         await self.running
-        self._letters_line_at = -inf
         self._log_what_is_due(self._loop.time())

@@ -159,7 +159,7 @@ def test_thousands_of_poison_messages_are_a_few_lines(broker: RabbitMQ, queue_na
     assert service.stop() == 0
     said = [line for line in service.log().splitlines() if "dead letter(s) went to" in line]
     assert "JSON decode error" in said[0]
-    assert len(said) <= 2 + (time.monotonic() - began) / 10
+    assert len(said) <= 2 + time.monotonic() - began
     assert len(letters_in(file_of(service.csv_file))) == 20_000
 
 
