@@ -146,23 +146,14 @@ def _ranges(begins: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 
 async def _pages_of_queue(channel: AbstractChannel, name: str, total: int) -> AsyncIterator[tuple[list[Message], int]]:
-    """Yield the first `total` dead letters of predlog 1.0, and ack them."""
-    left = total
-    while left > 0:
-        page, size = list[Message](), 0
-        while len(page) < min(left, PAGE_LETTERS) and size < PAGE_BYTES:
-            found = await channel.basic_get(name)
-            if found.delivery_tag is None:
-                break
-            tag, its = found.delivery_tag, found.header.properties
-            page.append((bytes(found.body), _properties(its.message_id, its.content_type)))
-            size += len(found.body)
-        if not page:  # another reader has the others
+    """Yield the first `total` dead letters of predlog 1.0, one by one, and ack them."""
+    for _ in range(total):
+        found = await channel.basic_get(name)
+        if found.delivery_tag is None:  # another reader has the others
             return
-        yield page, total
-        await channel.basic_ack(tag, multiple=True)
-        await channel.queue_declare(name, passive=True)  # once it is answered, the ack before it has arrived
-        left -= len(page)
+        its = found.header.properties
+        yield [(bytes(found.body), _properties(its.message_id, its.content_type))], total
+        await channel.basic_ack(found.delivery_tag)
 
 
 def _properties(message_id: str | None, content_type: str | None) -> Basic.Properties:
