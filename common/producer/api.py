@@ -20,6 +20,7 @@ from common.http.exchange import Exchange
 from common.http.fields import idempotency_key, is_json_lines, require_json
 from common.http.parser import Head, Request
 from common.http.tokens import Token, owner_of, parse_tokens
+from common.http.turns import Job, Turns
 from common.metrics import CONTENT_TYPE as METRICS_TYPE
 from common.producer import openapi
 from common.producer.batch import Batch
@@ -28,7 +29,6 @@ from common.producer.metrics import Counters
 from common.producer.origins import Origins
 from common.producer.publisher import Publication, Publisher
 from common.producer.routes import OTHER, ROUTES
-from common.producer.slices import Job, Slices
 
 log = logging.getLogger("predlog.http")
 
@@ -73,7 +73,7 @@ class Api:
         settings: ProducerSettings,
         publishers: Sequence[Publisher],
         counters: Counters,
-        slices: Slices,
+        turns: Turns,
         rows: Sequence[Sequence[float]],
     ) -> None:
         self._settings = settings
@@ -81,7 +81,7 @@ class Api:
         self._publishers = publishers
         self._only_publisher = publishers[0] if len(publishers) == 1 else None
         self._counters = counters
-        self._slices = slices
+        self._turns = turns
         self._rows = rows
         self._intake = Intake(publishers, counters)
         self._origins = Origins(settings.allowed_hosts, settings.cors_origins)
@@ -156,9 +156,6 @@ class Api:
         self._counters.metrics.values[indices.get(owner, indices[OTHER])] += 1.0
         log.debug("%s from %s", ROUTES[head.path].label, owner)
 
-    def is_probe(self, head: Head) -> bool:
-        return head.path in (b"/healthz", b"/readyz")
-
     def end_start(self) -> None:
         """Wait no longer for every partition: from now on /readyz says 200 while one takes events."""
         self._starts = False
@@ -185,7 +182,7 @@ class Api:
         if head.content_encoding is None and len(request.body) <= WHOLE_BYTES:
             self._take(request.body, key, exchange)
         else:
-            self._in_slices(self._take_in_stages(request, key, exchange), request, exchange)
+            self._in_turns(self._take_in_stages(request, key, exchange), request, exchange)
 
     def _take(self, body: bytes, key: bytes | None, exchange: Exchange) -> None:
         try:
@@ -228,11 +225,11 @@ class Api:
         batch = Batch(self._intake, exchange, key, settings.confirm_timeout_ms / 1000)
         lines = is_json_lines(head.content_type)
         steps = batch.steps(request.body, head.content_encoding, lines, settings.max_body_bytes, settings.max_preds)
-        self._in_slices(steps, request, exchange)
+        self._in_turns(steps, request, exchange)
 
-    def _in_slices(self, job: Job, request: Request, exchange: Exchange) -> None:
+    def _in_turns(self, job: Job, request: Request, exchange: Exchange) -> None:
         exchange.hold(len(request.body))
-        self._slices.add(exchange.client, self._answered(job, exchange))
+        self._turns.add(exchange.client, self._answered(job, exchange))
 
     def _answered(self, job: Job, exchange: Exchange) -> Job:
         """Run the job; answer 500 if it fails, as the server does for `handle`."""

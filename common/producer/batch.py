@@ -9,9 +9,9 @@ from common.event.document import write_json
 from common.event.schema import NormalEvent, normalise_batch
 from common.http.coding import decoded
 from common.http.exchange import Exchange
+from common.http.turns import Job
 from common.producer.intake import Intake
 from common.producer.publisher import Publication, Publisher
-from common.producer.slices import Job
 
 _ACCEPTED: dict[str, object] = {"status": 200}  # one object for all events, which costs the garbage collector nothing
 PARSED_FACTOR = 8  # the memory of a document of small values, compared with its JSON

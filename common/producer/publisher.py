@@ -65,8 +65,10 @@ class Publication(ABC):
         """Take note that the event was not accepted, or that its outcome is unknown."""
 
 
-def grouped(events: Iterable[Publication], most_events: int, most_bytes: int) -> list[list[Publication]]:
+def grouped(events: Sequence[Publication], most_events: int, most_bytes: int) -> list[list[Publication]]:
     """Return the events of each message, in order. One that is too large for a group of `most_bytes` is alone."""
+    if len(events) == 1:  # the most frequent case, at half the cost
+        return [list(events)]
     groups: list[list[Publication]] = []
     count, size = most_events, 0
     for event in events:

@@ -33,6 +33,9 @@ PURE = {
     "common.config",
     "common.event",
     "common.http.parser",
+    "common.http.phases",
+    "common.http.pool",
+    "common.http.turns",
     "common.http.response",
     "common.http.fields",
     "common.http.coding",
@@ -49,7 +52,6 @@ PURE = {
     "common.producer.routes",
     "common.consumer.pending",
     "common.consumer.prepare",
-    "common.consumer.dead_letters.message",
 }
 KNOWS_ORJSON = {"common.event.document", "common.event.rows", "common.event.schema"}
 IMPURE = {
