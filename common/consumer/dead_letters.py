@@ -43,6 +43,14 @@ def file_of(csv_path: str) -> str:
     return f"{csv_path}.dead-letters"
 
 
+def size_of(csv_path: str) -> int:
+    """Return the size of the dead letters of a CSV, in bytes; 0 without any."""
+    try:
+        return os.stat(file_of(csv_path)).st_size
+    except OSError:
+        return 0
+
+
 def append(csv_path: str, poison: Sequence[Poison]) -> None:
     """Make letters durable, all or none. Raise OSError.
 

@@ -38,6 +38,7 @@ class Counters:
         self.active = m.gauge("predlog_active", "1 while this consumer owns the CSV, 0 on standby.")
         self.connected = m.gauge("predlog_amqp_connected", "1 while connected to the broker.", min)
         self.stalled = m.gauge("predlog_stalled", "1 while work waits without progress.", max)
+        self.dead_letters_bytes = m.gauge("predlog_dead_letters_bytes", "Size of the file of dead letters.")
         self.unserved = m.gauge(
             "predlog_unserved_messages", "Messages in queues of another number of partitions that have no consumer."
         )

@@ -338,12 +338,16 @@ class Worker:
         self._stalled = stalled
 
     async def watch(self) -> None:
-        """Check the queue when nothing was delivered for a while; if messages wait there twice, connect again.
+        """Look at the size of the dead letters, and at the queue when nothing was delivered for a while.
+
+        If messages wait in the queue twice, connect again.
 
         Possible causes are acks that the broker lost, a consumer that it forgot, or another active consumer of the
         queue. A new connection fixes the first two. With a second consumer it is not tried.
         """
         while True:
+            letters_bytes = await self._in_thread(dead_letters.size_of, self._store.path)
+            self._counters.metrics.values[self._counters.dead_letters_bytes] = letters_bytes
             await asyncio.sleep(STALL_SECONDS / 2)
             link, since = self._link, self._delivered_at
             if link is None or self._draining or self._pending.deliveries or self._storing is not None:

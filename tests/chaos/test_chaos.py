@@ -66,7 +66,7 @@ def test_the_promise_holds_through_an_aimed_kill_at_every_step(stage: SingleStag
         ("no-cut", "write-to-fsync:4", {"duplicated"}),
         ("no-cut", "in-write:4", {"torn"}),
         ("line-unsettled", "after-ack:4", {"lost"}),
-        ("id-forgotten", "commit-to-ack:4", {"doubled"}),
+        ("id-forgotten", "commit-to-ack:4", {"duplicated"}),
     ],
 )
 def test_a_missing_step_is_found(stage: SingleStage, mutation: str, fault: str, findings: set[str]) -> None:

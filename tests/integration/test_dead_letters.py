@@ -101,6 +101,8 @@ def test_what_is_no_event_goes_to_the_file_with_its_reason(broker: RabbitMQ, que
     wait_until("all is acked", lambda: service.metric("predlog_unacked") == 0)
     assert service.metric('predlog_dead_letters_total{reason="not_json"}') == 1
     assert service.metric('predlog_dead_letters_total{reason="not_an_event"}') == 1
+    size = file_of(service.csv_file).stat().st_size
+    wait_until("its size is told", lambda: service.metric("predlog_dead_letters_bytes") == size)
     assert service.not_ready() == ""
 
 
