@@ -1,4 +1,4 @@
-"""Durable files, folders and lines, their names, and their errors in words. Knows nothing of what is in a line."""
+"""Durable files, folders and lines, their names, and their errors in words. Independent of what is in a line."""
 
 from __future__ import annotations
 
