@@ -82,7 +82,7 @@ class ProducerSettings(Settings):
     cors_origins: str = _setting("", "origins whose pages may POST, separated by commas (empty: none but our own)")
     api_token: str = _setting("", "bearer token(s) for POST, separated by commas (empty: no authentication)")
     api_token_file: str = _setting("", "file with the value of API_TOKEN (SIGHUP reads it again)")
-    protect_pages: bool = _setting(False, "1: /metrics, /docs and /openapi.json want the token too")
+    protect_pages: bool = _setting(False, "1: /metrics, /docs and /openapi.json also need the token")
     tls_cert: str = _setting("", "PEM file of the certificate chain: serve HTTPS (SIGHUP reloads it)")
     tls_key: str = _setting("", "PEM file of the certificate's private key")
 
