@@ -37,7 +37,6 @@ PURE = {
     "common.http.fields",
     "common.http.coding",
     "common.storage.recovery",
-    "common.storage.state",
     "common.amqp.address",
     "common.amqp.window",
     "common.amqp.codec",
