@@ -29,11 +29,9 @@ class CsvFile:
         self._fd = open_regular(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, mode)
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             self.close()
-            if isinstance(error, BlockingIOError):
-                raise OSError(errno.EBUSY, "is in use by another consumer", path) from error
-            raise
+            raise OSError(errno.EBUSY, "is in use by another consumer", path) from error
         status = os.fstat(self._fd)
         self.device = status.st_dev
         self.inode = status.st_ino

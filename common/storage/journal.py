@@ -23,23 +23,15 @@ from contextlib import suppress
 from typing import BinaryIO
 
 from common.errors import TakenOver
+from common.storage import records
 from common.storage.files import BLOCK_BYTES, free_name, naming, open_regular, sync_directory, write_all
 from common.storage.reader import Mark, MarkFile
-from common.storage.records import (
-    ID_BYTES,
-    JournalCorrupt,
-    Reading,
-    commit_line,
-    fence_line,
-    first_line,
-    ids_line,
-    split_ids,
-    window,
-)
+from common.storage.records import ID_BYTES, JournalCorrupt, Reading, split_ids
 from common.storage.recovery import Corrupt, FileState, LastRun
 
 _LINE_IDS = 1 << 16  # of a line that only carries ids, so that no line needs much memory
 _LEAST_ROOM_BYTES = 4 << 20
+_NOWHERE = 0, 0, 0
 
 
 class Journal:
@@ -49,6 +41,7 @@ class Journal:
         self.path = f"{csv_path}.journal"
         self.mode: int | None = None
         self.window_seconds: float | None = None  # how long the last full window of ids took to come
+        self.window = records.window(dedup_window, prefetch_count)  # the number of ids that are kept
         self._dedup_window = dedup_window
         self._prefetch_count = prefetch_count
         self._ids: set[bytes] = set()
@@ -56,14 +49,9 @@ class Journal:
         self._window_ids = 0  # of the window that is being filled
         self._window_began = time.monotonic()
         self._generation = time.time_ns()  # of this run: unique, and `load` makes it greater than any before
-        self._place: tuple[int, int, int] | None = None  # device, inode and size of the journal as this run left it
+        self._place = _NOWHERE  # device, inode and size of the journal as this run left it
         self._fd = -1  # -1: the next commit writes a new file
         self._mark = MarkFile(csv_path)
-
-    @property
-    def window(self) -> int:
-        """The number of ids that are kept."""
-        return window(self._dedup_window, self._prefetch_count)
 
     def load(self) -> LastRun | Corrupt | None:
         """Begin a run: remember the ids of the last one, and return what else it left; None without a journal.
@@ -72,8 +60,7 @@ class Journal:
         newer version. Both leave the file as it is.
         """
         mark = self._mark.load()
-        if mark is not None:
-            self._generation = max(self._generation, mark.generation + 1)
+        self._generation = max(self._generation, mark.generation + 1)
         reading = Reading(self.path, self._dedup_window, self._prefetch_count)
         try:
             with open(open_regular(self.path, os.O_RDWR | os.O_APPEND), "rb", BLOCK_BYTES) as file, naming(self.path):
@@ -86,12 +73,10 @@ class Journal:
             return None
         except JournalCorrupt as error:
             return Corrupt(str(error))
-        self._prefetch_count = reading.prefetch_count
+        self._prefetch_count, self.window = reading.prefetch_count, reading.window
         self._order, self._ids = reading.ids, set(split_ids(reading.ids))
-        outdated = mark is not None and (
-            mark.generation > reading.generation
-            or (mark.inode == state.inode and mark.committed_bytes > state.committed_bytes)
-        )
+        longer = mark.inode == state.inode and mark.committed_bytes > state.committed_bytes
+        outdated = longer or mark.generation > reading.generation
         return LastRun(state, reading.clean, "its end is gone: its mark knows of a later commit" if outdated else "")
 
     def seen(self, id: bytes) -> bool:
@@ -107,10 +92,10 @@ class Journal:
         when another run has begun; this one must then touch nothing and ack nothing.
         """
         last = self._mark.last
-        if last is not None and (last.inode != state.inode or last.committed_bytes > state.committed_bytes):
+        if last.inode != state.inode or last.committed_bytes > state.committed_bytes:
             self._mark.clear()  # it must never be ahead of the journal, not even after a power cut
         packed = b"".join(ids)
-        line = commit_line(state, packed, clean)
+        line = records.commit_line(state, packed, clean)
         if not (self._has_room() and self._append(line)):
             self._replace(line, len(packed))
         self._remember(ids, packed)
@@ -129,7 +114,7 @@ class Journal:
         aside = free_name(f"{self.path}.corrupt-")
         os.rename(self.path, aside)
         sync_directory(aside)
-        self._place = None
+        self._place = _NOWHERE
         return aside
 
     def check(self) -> None:
@@ -146,13 +131,11 @@ class Journal:
             )
 
     def close(self) -> None:
-        self._close_file()
-        self._mark.close()
-
-    def _close_file(self) -> None:
+        """Close the files. A later commit writes a new journal."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+        self._mark.close()
 
     def _remember(self, ids: Sequence[bytes], packed: bytes) -> None:
         self._ids.update(ids)
@@ -169,11 +152,11 @@ class Journal:
     def _has_room(self) -> bool:
         """Tell whether the journal is open and has not grown too much."""
         limit_bytes = _LEAST_ROOM_BYTES + 2 * (2 * ID_BYTES * self.window)
-        return self._fd >= 0 and self._place is not None and self._place[2] < limit_bytes
+        return self._fd >= 0 and self._place[2] < limit_bytes
 
     def _fence(self, file: BinaryIO, reading: Reading) -> None:
         """Write the fence of this run, and take what was committed before it."""
-        fence, fd = fence_line(self._generation), file.fileno()
+        fence, fd = records.fence_line(self._generation), file.fileno()
         position = os.lseek(fd, 0, os.SEEK_CUR)
         write_all(fd, b"\n" + fence)  # a torn commit may come before it
         os.fsync(fd)
@@ -188,12 +171,11 @@ class Journal:
         try:
             status = os.stat(self.path)
         except FileNotFoundError:
-            return self._place is None
+            return self._place == _NOWHERE
         return (status.st_dev, status.st_ino, status.st_size) == self._place
 
     def _append(self, line: bytes) -> bool:
         """Append a commit; return whether the journal is as this run left it. Raise OSError and TakenOver."""
-        assert self._place is not None
         device, inode, size = self._place
         try:
             with naming(self.path):
@@ -204,22 +186,21 @@ class Journal:
                 return True
             self.check()
         except OSError:
-            self._close_file()
+            self.close()
             raise
         return False
 
     def _replace(self, commit: bytes, new_bytes: int) -> None:
         """Write a new journal: the ids that stay in the window beside `new_bytes` of new ones, then the commit."""
-        self._close_file()
-        self._mark.close()  # its folder may be a new one
+        self.close()  # also the mark, as the folder may be a new one
         new = f"{self.path}.new"
         fd = open_regular(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, self.mode)
         try:
             with naming(self.path):
-                write_all(fd, first_line(self._generation, self._prefetch_count))
+                write_all(fd, records.first_line(self._generation, self._prefetch_count))
                 first = max(0, len(self._order) + new_bytes - ID_BYTES * self.window)
                 for at in range(first, len(self._order), ID_BYTES * _LINE_IDS):
-                    write_all(fd, ids_line(self._order[at : at + ID_BYTES * _LINE_IDS]))
+                    write_all(fd, records.ids_line(self._order[at : at + ID_BYTES * _LINE_IDS]))
                 write_all(fd, commit)
                 os.fsync(fd)
                 self.check()

@@ -30,16 +30,19 @@ class Mark(NamedTuple):
     generation: int
 
 
+NOTHING = Mark(0, 0, 0)
+
+
 class MarkFile:
-    """The mark on disk. `last` is the furthest that it can say; None if it says nothing."""
+    """The mark on disk. `last` is the furthest that it can say."""
 
     def __init__(self, csv_path: str) -> None:
-        self.last: Mark | None = None
+        self.last = NOTHING
         self._csv_path = csv_path
         self._path = f"{csv_path}.committed"
         self._fd = -1
 
-    def load(self) -> Mark | None:
+    def load(self) -> Mark:
         """Return what the last run wrote. Raise OSError."""
         self.last = read_mark(self._csv_path)
         return self.last
@@ -57,7 +60,7 @@ class MarkFile:
         with naming(self._path):
             os.ftruncate(self._open(), 0)
             os.fsync(self._fd)
-        self.last = None
+        self.last = NOTHING
 
     def close(self) -> None:
         if self._fd >= 0:
@@ -70,8 +73,8 @@ class MarkFile:
         return self._fd
 
 
-def read_mark(csv_path: str) -> Mark | None:
-    """Return the mark of a CSV; None if it is missing or torn. Raise OSError."""
+def read_mark(csv_path: str) -> Mark:
+    """Return the mark of a CSV; NOTHING if it is missing or torn. Raise OSError."""
     path = f"{csv_path}.committed"
     with (
         suppress(FileNotFoundError, ValueError, KeyError, TypeError),
@@ -82,7 +85,7 @@ def read_mark(csv_path: str) -> Mark | None:
         record = json.loads(line)
         if record["crc32"] == zlib.crc32(line.rpartition(b', "crc32"')[0]):
             return Mark(record["inode"], record["committed_bytes"], record["generation"])
-    return None
+    return NOTHING
 
 
 def committed_rows(csv_path: str) -> Iterator[bytes]:
@@ -112,11 +115,9 @@ def _open(path: str) -> tuple[int, int]:
         with suppress(FileNotFoundError):
             fd = open_regular(path, os.O_RDONLY)
             # Another program may have truncated it.
-            if mark and os.fstat(fd).st_ino == mark.inode and os.pread(fd, 2, mark.committed_bytes - 2) == b"\r\n":
+            if os.fstat(fd).st_ino == mark.inode and os.pread(fd, 2, mark.committed_bytes - 2) == b"\r\n":
                 return fd, mark.committed_bytes
             os.close(fd)
         time.sleep(_POLL_SECONDS)
     os.stat(path)  # raises when there is no CSV
-    raise StartupError(
-        f"{path}: its .committed file does not say how much of it counts: start the consumer, or read the file itself"
-    )
+    raise StartupError(f"{path}: how much of it is committed is not known; start the consumer, or read the file itself")

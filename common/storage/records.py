@@ -60,6 +60,10 @@ class Reading:
         self.clean = False
         self.ids = bytearray()
 
+    @property
+    def window(self) -> int:
+        return window(self._dedup_window, self.prefetch_count)
+
     def last_commit(self) -> FileState:
         """Return the state of the last commit. Raise JournalCorrupt if there is none."""
         if self._state is None:
@@ -93,12 +97,12 @@ class Reading:
         self.generation = int(record.get("generation", self.generation))
         self.prefetch_count = max(self.prefetch_count, int(record.get("prefetch_count", 0)))
         self.ids += bytes.fromhex(record.get("ids", ""))
-        del self.ids[: max(0, len(self.ids) - ID_BYTES * window(self._dedup_window, self.prefetch_count))]
+        del self.ids[: max(0, len(self.ids) - ID_BYTES * self.window)]
         if "file" in record:
             state = FileState(**record["file"])
             if not 0 <= state.chunk_offset <= state.committed_bytes or len(self.ids) % ID_BYTES:
                 raise ValueError("impossible numbers")
-            if state.committed_bytes:  # 0 in lines of 1.0.0 that only carry ids
+            if state.committed_bytes:  # 0 in older lines that only carry ids
                 self._state, self.clean = state, bool(record["clean"])
 
 

@@ -1,4 +1,4 @@
-"""Recovery as a decision: from what a start finds to the plan. Pure; repair.py looks, and carries it out.
+"""Recovery as a decision: from what a start finds to the plan. Pure; repair.py carries it out.
 
 Nothing is ever destroyed. Bytes that must leave the CSV are set aside, and committed rows stay where they are.
 docs/guarantees.md ("What a start finds") and tests/unit/test_recovery.py have it as a table.
@@ -56,13 +56,10 @@ class Plan(NamedTuple):
     whole_until: int = 0  # of a file that is taken over; a torn row at its end is set aside
 
 
-NO_JOURNAL = (
-    "without a journal the last rows are duplicated once if their messages are delivered again, "
-    "and retries of older events are not recognised"
-)
+NO_JOURNAL = "without a journal the last rows can be duplicated once, and retries of older events are not recognised"
 LONGER = (
     "has {} bytes that its journal does not know of, though the last run ended in order (the journal is an older copy, "
-    "or another program wrote them): whole rows stay, and are duplicated once if their messages are delivered again"
+    "or another program wrote them): whole rows stay, and can be duplicated once"
 )
 MOVED_AWAY = (
     "the file of the last run is not in this folder under any name: if it was moved or compressed since the crash, "
@@ -105,6 +102,5 @@ def _is_known(file: FileFacts, journal: LastRun) -> bool:
     only in the same inode; any other file with rows was put there.
     """
     committed = journal.state.committed_bytes
-    if committed > len(CSV_HEADER) or file.size == committed:
-        return True
-    return file.inode == journal.state.inode and not journal.clean
+    same_file_after_a_crash = file.inode == journal.state.inode and not journal.clean
+    return committed > len(CSV_HEADER) or file.size == committed or same_file_after_a_crash

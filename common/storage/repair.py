@@ -1,4 +1,4 @@
-"""Recovery on the disk: the facts that recovery.py decides by, and its plan. Every function raises OSError."""
+"""Recovery on the disk: how a plan of recovery.py is carried out. Every function raises OSError."""
 
 from __future__ import annotations
 
@@ -9,12 +9,7 @@ from common.event.rows import CSV_HEADER
 from common.storage.csv_file import CHUNK_BYTES, CsvFile, crc32
 from common.storage.files import sync_directory
 from common.storage.journal import Journal
-from common.storage.recovery import Corrupt, FileFacts, FileState, LastRun, Plan
-
-
-def look(file: CsvFile, journal: LastRun | Corrupt | None) -> FileFacts:
-    intact = isinstance(journal, LastRun) and is_intact(file, journal.state)
-    return FileFacts(file.device, file.inode, file.size(), intact)
+from common.storage.recovery import FileState, Plan
 
 
 def apply(plan: Plan, file: CsvFile, journal: Journal, notes: list[str]) -> FileState:
@@ -25,9 +20,15 @@ def apply(plan: Plan, file: CsvFile, journal: Journal, notes: list[str]) -> File
         notes.append(plan.not_found)
     if plan.note:
         notes.append(plan.note)
-    if plan.continue_after:
-        return continue_after(file, plan.continue_after, notes)
-    return adopt(file, notes, plan.whole_until)
+    if plan.continue_after is None:
+        return adopt(file, notes, plan.whole_until)
+    committed = plan.continue_after.committed_bytes
+    if more := file.size() - committed:
+        aside = file.set_aside(committed)
+        notes.append(f"{more} bytes that the last run had not committed were moved to {aside}")
+    file.sync()
+    sync_directory(file.path)
+    return plan.continue_after._replace(device=file.device, inode=file.inode)
 
 
 def is_intact(file: CsvFile, state: FileState) -> bool:
@@ -56,16 +57,6 @@ def cut_renamed(path: str, state: FileState, notes: list[str]) -> bool:
         finally:
             file.close()
     return found
-
-
-def continue_after(file: CsvFile, state: FileState, notes: list[str]) -> FileState:
-    """Set aside what is behind the committed bytes."""
-    if more := file.size() - state.committed_bytes:
-        aside = file.set_aside(state.committed_bytes)
-        notes.append(f"{more} bytes that the last run had not committed were moved to {aside}")
-    file.sync()
-    sync_directory(file.path)
-    return state._replace(device=file.device, inode=file.inode)
 
 
 def adopt(file: CsvFile, notes: list[str], whole_until: int = 0) -> FileState:

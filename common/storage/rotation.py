@@ -77,35 +77,31 @@ def remove_oldest(csv_path: str, keep: int) -> list[str]:
 
 def tend(csv_path: str, keep: int, compresses: bool, log: logging.Logger) -> None:
     """Remove all but the latest `keep` rotated files (0: none), and compress the others."""
+    part = f"{csv_path}.gz.part"
     with _tending:
         try:
             for path in remove_oldest(csv_path, keep):
                 log.info("%s: removed, since the latest %d rotated files are kept", path, keep)
             for file in rotated_files(csv_path):
                 if compresses and not file.compressed:
-                    compress(file.path, f"{csv_path}.gz.part")
+                    compress(file.path, part)
         except OSError as error:
+            with suppress(OSError):
+                os.unlink(part)  # rows may need its space
             log.warning("%s; it is tried again after the next rotation or start", explain_os_error(error, csv_path))
 
 
 def compress(path: str, part: str) -> None:
-    """Replace the file `path` by `path`.gz, of the same mode, by way of the file `part`.
+    """Replace the file `path` by `path`.gz, of the same mode, by way of the file `part`. Raise OSError.
 
-    The plain file is removed only when the whole .gz is on disk under its name. After a kill it can be run again. Raise
-    OSError, and leave nothing behind then, so that the space of the part is free for rows.
+    The plain file is removed only when the whole .gz is on disk under its name. After a kill it can be run again.
     """
-    with open(open_regular(path, os.O_RDONLY), "rb") as plain:
-        try:
-            part_fd = open_regular(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode_of(path))
-            with open(part_fd, "wb") as target:
-                with gzip.GzipFile(os.path.basename(path), "wb", 6, target) as zipped:
-                    shutil.copyfileobj(plain, zipped, BLOCK_BYTES)
-                target.flush()
-                os.fsync(part_fd)
-            os.rename(part, f"{path}.gz")
-        except OSError:
-            with suppress(OSError):
-                os.unlink(part)
-            raise
+    part_fd = open_regular(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode_of(path))
+    with open(part_fd, "wb") as target, open(open_regular(path, os.O_RDONLY), "rb") as plain:
+        with gzip.GzipFile(os.path.basename(path), "wb", 6, target) as zipped:
+            shutil.copyfileobj(plain, zipped, BLOCK_BYTES)
+        target.flush()
+        os.fsync(part_fd)
+    os.rename(part, f"{path}.gz")
     sync_directory(path)
     os.unlink(path)

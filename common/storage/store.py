@@ -28,8 +28,8 @@ from common.storage.files import explain_os_error, make_directory, mode_of, star
 from common.storage.journal import Journal
 from common.storage.lock import Lock
 from common.storage.records import ID_BYTES
-from common.storage.recovery import FileState, decide
-from common.storage.repair import adopt, apply, is_intact, look
+from common.storage.recovery import FileFacts, FileState, LastRun, decide
+from common.storage.repair import adopt, apply, is_intact
 
 
 class Timing(NamedTuple):
@@ -141,10 +141,8 @@ class Store:
 
         A link that was re-pointed is followed by the next start only.
         """
-        target = os.path.realpath(self._csv_path)
-        if target != self.path:
-            text = "%s leads to %s now; rows go to %s until the consumer is restarted"
-            self._log.warning(text, self._csv_path, target, self.path)
+        if (target := os.path.realpath(self._csv_path)) != self.path:
+            self._log.warning("%s leads to %s now; rows go to %s until a restart", self._csv_path, target, self.path)
         if self._uncommitted is None:
             self._check_file(b"")
 
@@ -224,8 +222,7 @@ class Store:
             aside = self._file.set_aside(committed)
             self._log.warning("%s: %d bytes of another program were moved to %s", self.path, size - committed, aside)
         elif size != committed:
-            note = f"was truncated or changed by another program: {committed} bytes were committed, {size} are there"
-            self._start_file(logging.WARNING, note)
+            self._start_file(logging.WARNING, f"was truncated or changed: {committed} bytes were committed, not {size}")
 
     def _cut_own(self, data: bytes) -> int:
         """Cut what a failed write of `data` left behind the committed bytes; return the size."""
@@ -269,7 +266,9 @@ def _recover(path: str, journal: Journal, notes: list[str]) -> tuple[CsvFile, Fi
         _remove_leftovers(path)
         journal.set_mode(file.size_and_mode()[1])
         last_run = journal.load()
-        state = apply(decide(last_run, look(file, last_run)), file, journal, notes)
+        intact = isinstance(last_run, LastRun) and is_intact(file, last_run.state)
+        plan = decide(last_run, FileFacts(file.device, file.inode, file.size(), intact))
+        state = apply(plan, file, journal, notes)
         journal.commit(state)
     except BaseException:
         file.close()

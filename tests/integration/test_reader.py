@@ -210,7 +210,7 @@ def test_without_its_mark_a_reader_waits_for_the_consumer(
         os.replace(tmp_path / "copy", path)
     else:
         os.truncate(path, len(CSV_HEADER) + 10)
-    with pytest.raises(StartupError, match=r"data.csv: .* start the consumer, or read the file itself$"):
+    with pytest.raises(StartupError, match=r"data.csv: .*; start the consumer, or read the file itself$"):
         committed(path)
     Store.open(str(path), 1000, 10, log).close()
     assert committed(path) == CSV_HEADER + (b"" if harm == "of a truncated file" else row(1))

@@ -293,7 +293,7 @@ def test_a_csv_without_a_journal_is_taken_over(case: Case, torn: bytes) -> None:
     with case.path.open("ab") as file:
         file.write(torn)
     line = case.restart()
-    assert "without a journal the last rows are duplicated once if their messages are delivered again" in line
+    assert "without a journal the last rows can be duplicated once" in line
     assert case.content == CSV_HEADER + rows(1, 2, 9)
     assert asides(case.folder) == ([torn] if torn else [])
 
@@ -733,7 +733,7 @@ def test_copytruncate_of_logrotate_keeps_the_file_whole(case: Case) -> None:
     os.truncate(case.path, 0)
     append(case.store, 3)
     assert case.content == CSV_HEADER + row(3)
-    assert "was truncated or changed by another program" in case.lines[-1]
+    assert "was truncated or changed" in case.lines[-1]
 
 
 def test_a_foreign_file_put_there_while_running_is_left_alone(case: Case) -> None:
@@ -844,7 +844,7 @@ def test_a_repointed_link_is_followed_by_a_restart(case: Case) -> None:
     case.store.reopen()
     append(case.store, 4)
     assert case.content == CSV_HEADER + rows(1, 2, 3, 4)
-    assert case.lines == [f"{link} leads to {new} now; rows go to {case.path} until the consumer is restarted"]
+    assert case.lines == [f"{link} leads to {new} now; rows go to {case.path} until a restart"]
     case.path.rename(case.folder / "data.csv.1")
     append(case.store, 6)
     assert case.content == CSV_HEADER + row(6)
@@ -911,7 +911,7 @@ def test_a_journal_put_back_without_its_csv_moves_no_row(case: Case, with_mark: 
     line = case.restart()
     assert case.content == content + row(9)
     assert asides(case.folder) == []
-    assert "changed by another program" not in line
+    assert "another program" not in line
 
 
 # Two writers, and locks without effect

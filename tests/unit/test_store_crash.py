@@ -216,8 +216,8 @@ class Disk:
             inodes[inode] = (folder / name).stat().st_ino
         for path in folder.glob("*.journal*"):
             path.write_bytes(b"\n".join(renumbered(line, inodes) for line in path.read_bytes().split(b"\n")))
-        if (mark := read_mark(str(folder / "data.csv"))) is not None:
-            MarkFile(str(folder / "data.csv")).write(mark._replace(inode=inodes.get(mark.inode, 0)))
+        mark = read_mark(str(folder / "data.csv"))
+        MarkFile(str(folder / "data.csv")).write(mark._replace(inode=inodes.get(mark.inode, 0)))
 
 
 def renumbered(line: bytes, inodes: dict[int, int]) -> bytes:
