@@ -46,10 +46,9 @@ def open_regular(path: str, flags: int, mode: int | None = None) -> int:
 
 def mode_of(path: str) -> int | None:
     """Return the permission bits of a file; None if it cannot be looked at."""
-    try:
+    with suppress(OSError):
         return stat.S_IMODE(os.stat(path).st_mode)
-    except OSError:
-        return None
+    return None
 
 
 def write_all(fd: int, data: bytes | bytearray) -> None:

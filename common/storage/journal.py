@@ -9,8 +9,6 @@ writer out. Each run has a generation, greater than any before. It begins with a
 earlier generations do not count, written before the last state is read. Each commit ends with a check of the file. If
 it is not as this run left it, a later generation may have begun, and nothing of this commit is acked. So the next run
 sees a commit before the fence, and this run notices one after it.
-
-Knows nothing of the CSV itself. For one thread.
 """
 
 from __future__ import annotations
@@ -35,7 +33,7 @@ _NOWHERE = 0, 0, 0
 
 
 class Journal:
-    """The journal of `csv_path`. Its file has the permission bits `mode`; None is what is usual."""
+    """The journal of `csv_path`, for one thread. Its file has the permission bits `mode`; None is what is usual."""
 
     def __init__(self, csv_path: str, dedup_window: int, prefetch_count: int) -> None:
         self.path = f"{csv_path}.journal"
@@ -52,6 +50,11 @@ class Journal:
         self._place = _NOWHERE  # device, inode and size of the journal as this run left it
         self._fd = -1  # -1: the next commit writes a new file
         self._mark = MarkFile(csv_path)
+
+    def expect_again(self, events: int) -> None:
+        """Raise the number of events that can be delivered again. The next commit makes it durable."""
+        self._prefetch_count = max(self._prefetch_count, events)
+        self.window = records.window(self._dedup_window, self._prefetch_count)
 
     def load(self) -> LastRun | Corrupt | None:
         """Begin a run: remember the ids of the last one, and return what else it left; None without a journal.
@@ -73,7 +76,7 @@ class Journal:
             return None
         except JournalCorrupt as error:
             return Corrupt(str(error))
-        self._prefetch_count, self.window = reading.prefetch_count, reading.window
+        self.expect_again(reading.prefetch_count)
         self._order, self._ids = reading.ids, set(split_ids(reading.ids))
         longer = mark.inode == state.inode and mark.committed_bytes > state.committed_bytes
         outdated = longer or mark.generation > reading.generation
@@ -95,7 +98,7 @@ class Journal:
         if last.inode != state.inode or last.committed_bytes > state.committed_bytes:
             self._mark.clear()  # it must never be ahead of the journal, not even after a power cut
         packed = b"".join(ids)
-        line = records.commit_line(state, packed, clean)
+        line = records.commit_line(state, packed, clean, self._prefetch_count)
         if not (self._has_room() and self._append(line)):
             self._replace(line, len(packed))
         self._remember(ids, packed)
@@ -197,7 +200,7 @@ class Journal:
         fd = open_regular(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, self.mode)
         try:
             with naming(self.path):
-                write_all(fd, records.first_line(self._generation, self._prefetch_count))
+                write_all(fd, records.first_line(self._generation))
                 first = max(0, len(self._order) + new_bytes - ID_BYTES * self.window)
                 for at in range(first, len(self._order), ID_BYTES * _LINE_IDS):
                     write_all(fd, records.ids_line(self._order[at : at + ID_BYTES * _LINE_IDS]))

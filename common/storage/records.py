@@ -25,16 +25,16 @@ class JournalCorrupt(Exception):
     """A journal that exists, and does not say what was committed."""
 
 
-def first_line(generation: int, prefetch_count: int) -> bytes:
-    return with_checksum(b'{"version":%d,"generation":%d,"prefetch_count":%d}' % (VERSION, generation, prefetch_count))
+def first_line(generation: int) -> bytes:
+    return with_checksum(b'{"version":%d,"generation":%d}' % (VERSION, generation))
 
 
 def ids_line(ids: bytes | bytearray) -> bytes:
     return with_checksum(b'{"ids":"%b"}' % ids.hex().encode())
 
 
-def commit_line(state: FileState, ids: bytes, clean: bool) -> bytes:
-    record = {"file": state._asdict(), "clean": clean}
+def commit_line(state: FileState, ids: bytes, clean: bool, prefetch_count: int) -> bytes:
+    record = {"file": state._asdict(), "clean": clean, "prefetch_count": prefetch_count}
     return with_checksum(b'%b,"ids":"%b"}' % (_to_json(record)[:-1].encode(), ids.hex().encode()))
 
 
@@ -59,10 +59,6 @@ class Reading:
         self.generation = 0
         self.clean = False
         self.ids = bytearray()
-
-    @property
-    def window(self) -> int:
-        return window(self._dedup_window, self.prefetch_count)
 
     def last_commit(self) -> FileState:
         """Return the state of the last commit. Raise JournalCorrupt if there is none."""
@@ -95,13 +91,13 @@ class Reading:
         if self._damaged:
             raise JournalCorrupt("a damaged line")
         self.generation = int(record.get("generation", self.generation))
-        self.prefetch_count = max(self.prefetch_count, int(record.get("prefetch_count", 0)))
         self.ids += bytes.fromhex(record.get("ids", ""))
-        del self.ids[: max(0, len(self.ids) - ID_BYTES * self.window)]
         if "file" in record:
             state = FileState(**record["file"])
             if not 0 <= state.chunk_offset <= state.committed_bytes or len(self.ids) % ID_BYTES:
                 raise ValueError("impossible numbers")
+            self.prefetch_count = max(self.prefetch_count, int(record["prefetch_count"]))
+            del self.ids[: max(0, len(self.ids) - ID_BYTES * window(self._dedup_window, self.prefetch_count))]
             if state.committed_bytes:  # 0 in older lines that only carry ids
                 self._state, self.clean = state, bool(record["clean"])
 

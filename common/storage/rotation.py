@@ -31,11 +31,11 @@ class Rotated(NamedTuple):
 
 
 def period_due(first_row_at: float, now: float, interval_seconds: int) -> bool:
-    """Tell whether `now` belongs to another period than the first row of a CSV. Times are Unix times.
+    """Tell whether `now` belongs to another period than the first row of a CSV. Times are Unix times; 0 s is never.
 
     Periods are counted from UTC midnight, those longer than a day from the Unix epoch.
     """
-    return period_start(now, interval_seconds) != period_start(first_row_at, interval_seconds)
+    return interval_seconds > 0 and period_start(now, interval_seconds) != period_start(first_row_at, interval_seconds)
 
 
 def period_start(at: float, interval_seconds: int) -> float:

@@ -107,13 +107,15 @@ class Store:
 
     def period_due(self, rotate_interval_seconds: int) -> bool:
         """Tell whether there are rows of another period than the current one (rotation.py); 0 is off."""
-        if not (rotate_interval_seconds and self.has_rows):
-            return False
-        return rotation.period_due(self._state.started_at, time.time(), rotate_interval_seconds)
+        return self.has_rows and rotation.period_due(self._state.started_at, time.time(), rotate_interval_seconds)
 
     def seen(self, id: bytes) -> bool:
         """Tell whether the message with this id (16 bytes) is committed, within the window."""
         return self._journal.seen(id)
+
+    def expect_again(self, events: int) -> None:
+        """Keep the ids of so many events that the broker can deliver again, and of as many that come meanwhile."""
+        self._journal.expect_again(events)
 
     def append(self, data: bytes, ids: Sequence[bytes]) -> Timing:
         """Make whole rows `data` and the new, distinct `ids` (16 bytes each) of their messages durable, as one.
