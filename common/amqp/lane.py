@@ -8,9 +8,7 @@ that the lane and aiormq can share the socket.
 from __future__ import annotations
 
 import asyncio
-import os
 import socket
-import ssl
 import struct
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -27,7 +25,6 @@ if TYPE_CHECKING:
 CONNECT_TIMEOUT_SECONDS = 2.0  # of TCP, and of the name look-up before it
 HEARTBEAT_FEED_SECONDS = 1.0
 JOINED_BYTES = 4096  # parts that are larger on average cost less to write one by one than to join
-_UNKNOWN_ISSUER = (18, 19, 20, 21)  # OpenSSL's verify codes: a certificate that is self-signed, or by an unknown CA
 
 
 class LaneListener(Protocol):
@@ -192,16 +189,9 @@ class FastLaneFactory(TransportFactory):
             files = ", ".join(url.query[key] for key in ("cafile", "certfile", "keyfile") if key in url.query)
             why = error.strerror or error
             raise StartupError(f"AMQP_URL names a file that cannot be used: {files} ({why})") from None
-        try:
-            connected = await self._connect()
-            server_hostname = url.host if tls is not None else None
-            transport, _ = await loop.create_connection(
-                lambda: self.lane, sock=connected, ssl=tls, server_hostname=server_hostname
-            )
-        except TimeoutError:
-            raise
-        except OSError as error:
-            raise ConnectionError(_in_words(error)) from error
+        transport, _ = await loop.create_connection(
+            lambda: self.lane, sock=await self._connect(), ssl=tls, server_hostname=url.host if tls else None
+        )
         return self._reader, asyncio.StreamWriter(transport, self.lane, self._reader, loop)
 
     async def _connect(self) -> socket.socket:
@@ -216,13 +206,3 @@ class FastLaneFactory(TransportFactory):
             connecting.close()
             raise
         return connecting
-
-
-def _in_words(error: OSError) -> str:
-    """Return why a socket was not connected. asyncio puts the address in place of the system's words."""
-    if isinstance(error, ssl.SSLCertVerificationError):
-        hint = "; name its CA with ?cafile=" if error.verify_code in _UNKNOWN_ISSUER else ""
-        return f"its certificate is refused: {error.verify_message.rstrip('.')}{hint}"
-    if isinstance(error, ssl.SSLError):
-        return "it does not speak TLS" if error.reason == "WRONG_VERSION_NUMBER" else f"TLS failed: {error.reason}"
-    return os.strerror(error.errno) if error.errno else str(error)

@@ -13,7 +13,7 @@ from pamqp.frame import marshal
 from pamqp.header import ContentHeader
 
 from common.amqp.codec import HOT_CHANNEL
-from common.amqp.link import CALL_TIMEOUT_SECONDS, Link
+from common.amqp.link import CALL_TIMEOUT_SECONDS, Link, quiet_task
 from common.errors import StartupError
 
 # x-delivery-limit: RabbitMQ 4.x drops a message at its 20th return unless a limit is set, and 3.10 reads -1, which
@@ -55,11 +55,9 @@ async def declare(channel: AbstractChannel, queue_name: str, arguments: Mapping[
             await channel.queue_declare(queue_name, durable=True, arguments=dict(arguments))
     except (aiormq.exceptions.ChannelPreconditionFailed, aiormq.exceptions.ChannelLockedResource) as error:
         said = str(error.args[0] if error.args else error).removeprefix("PRECONDITION_FAILED - ")
-        if not _IN_PLACE.search(said):  # a limit on queues, for example
-            raise StartupError(f"the broker does not declare queue '{queue_name}': {said}") from None
-        raise StartupError(
-            f"queue '{queue_name}' exists with other arguments: {said}. Delete it, or set QUEUE_NAME to another name"
-        ) from None
+        if _IN_PLACE.search(said):  # otherwise a limit on queues, for example
+            said = f"it exists with other arguments: {said}. Delete it, or set QUEUE_NAME to another name"
+        raise StartupError(f"the broker does not declare queue '{queue_name}': {said}") from None
 
 
 async def consume(channel: AbstractChannel, queue_name: str) -> str:
@@ -80,14 +78,12 @@ async def begin_publishing(link: Link, blocked: asyncio.Event) -> None:
     over. That is not waited for.
     """
     link.lane.send([_BEFORE_EVENTS])
-    answered = asyncio.ensure_future(link.channel.confirm_delivery())  # once more, for an answer
+    answered = quiet_task(link.channel.confirm_delivery())  # once more, for an answer; cancelled, it closes the channel
     blocking = asyncio.ensure_future(blocked.wait())
     try:
         async with asyncio.timeout(CALL_TIMEOUT_SECONDS):
             await asyncio.wait({answered, blocking}, return_when=asyncio.FIRST_COMPLETED)
     finally:
         blocking.cancel()
-        # It is not cancelled: aiormq would close the channel. Without this, asyncio might log its exception.
-        answered.add_done_callback(lambda done: done.cancelled() or done.exception())
     if answered.done():
         answered.result()

@@ -19,7 +19,7 @@ import aiormq
 from common.amqp.address import masked_url
 from common.amqp.codec import Confirm, Delivery, ack_frames
 from common.amqp.lane import LaneListener
-from common.amqp.link import CALL_TIMEOUT_SECONDS, CONNECTION_ERRORS, Link, cancelled, closed, explain, open_link
+from common.amqp.link import CALL_TIMEOUT_SECONDS, CONNECTION_ERRORS, Link, cancelled, explain, open_link
 from common.amqp.topology import QUEUE_ARGUMENTS, consume, dead_letter_queue, declare
 from common.config import ConsumerSettings
 from common.consumer.dead_letters.message import TABLE_HEAD, json_line, live_copy, table_row
@@ -142,7 +142,6 @@ async def _connection(url: str, listener: LaneListener) -> AsyncIterator[Link]:
         raise StartupError(f"lost the broker at {masked_url(url)}: {why}") from None
     finally:
         await link.close()
-        await closed()
 
 
 async def _ready(link: Link, queue_name: str) -> int | None:
