@@ -132,24 +132,21 @@ def inherited_socket(environ: Mapping[str, str], pid: int) -> socket.socket | No
 def on_stop(alive_fd: int | None = None) -> asyncio.Event:
     """Return an event that is set by SIGTERM, SIGINT, and the end of the supervisor (`alive_fd` becomes readable).
 
-    A second SIGINT ends the process at once.
+    From then on, SIGINT ends the process at once.
     """
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
 
-    def interrupted() -> None:
-        if stop.is_set():
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            signal.raise_signal(signal.SIGINT)
+    def begin_stop() -> None:
         stop.set()
-
-    def orphaned(fd: int) -> None:
-        loop.remove_reader(fd)
-        stop.set()
+        loop.remove_signal_handler(signal.SIGINT)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # the next one ends the process at once
+        if alive_fd is not None:
+            loop.remove_reader(alive_fd)
 
     if alive_fd is not None:
-        loop.add_reader(alive_fd, orphaned, alive_fd)
-    loop.add_signal_handler(signal.SIGTERM, stop.set)
-    loop.add_signal_handler(signal.SIGINT, interrupted)
+        loop.add_reader(alive_fd, begin_stop)
+    loop.add_signal_handler(signal.SIGTERM, begin_stop)
+    loop.add_signal_handler(signal.SIGINT, begin_stop)
     return stop
 
 

@@ -8,7 +8,6 @@ that the lane and aiormq can share the socket.
 from __future__ import annotations
 
 import asyncio
-import socket
 import struct
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from yarl import URL
 
 
-CONNECT_TIMEOUT_SECONDS = 2.0  # of TCP, and of the name look-up before it
+CONNECT_TIMEOUT_SECONDS = 2.0  # of TCP and TLS, and of the name look-up before them
 HEARTBEAT_FEED_SECONDS = 1.0
 JOINED_BYTES = 4096  # parts that are larger on average cost less to write one by one than to join
 
@@ -86,13 +85,9 @@ class FastLane(asyncio.StreamReaderProtocol):
     def hold_back(self, held: bool) -> None:
         """Stop or resume reading, to bound the deliveries in memory."""
         transport = self._lane_transport
-        if transport is None or held == self._held_back or transport.is_closing():
-            return
-        self._held_back = held
-        if held:
-            transport.pause_reading()
-        else:
-            transport.resume_reading()
+        if transport is not None and held != self._held_back and not transport.is_closing():
+            self._held_back = held
+            (transport.pause_reading if held else transport.resume_reading)()
 
     def keep_alive(self) -> None:
         """Call once a second: aiormq's liveness clock must not take a lane that is held back for a dead broker."""
@@ -112,35 +107,22 @@ class FastLane(asyncio.StreamReaderProtocol):
             return
         if cold:
             self._cold_reader.feed_data(cold)
-        if decoder.notices:
-            self._handle_notices()
-        if decoder.confirms:
-            confirms, decoder.confirms = decoder.confirms, []
-            if not self.gone.done():  # the broker acks a returned message too, and all are published again
+        for kind, text in decoder.notices:
+            (self._blocked if kind == "blocked" else self._lose)(text)
+        decoder.notices.clear()
+        if not decoder.confirms and not decoder.deliveries:
+            return
+        confirms, decoder.confirms = decoder.confirms, []
+        deliveries, decoder.deliveries = decoder.deliveries, []
+        if not self.gone.done():  # the broker acks a returned message too, and all are published again
+            if confirms:
                 self._confirms(confirms)
-            self._feed_heartbeat()
-        if decoder.deliveries:
-            deliveries, decoder.deliveries = decoder.deliveries, []
-            if not self.gone.done():
+            if deliveries:
                 self._deliveries(deliveries)
-            self._feed_heartbeat()
-
-    def _feed_heartbeat(self) -> None:
-        # aiormq's liveness clock sees only what it is fed, and a busy broker need not send heartbeats.
         now = self._lane_loop.time()
-        if now >= self._heartbeat_due:
+        if now >= self._heartbeat_due:  # aiormq sees only what it is fed, and a busy broker need not send heartbeats
             self._heartbeat_due = now + HEARTBEAT_FEED_SECONDS
             self._cold_reader.feed_data(HEARTBEAT)
-
-    def _handle_notices(self) -> None:
-        notices, self._decoder.notices = self._decoder.notices, []
-        for kind, text in notices:
-            if kind == "blocked":
-                self._blocked(text or "no reason given")
-            elif kind == "unblocked":
-                self._blocked("")
-            else:
-                self._lose(text if kind == "cancelled" else f"{kind}: {text}")
 
     # The end
 
@@ -174,12 +156,11 @@ class FastLane(asyncio.StreamReaderProtocol):
 class FastLaneFactory(TransportFactory):
     """A factory of the one socket that aiormq reads and writes, to one address, with `lane` under its reader."""
 
-    def __init__(self, listener: LaneListener, family: int, socket_address: tuple[Any, ...]) -> None:
+    def __init__(self, listener: LaneListener, ip: str, port: int) -> None:
         loop = asyncio.get_running_loop()
         self._reader = asyncio.StreamReader(loop=loop)
         self.lane = FastLane(listener, self._reader, loop)
-        self._family = family
-        self._socket_address = socket_address
+        self._ip, self._port = ip, port
 
     async def create(self, url: URL, **kwargs: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         loop = asyncio.get_running_loop()
@@ -189,20 +170,8 @@ class FastLaneFactory(TransportFactory):
             files = ", ".join(url.query[key] for key in ("cafile", "certfile", "keyfile") if key in url.query)
             why = error.strerror or error
             raise StartupError(f"AMQP_URL names a file that cannot be used: {files} ({why})") from None
-        transport, _ = await loop.create_connection(
-            lambda: self.lane, sock=await self._connect(), ssl=tls, server_hostname=url.host if tls else None
-        )
+        async with asyncio.timeout(CONNECT_TIMEOUT_SECONDS):  # the kernel would wait for minutes for a dead host
+            transport, _ = await loop.create_connection(
+                lambda: self.lane, self._ip, self._port, ssl=tls, server_hostname=url.host if tls else None
+            )
         return self._reader, asyncio.StreamWriter(transport, self.lane, self._reader, loop)
-
-    async def _connect(self) -> socket.socket:
-        """Connect over TCP in bounded time. The kernel alone would wait for minutes for a dead host."""
-        connecting = socket.socket(self._family, socket.SOCK_STREAM)
-        try:
-            connecting.setblocking(False)
-            connecting.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            async with asyncio.timeout(CONNECT_TIMEOUT_SECONDS):
-                await asyncio.get_running_loop().sock_connect(connecting, self._socket_address)
-        except BaseException:
-            connecting.close()
-            raise
-        return connecting

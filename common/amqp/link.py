@@ -115,18 +115,18 @@ def cancelled() -> bool:
 _look_ups: dict[str, asyncio.Task[list[Any]]] = {}  # of host names; the last one of each
 
 
-async def _candidates(address: Address) -> list[tuple[Address, int, tuple[Any, ...]]]:
-    """Return `address`, family and socket address for every address of its only host. Raise OSError.
+async def _candidates(address: Address) -> list[tuple[Address, str]]:
+    """Return `address` and an IP address for every IP address of its only host. Raise OSError.
 
     There is one look-up of a name at a time: uvloop has two threads for them, and a name without an answer must not
     occupy both.
     """
-    ((host, port),) = address.hosts
+    ((host, _),) = address.hosts
     if host not in _look_ups or _look_ups[host].done():
         _look_ups[host] = quiet_task(asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM))
     async with asyncio.timeout(CONNECT_TIMEOUT_SECONDS):
         found = await asyncio.shield(_look_ups[host])
-    return [(address, family, (place[0], port, *place[2:])) for family, _, _, _, place in found]
+    return [(address, place[0]) for *_, place in found]
 
 
 async def open_link(url: str, name: str, listener: LaneListener, high_water_bytes: int = 2**20) -> Link:
@@ -142,11 +142,11 @@ async def open_link(url: str, name: str, listener: LaneListener, high_water_byte
     errors = [each for each in found if isinstance(each, BaseException)]
     candidates = [one for each in found if not isinstance(each, BaseException) for one in each]
     random.shuffle(candidates)
-    for one, family, socket_address in candidates:
+    for one, ip in candidates:
         try:
-            return await _open_one(one, name, FastLaneFactory(listener, family, socket_address), high_water_bytes)
+            return await _open_one(one, name, FastLaneFactory(listener, ip, one.hosts[0][1]), high_water_bytes)
         except Exception as error:  # aiormq raises many kinds, StopAsyncIteration among them
-            log.debug("%s: no connection to %s", name, socket_address, exc_info=True)
+            log.debug("%s: no connection to %s", name, ip, exc_info=True)
             errors.append(error)
     worst = next(filter(_is_hopeless, errors), errors[-1])
     raise (StartupError if _is_hopeless(worst) else NoLink)(explain(worst, url))
