@@ -38,14 +38,7 @@ REPEAT_SECONDS = 60.0  # before the same trouble is logged again
 _UNKNOWN_ISSUER = (18, 19, 20, 21)  # OpenSSL's verify codes: a certificate that is self-signed, or by an unknown CA
 
 # What aiormq, pamqp and the socket raise when a call on an open connection fails; AMQPError alone does not cover them.
-CONNECTION_ERRORS = (
-    aiormq.AMQPError,
-    PAMQPException,
-    OSError,
-    asyncio.TimeoutError,
-    RuntimeError,
-    asyncio.IncompleteReadError,
-)
+CONNECTION_ERRORS = (aiormq.AMQPError, PAMQPException, OSError, RuntimeError, asyncio.IncompleteReadError)
 # Waiting does not fix these. At the first connection they end the process with one line. Later they are retried, as an
 # operator may be changing a password or a right.
 _HOPELESS = (
@@ -225,7 +218,7 @@ async def keep_up(url: Callable[[], str], name: str, listener: LinkListener, hig
     `url` is asked before each attempt. Raise StartupError if the first attempt fails for a reason that waiting does not
     fix.
     """
-    attempt, first = 0, True
+    first, pause = True, BACKOFF_FIRST_SECONDS
     logged_at: dict[str, float] = {}  # by the text of a trouble
     loop = asyncio.get_running_loop()
     while True:
@@ -236,9 +229,7 @@ async def keep_up(url: Callable[[], str], name: str, listener: LinkListener, hig
             await _set_up(listener, link)
             log.info("%s: connected%s to %s", name, "" if first else " again", masked_url(where))
             first, began = False, loop.time()
-            trouble = (
-                f"connection lost: {await asyncio.shield(link.lane.gone)}; nothing in flight is lost; reconnecting"
-            )
+            trouble = f"connection lost: {await asyncio.shield(link.lane.gone)}; reconnecting"
         except (Exception, asyncio.CancelledError) as error:
             cause = error if link is None else _telling(error, link.lane)
             trouble = explain(cause, where)
@@ -256,14 +247,12 @@ async def keep_up(url: Callable[[], str], name: str, listener: LinkListener, hig
         listener.down(trouble)
         now = loop.time()
         if link is not None and now - began >= SETTLED_SECONDS:
-            attempt, logged_at = 0, {}
+            pause, logged_at = BACKOFF_FIRST_SECONDS, {}
         if now - logged_at.get(trouble, -REPEAT_SECONDS) >= REPEAT_SECONDS:
             logged_at[trouble] = now
             log.warning("%s: %s", name, trouble)
-        attempt += 1
-        # Jitter, so that processes cut off together do not come back together.
-        longest = min(BACKOFF_MOST_SECONDS, BACKOFF_FIRST_SECONDS * 2 ** min(attempt, 10))
-        await asyncio.sleep(random.uniform(0.5, 1) * longest)
+        pause = min(2 * pause, BACKOFF_MOST_SECONDS)
+        await asyncio.sleep(random.uniform(0.5, 1) * pause)  # processes cut off together do not come back together
 
 
 async def _set_up(listener: LinkListener, link: Link) -> None:
