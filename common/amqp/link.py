@@ -31,7 +31,6 @@ HANDSHAKE_TIMEOUT_SECONDS = 5.0  # of TCP, TLS and AMQP with one address
 CALL_TIMEOUT_SECONDS = 10.0  # of one call on an open connection
 CLOSE_TIMEOUT_SECONDS = 1.5
 HEARTBEAT_SECONDS = 10  # aiormq takes the broker for dead after three missed ones
-LAST_WORDS_SECONDS = 0.5
 BACKOFF_FIRST_SECONDS, BACKOFF_MOST_SECONDS = 0.1, 3.0
 SETTLED_SECONDS = 5.0  # after a connection that lived this long, the back-off starts again
 REPEAT_SECONDS = 60.0  # before the same trouble is logged again
@@ -39,17 +38,16 @@ _UNKNOWN_ISSUER = (18, 19, 20, 21)  # OpenSSL's verify codes: a certificate that
 
 # What aiormq, pamqp and the socket raise when a call on an open connection fails; AMQPError alone does not cover them.
 CONNECTION_ERRORS = (aiormq.AMQPError, PAMQPException, OSError, RuntimeError, asyncio.IncompleteReadError)
-# Waiting does not fix these. At the first connection they end the process with one line. Later they are retried, as an
-# operator may be changing a password or a right.
-_HOPELESS = (
-    StartupError,
-    aiormq.exceptions.ProbableAuthenticationError,
-    aiormq.exceptions.AuthenticationError,
-    aiormq.exceptions.ConnectionNotAllowed,
-    aiormq.exceptions.ChannelAccessRefused,
-)
-# RabbitMQ says NOT_ALLOWED for these too: a limit of the user, the vhost or the node, and a vhost that restarts.
-_PASSES = re.compile(r"limit \(|has reached the maximum|is down$")
+# What the broker says when waiting does not help, and what that means. At the first connection it ends the process with
+# one line. Later it is waited for, as an operator can be changing a password or a right.
+_REFUSALS = {
+    "Login was refused": "refused user or password; correct AMQP_URL",
+    "ACCESS_REFUSED|NOT_ALLOWED": "denies access",
+    "inequivalent arg": "says that the queue exists with other arguments; delete it, or set QUEUE_NAME to another name",
+    "PRECONDITION_FAILED|RESOURCE_LOCKED": "does not declare the queue",
+}
+# A limit of the user, the vhost or the node, and a vhost that restarts.
+_PASSES = re.compile(r"NOT_ALLOWED.*(limit \(|has reached the maximum|is down$)")
 
 
 class NoLink(ConnectionError):
@@ -169,15 +167,25 @@ async def _open_one(address: Address, name: str, factory: FastLaneFactory, high_
 
 def _telling(error: BaseException, lane: FastLane) -> BaseException:
     """Return the error that says most about a failure. For a loss, aiormq raises anything, or CancelledError."""
-    if _is_hopeless(error) or (lane.lost is None and not isinstance(error, asyncio.CancelledError)):
+    if isinstance(error, StartupError):
         return error
-    if "NOT_ALLOWED" in (lost := lane.lost or "the connection was cut"):  # the answer to connection.open
-        return aiormq.exceptions.ConnectionNotAllowed(lost.removeprefix("closed: "))
-    return ConnectionError(lost)
+    if isinstance(error, aiormq.exceptions.AuthenticationError):
+        return StartupError(f"the broker offers no login but {error.args[0]}; correct ?auth= in AMQP_URL")
+    if lane.lost is not None or isinstance(error, asyncio.CancelledError):
+        return ConnectionError((lane.lost or "the connection was cut").removeprefix("closed: "))
+    return error
 
 
-def _is_hopeless(error: BaseException | None) -> bool:
-    return isinstance(error, _HOPELESS) and not _PASSES.search(str(error))
+def _refusal(error: BaseException) -> str:
+    """Return in words what the broker refuses; "" if it refuses nothing, or if that passes."""
+    said = str(error)
+    if _PASSES.search(said):
+        return ""
+    return next((words for pattern, words in _REFUSALS.items() if re.search(pattern, said)), "")
+
+
+def _is_hopeless(error: BaseException) -> bool:
+    return isinstance(error, StartupError) or _refusal(error) != ""
 
 
 def explain(error: BaseException, url: str) -> str:
@@ -185,12 +193,8 @@ def explain(error: BaseException, url: str) -> str:
     if isinstance(error, StartupError | NoLink):
         return str(error)
     shown = masked_url(url)
-    if isinstance(error, aiormq.exceptions.ProbableAuthenticationError):
-        return f"the broker at {shown} refused user or password (ACCESS_REFUSED); correct AMQP_URL"
-    if isinstance(error, aiormq.exceptions.AuthenticationError):  # its arguments: what the broker has, what aiormq has
-        return f"the broker at {shown} offers no login but {error.args[0]}; correct ?auth= in AMQP_URL"
-    if isinstance(error, aiormq.exceptions.ConnectionNotAllowed | aiormq.exceptions.ChannelAccessRefused):
-        return f"the broker at {shown} denies access: {error}"
+    if words := _refusal(error):
+        return f"the broker at {shown} {words} ({error})"
     if isinstance(error, asyncio.TimeoutError):
         return f"the broker at {shown} does not answer"
     return f"no broker at {shown} ({_in_words(error)})"
@@ -257,9 +261,8 @@ async def keep_up(url: Callable[[], str], name: str, listener: LinkListener, hig
 
 async def _set_up(listener: LinkListener, link: Link) -> None:
     """Let the listener set the link up. A loss meanwhile ends that, even if aiormq does not report it."""
-    setting_up, loop = asyncio.create_task(listener.up(link)), asyncio.get_running_loop()
-    # Its own error, which comes a little later, can say more than the loss.
-    link.lane.gone.add_done_callback(lambda _: loop.call_later(LAST_WORDS_SECONDS, setting_up.cancel))
+    setting_up = asyncio.create_task(listener.up(link))
+    link.lane.gone.add_done_callback(lambda _: setting_up.cancel())
     await setting_up
     if cancelled():  # aiormq can swallow a cancellation
         raise asyncio.CancelledError
