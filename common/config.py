@@ -192,10 +192,8 @@ def load(cls: type[S], flags: argparse.Namespace, environ: Mapping[str, str], re
     """
     values: dict[str, Any] = {}
     for item in fields(cls):
-        text = getattr(flags, item.name)
-        if text is None:
-            text = environ.get(item.name.upper())
-        if text:
+        flag = getattr(flags, item.name)
+        if text := environ.get(item.name.upper(), "") if flag is None else flag:
             values[item.name] = _convert(item, text)
     if "dedup_window" in values:
         values["dedup_window"] = max(values["dedup_window"], LEAST_DEDUP_WINDOW)
