@@ -9,10 +9,9 @@ COPY requirements.txt .
 RUN python -m venv --without-pip /opt/venv && pip install --require-hashes -r requirements.txt
 COPY common common
 COPY scripts/__init__.py scripts/carry_ids.py scripts/
-COPY producer.py consumer.py deploy/healthcheck.py ./
+COPY producer.py consumer.py deploy/compose/healthcheck.py ./
 RUN python -m compileall -q .
 USER predlog
-# HTTP_* are the producer's, HEALTH_* the consumer's.
 ENV HTTP_HOST=0.0.0.0 HTTP_PORT=8000 HEALTH_HOST=0.0.0.0 HEALTH_PORT=8001
 EXPOSE 8000 8001
 # Liveness (/healthz). Readiness (/readyz) is for load balancers: while the broker is away the producer is alive, but

@@ -22,7 +22,7 @@ check:  ## lint, format, types, and the schemas of the YAML that other programs 
 	$(VENV_PYTHON) -m ruff format --check
 	$(VENV_PYTHON) -m mypy
 	$(VENV_PYTHON) -m check_jsonschema --builtin-schema vendor.github-workflows .github/workflows/ci.yml
-	$(VENV_PYTHON) -m check_jsonschema --builtin-schema vendor.compose-spec compose.yaml deploy/compose.cluster.yaml
+	$(VENV_PYTHON) -m check_jsonschema --builtin-schema vendor.compose-spec compose.yaml deploy/compose/*.yaml
 	$(VENV_PYTHON) -m pre_commit validate-config
 
 bench:  ## the figures of docs/benchmarks.md, about twelve minutes; QUICK=1 is a short run

@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from common import __version__
 from common.config import FORMER_WARNING, ProducerSettings, describe, former_settings, load, parser_for
 from common.errors import Fatal
+from common.http.tokens import parse_tokens
 from common.logs import set_up_logging
 from common.process import fail, inherited_socket, read_file, run
 from common.producer import processes
@@ -48,7 +49,8 @@ def main(argv: Sequence[str], environ: dict[str, str]) -> int:
         inherited = inherited_socket(environ, os.getpid())
         if settings.workers > 1:
             return processes.serve_all(settings, inherited)
-        return run("producer", lambda: processes.serve(settings, Counters(settings.partitions), inherited=inherited))
+        counters = Counters(settings.partitions, parse_tokens(settings.api_token))
+        return run("producer", lambda: processes.serve(settings, counters, inherited=inherited))
     except Fatal as error:
         return fail("producer", error)
 

@@ -90,7 +90,7 @@ class ConsumerSettings(Settings):
 
     partition: str = _setting("", "partitions to serve: empty for all, or like 2, 0-3 or 0,4")
     csv_file: str = _setting("data/data.csv", "the CSV file; its journal and lock are in the same folder")
-    prefetch_count: int = _setting(2000, "messages that the broker may send ahead of their acks", low=1, high=65535)
+    prefetch_count: int = _setting(500, "messages that the broker may send ahead of their acks", low=1, high=65535)
     batch_max_rows: int = _setting(5000, "rows that make a batch full", low=1)
     flush_interval_ms: int = _setting(50, "longest wait of a row for its batch, ms", high=600_000)
     low_prob_threshold: float = _setting(0.25, "predictions below it get the tag low_prob", low=-1e308, high=1e308)

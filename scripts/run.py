@@ -5,6 +5,7 @@ The producer is stopped first, so that the consumer can still write what was jus
 
 import atexit
 import contextlib
+import json
 import os
 import signal
 import ssl
@@ -21,10 +22,7 @@ from scripts.setup import PYTHON, ROOT, apt_install
 
 AMQP_PORT = 5672
 NODE_DIRECTORY = Path("data/rabbitmq")
-EXAMPLE = (
-    '{"device_id":"camera-1","client_id":"shop-7","created_at":"2024-05-01T12:00:00Z","data":{"license_id":"L-1",'
-    '"preds":[{"image_frame":"frame-1.jpg","prob":0.91,"tags":["cat","animal"]}]}}'
-)
+EXAMPLE = json.dumps(json.loads((ROOT / "examples" / "event.json").read_text()), separators=(",", ":"))
 
 
 class Container:

@@ -17,15 +17,26 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 OLDEST_PYTHON = (3, 11)
 
-# `make run` finds its broker by itself. Tests that want a browser, nginx or HAProxy say so and are skipped without it.
+# `make run` finds its own broker. A test that wants one of OPTIONAL is skipped without it, with the reason.
 APT_PACKAGES = {
     "run": (),
     "check": (),
     "chaos": ("rabbitmq-server",),
     "bench": ("rabbitmq-server", "wrk"),
-    "test": ("rabbitmq-server", "chromium", "chromium-driver", "nginx-light", "haproxy"),
+    "test": (
+        *("rabbitmq-server", "chromium", "chromium-driver", "nginx-light", "haproxy"),
+        *("nodejs", "gcc", "libc6-dev", "libcurl4-openssl-dev"),
+    ),
 }
-OPTIONAL = {"chromium", "chromium-driver", "nginx-light", "haproxy"}
+OPTIONAL = {*APT_PACKAGES["test"]} - {"rabbitmq-server"}
+# A package's program, where its name is not that of the package.
+PROGRAMS = {
+    "chromium-driver": "chromedriver",
+    "nginx-light": "nginx",
+    "nodejs": "node",
+    "libc6-dev": "gencat",
+    "libcurl4-openssl-dev": "curl-config",
+}
 
 # A package must start no service, now (policy-rc.d: 101) or at the next boot: only its programs are wanted, and a
 # broker on port 5672 would take the place of the private node and its messages.
@@ -67,8 +78,7 @@ def main(arguments: list[str]) -> str | None:
 def is_installed(package: str) -> bool:
     if package == "rabbitmq-server":
         return rabbitmq.is_installed()
-    program = {"chromium-driver": "chromedriver", "nginx-light": "nginx"}.get(package, package)
-    return shutil.which(program, path=os.environ["PATH"] + ":/usr/sbin") is not None
+    return shutil.which(PROGRAMS.get(package, package), path=os.environ["PATH"] + ":/usr/sbin") is not None
 
 
 def install_requirements(name: str, *included: str) -> str | None:

@@ -1,4 +1,4 @@
-"""A TCP proxy in front of a broker, in a test's own loop. It cuts connections at a chosen byte, or goes silent."""
+"""A TCP proxy in front of a broker, in a test's own loop. It cuts connections, goes silent, holds or drops."""
 
 from __future__ import annotations
 
@@ -19,6 +19,10 @@ class Proxy:
         self.passed_bytes = 0  # from the broker, on the newest connection
         self.silent = False  # nothing passes any more, and connections stay open
         self.cut = asyncio.Event()  # one was cut
+        self.answers_pass = asyncio.Event()  # while it is clear, what the broker sends is held
+        self.answers_pass.set()
+        self.drops = False  # what is sent to the broker is thrown away
+        self.dropped_bytes = 0
         self._broker_port = broker_port
         self._reset = reset
         self._server: asyncio.Server | None = None
@@ -65,6 +69,7 @@ class Proxy:
             while data := await from_broker.read(65536):
                 if self.silent:
                     continue
+                await self.answers_pass.wait()
                 if cut is not None and passed + len(data) >= cut:
                     to_client.write(data[: cut - passed])
                     await to_client.drain()
@@ -89,6 +94,8 @@ class Proxy:
     async def _upwards(self, from_client: asyncio.StreamReader, to_broker: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):
             while data := await from_client.read(65536):
-                if not self.silent:
+                if self.drops:
+                    self.dropped_bytes += len(data)
+                elif not self.silent:
                     to_broker.write(data)
             to_broker.close()

@@ -21,7 +21,6 @@ QUEUE_ARGUMENTS: Mapping[str, str | int | bool] = {
     "x-delivery-limit": 2**31 - 1,
     "x-single-active-consumer": True,
 }
-DEAD_LETTER_ARGUMENTS: Mapping[str, str | int | bool] = {"x-queue-type": "quorum", "x-delivery-limit": 2**31 - 1}
 
 
 # A message to a queue that does not exist, and the beginning of confirms.

@@ -12,7 +12,7 @@ _MESSAGES = {
     "model_attributes_type": "Input should be a valid dictionary or object to extract fields from",
     "list_type": "Input should be a valid list",
     "string_type": "Input should be a valid string",
-    "string_unicode": "Input should be a valid string, unable to parse raw data as a unicode string",
+    "string_nul": "Input should be a valid string without the character U+0000",
     "float_type": "Input should be a valid number",
     "float_parsing": "Input should be a valid number, unable to parse string as a number",
     "finite_number": "Input should be a finite number",

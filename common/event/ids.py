@@ -1,9 +1,18 @@
-"""Message ids: their derivation from an idempotency key, and their digest for deduplication. Pure."""
+"""What an event goes by: its message id, the digest of that, its line in a message of several, its partition. Pure."""
 
 from __future__ import annotations
 
 from contextlib import suppress
 from hashlib import blake2b
+from zlib import crc32
+
+from common.errors import InvalidEvent
+from common.event.document import read_json
+
+_ID_CHARS = 32
+_LINE_START = b'{"message_id":"'
+_ID_END = len(_LINE_START) + _ID_CHARS
+_HEX_DIGITS = b"0123456789abcdef"
 
 
 def keyed_message_id(key: bytes, normalised: bytes) -> bytes:
@@ -18,9 +27,40 @@ def keyed_message_id(key: bytes, normalised: bytes) -> bytes:
 def id_digest(message_id: str | bytes) -> bytes:
     """Return the 16 bytes that the journal keeps of a message id: its own if it is 32 hex digits, else a digest."""
     text = message_id.encode(errors="surrogateescape") if isinstance(message_id, str) else message_id
-    if len(text) == 32:
+    if len(text) == _ID_CHARS:
         with suppress(ValueError):
             own = bytes.fromhex(text.decode())
             if own.hex().encode() == text:  # fromhex skips white space and takes capitals
                 return own
     return blake2b(text, digest_size=16, person=b"predlog-digest").digest()
+
+
+def with_id(normalised: bytes, message_id: bytes) -> bytes:
+    """Return an event in normal form as a line of a message of several events: its id becomes the first member."""
+    return b'%b%b",%b' % (_LINE_START, message_id, normalised[1:])
+
+
+def line_id(line: bytes) -> bytes | None:
+    """Return the id of an event that is a line of a message; None if it has none, or if the line is no JSON object.
+
+    Other publishers may write the member `message_id` anywhere. What is not a string, or is empty, is no id.
+    """
+    if line.startswith(_LINE_START) and line.startswith(b'",', _ID_END):
+        own = line[len(_LINE_START) : _ID_END]
+        if not own.translate(None, _HEX_DIGITS):
+            return own
+    try:
+        document = read_json(line)
+    except InvalidEvent:
+        return None
+    found = document.get("message_id") if type(document) is dict else None
+    return found.encode() or None if type(found) is str else None
+
+
+def partition_of(device_id: str, partitions: int) -> int:
+    """Return zlib's unsigned crc32 of the UTF-8 bytes of a `device_id` in normal form, modulo `partitions`.
+
+    Other publishers must use the same function: it keeps a device's rows in one file, where a retry meets the ids of
+    the first attempt.
+    """
+    return crc32(device_id.encode()) % partitions

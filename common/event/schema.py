@@ -9,38 +9,26 @@ from typing import Any, NamedTuple, cast
 import orjson
 
 from common.errors import InvalidEvent
-from common.event.document import (
-    DIGITS_TO_ZERO,
-    NINETEEN_DIGITS,
-    SPARE_VALUES,
-    VALUES_PER_PRED,
-    Steps,
-    array_items,
-    bound_values,
-    finish,
-    line_items,
-    read_exactly,
-    read_json,
-)
+from common.event.document import UNBOUNDED_BYTES, Stages, bound_values, finish, read_json
 from common.event.faults import Fault, make_fault
 
 Event = dict[str, Any]
+MAX_EVENTS = 10_000  # in one batch
+# The bound on the values and names of an event. A prediction with `n` tags has 7 + n, so each may have 8 tags.
+VALUES_PER_PRED = 15
+SPARE_VALUES = 10_000
+# The same for a batch that is an array, and so is parsed in one stage. 5,000 events of 5 predictions of 2 tags have
+# 290,000.
+BATCH_VALUES = 300_000
 MAX_NUMBER_CHARS = 1000
-# The answer to a document with more faults names this many, and says so.
-MAX_FAULTS = 2_000
-# Some 3 ms of work, whatever is in them.
-_PREDS_PER_STEP = 500
-_TOO_MANY_FAULTS = f"Only the first {MAX_FAULTS} faults are listed"
+MAX_FAULTS = 2_000  # that are listed in an answer
+_NUL = rb"\u0000"  # as JSON writes it
+_BACKSLASH = ord("\\")
 
 
 def _string(value: object) -> str:
     if type(value) is not str:
         raise ValueError("string_type")
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise ValueError("string_unicode") from None
     return value
 
 
@@ -52,10 +40,7 @@ def _number(value: object) -> float:
     if type(value) is str:
         number = _parse_number(value)
     elif type(value) is float or type(value) is int:
-        try:
-            number = float(value)
-        except OverflowError:  # an integer beyond a double; pydantic calls it so
-            raise ValueError("float_type") from None
+        number = float(value)
     else:
         raise ValueError("float_type")
     if number - number != 0.0:  # true for infinities and NaN; faster than math.isfinite
@@ -91,11 +76,12 @@ _EVENT: dict[str, Shape] = {
 
 
 class _Walk:
-    """A walk through a document by its shape that collects every fault."""
+    """A walk through a document by its shape that collects every fault, up to `most_faults`."""
 
-    def __init__(self, max_preds: int | None, most_faults: int) -> None:
+    def __init__(self, max_preds: int | None, most_faults: int, takes_nul: bool) -> None:
         self.max_preds = max_preds
         self.most_faults = most_faults
+        self.takes_nul = takes_nul
         self.loc: list[str | int] = ["body"]
         self.faults: list[Fault] = []
 
@@ -105,9 +91,12 @@ class _Walk:
         if isinstance(shape, list):
             return self.read_list(value, shape) if type(value) is list else self.fault("list_type")
         try:
-            return shape(value)
+            result = shape(value)
         except ValueError as error:
             return self.fault(str(error))
+        if type(result) is str and "\0" in result and not self.takes_nul:
+            return self.fault("string_nul")
+        return result
 
     def read_object(self, value: dict[str, Any], shape: dict[str, Any]) -> dict[str, Any]:
         result = {}
@@ -120,101 +109,46 @@ class _Walk:
     def read_list(self, value: list[Any], shape: list[Any]) -> Any:
         if shape is _PREDS and self.max_preds is not None and len(value) > self.max_preds:
             return self.fault("too_long", _too_long(self.max_preds, len(value)))
-        return self.read_items(value, shape[0])
-
-    def read_items(self, items: list[Any], shape: Shape, first: int = 0) -> list[Any]:
-        result = []
-        self.loc.append(first)
-        for self.loc[-1], item in enumerate(items, first):
-            # What _string would return: nearly all that a tag list holds, and there may be 120,000 of them.
-            plain = shape is _string and type(item) is str and item.isascii()
-            result.append(item if plain else self.read(item, shape))
+        strings = shape[0] is _string  # then the list stays as it is
+        result = value if strings else []
+        self.loc.append(0)
+        for self.loc[-1], item in enumerate(value):
+            if not strings:
+                result.append(self.read(item, shape[0]))
+            elif type(item) is not str or "\0" in item:
+                self.read(item, _string)
         self.loc.pop()
         return result
 
     def fault(self, kind: str, message: str | None = None) -> Any:
-        """Note a fault at `loc`; return a placeholder for the faulty value."""
-        self.faults.append(make_fault(self.loc, kind, message))
+        """Note a fault at `loc`; return a placeholder for the faulty value. Raise InvalidEvent beyond `most_faults`."""
         if len(self.faults) == self.most_faults:
-            self.faults.append(make_fault(["body"], "too_many_faults", _TOO_MANY_FAULTS))
-            raise InvalidEvent(self.faults)
-        return None
+            message = f"Only the first {MAX_FAULTS} faults are listed"
+            raise InvalidEvent([*self.faults, make_fault(["body"], "too_many_faults", message)])
+        self.faults.append(make_fault(self.loc, kind, message))
 
 
 def _too_long(limit: int, length: int) -> str:
     return f"List should have at most {limit} item{'' if limit == 1 else 's'} after validation, not {length}"
 
 
-def _large_preds(document: Any) -> list[Any] | None:
-    """Return the predictions of a document that has too many for one step."""
-    try:
-        preds = document["data"]["preds"]
-    except (KeyError, TypeError):
-        return None
-    return preds if type(preds) is list and len(preds) > _PREDS_PER_STEP else None
-
-
-def _with_preds(document: dict[str, Any], preds: list[Any]) -> dict[str, Any]:
-    """Return the document with these predictions, and without unknown members."""
-    known = {name: value for name, value in document.items() if name in _EVENT}
-    known["data"] = {name: value for name, value in document["data"].items() if name == "license_id"} | {"preds": preds}
-    return known
-
-
-def _carefully(document: Any, max_preds: int | None, most_faults: int) -> Steps[Event]:
-    """Return the event in normal form. Raise InvalidEvent with every fault, up to `most_faults`."""
-    walk = _Walk(max_preds, most_faults)
-    preds = _large_preds(document)
-    if preds is None or (max_preds is not None and len(preds) > max_preds):
-        event: Event = walk.read(document, _EVENT)
-    else:
-        event = walk.read(_with_preds(document, []), _EVENT)
-        walk.loc += ["data", "preds"]
-        for start in range(0, len(preds), _PREDS_PER_STEP):
-            yield
-            event["data"]["preds"] += walk.read_items(preds[start : start + _PREDS_PER_STEP], _PRED, start)
-    if walk.faults:
-        raise InvalidEvent(walk.faults)
-    return event
-
-
-def _quickly(document: Any, max_preds: int | None) -> Steps[Event | None]:
-    """Do `_validate_quickly` in steps."""
-    preds = _large_preds(document)
-    if preds is None or (max_preds is not None and len(preds) > max_preds):
-        return _validate_quickly(document, max_preds)
-    event = None
-    normal: list[Any] = []
-    for start in range(0, len(preds), _PREDS_PER_STEP):
-        event = _validate_quickly(_with_preds(document, preds[start : start + _PREDS_PER_STEP]), None)
-        if event is None:
-            return None
-        normal += event["data"]["preds"]
-        yield
-    assert event is not None
-    event["data"]["preds"] = normal
-    return event
-
-
 def _validate_quickly(document: Any, max_preds: int | None) -> Event | None:
-    """Return the event in normal form; None if only `_carefully` can tell.
+    """Return the event in normal form; None if only a `_Walk` can tell. U+0000 is taken.
 
     `document` comes from orjson, so none of its floats is an infinity or NaN.
     """
     try:
         data = document["data"]
-        ids = document["device_id"], document["client_id"], document["created_at"], data["license_id"]
-        device_id, client_id, created_at, license_id = ids
+        device_id, client_id, created_at = document["device_id"], document["client_id"], document["created_at"]
+        license_id, preds = data["license_id"], data["preds"]
         if not (str is type(device_id) is type(client_id) is type(created_at) is type(license_id)):
+            ids = device_id, client_id, created_at, license_id
             device_id, client_id, created_at, license_id = map(_identifier, ids)
-        preds = data["preds"]
         if type(preds) is not list or (max_preds is not None and len(preds) > max_preds):
             return None
         normal = []
         for pred in preds:
-            image_frame = pred["image_frame"]
-            prob = pred["prob"]
-            tags = pred["tags"]
+            image_frame, prob, tags = pred["image_frame"], pred["prob"], pred["tags"]
             if type(image_frame) is not str or type(tags) is not list:
                 return None
             if type(prob) is not float:
@@ -233,20 +167,28 @@ def _validate_quickly(document: Any, max_preds: int | None) -> Event | None:
     }
 
 
-def validate_event(document: object, max_preds: int | None = None, most_faults: int = MAX_FAULTS) -> Event:
+def validate_event(
+    document: object, max_preds: int | None = None, most_faults: int = MAX_FAULTS, *, takes_nul: bool = True
+) -> Event:
     """Return the event in normal form. `document` comes from `read_json`; its lists of tags are shared, not copied.
 
     Raise InvalidEvent with every fault, up to `most_faults`.
     """
-    return finish(_validating(document, max_preds, most_faults))
-
-
-def _validating(document: object, max_preds: int | None, most_faults: int) -> Steps[Event]:
-    event = yield from _quickly(document, max_preds)
+    event = _validate_quickly(document, max_preds) if takes_nul else None
     if event is None:
-        yield
-        event = yield from _carefully(document, max_preds, most_faults)
+        walk = _Walk(max_preds, most_faults, takes_nul)
+        event = walk.read(document, _EVENT)
+        if walk.faults:
+            raise InvalidEvent(walk.faults)
     return event
+
+
+def read_event(body: bytes) -> Event:
+    """Return the event in `body`, of any size, in normal form. Raise InvalidEvent.
+
+    U+0000 is taken, for the sake of messages that a producer of 1.0 accepted.
+    """
+    return validate_event(read_json(body))
 
 
 class NormalEvent(NamedTuple):
@@ -265,54 +207,30 @@ def _normal_event(event: Event) -> NormalEvent:
     return normal
 
 
-def read_event(body: bytes, max_preds: int | None = None, most_faults: int = MAX_FAULTS) -> Event:
-    """Read and validate the event in `body`; the work is bounded when `max_preds` is given.
-
-    What orjson cannot represent is read a second time, as FastAPI would (up to EXACT_READING_BYTES outside strings). So
-    an integer id of more than 64 bits keeps its digits, and NaN, 1e999 or a lone surrogate is reported with its path.
-    What `read_json` refuses is never accepted. Raise InvalidEvent with every fault, up to `most_faults`.
-    """
-    return finish(_reading(body, max_preds, most_faults))
-
-
-def _reading(body: bytes, max_preds: int | None, most_faults: int) -> Steps[Event]:
-    """Do `read_event` in steps. The longest are orjson's, which cannot be interrupted: 25 ms for the worst of 8 MiB."""
-    if max_preds is not None:
-        yield from bound_values(body, False, VALUES_PER_PRED * max_preds + SPARE_VALUES)
-    try:
-        document = read_json(body)
-    except InvalidEvent as refusal:
-        yield
-        exact = (yield from read_exactly(body, otherwise=None)) if body else None
-        if exact is not None:
-            yield
-            yield from _carefully(exact, max_preds, most_faults)
-        raise refusal from None
-    yield
-    event = yield from _quickly(document, max_preds)
-    if event is None:
-        yield
-        if NINETEEN_DIGITS in body.translate(DIGITS_TO_ZERO):
-            document = yield from read_exactly(body, otherwise=document)
-            yield
-        event = yield from _carefully(document, max_preds, most_faults)
-    return event
+def _may_have_nul(body: bytes) -> bool:
+    return body.find(_NUL) >= 0
 
 
 def normalise_event(body: bytes, max_preds: int) -> NormalEvent:
-    """Return the event in `body` in normal form. The work is bounded for any `body`. Raise InvalidEvent."""
-    event = None
-    if len(body) <= SPARE_VALUES:  # so few bytes hold no more values
+    """Return the event in `body` in normal form, without U+0000. Raise InvalidEvent."""
+    # A search for one byte is quick: nearly all events, with images too, have no backslash.
+    if len(body) <= UNBOUNDED_BYTES and (_BACKSLASH not in body or not _may_have_nul(body)):
         try:
             event = _validate_quickly(orjson.loads(body), max_preds)
         except orjson.JSONDecodeError:
-            event = None  # read_event finds the fault
-    return _normal_event(read_event(body, max_preds) if event is None else event)
+            event = None  # the stages find the fault
+        if event is not None:
+            return _normal_event(event)
+    return finish(normalise_in_stages(body, max_preds))
 
 
-def normalise_in_steps(body: bytes, max_preds: int) -> Steps[NormalEvent]:
-    """Do `normalise_event` in steps."""
-    event = yield from _reading(body, max_preds, MAX_FAULTS)
+def normalise_in_stages(body: bytes, max_preds: int, most_faults: int = MAX_FAULTS) -> Stages[NormalEvent]:
+    """Do `normalise_event` in stages. The time of each is bounded for any `body` of 8 MiB."""
+    yield from bound_values(body, VALUES_PER_PRED * max_preds + SPARE_VALUES)
+    yield
+    document = read_json(body)
+    yield
+    event = validate_event(document, max_preds, most_faults, takes_nul=not _may_have_nul(body))
     yield
     return _normal_event(event)
 
@@ -320,62 +238,51 @@ def normalise_in_steps(body: bytes, max_preds: int) -> Steps[NormalEvent]:
 def normalise_batch(body: bytes, lines: bool, max_preds: int) -> Iterator[NormalEvent | InvalidEvent | None]:
     """Yield each event of a JSON array, or of NDJSON when `lines`, in normal form, or the InvalidEvent that it is.
 
-    Yield None after a step of work that gave no event. A fault's `loc` begins with body and the position. `max_preds`
-    bounds the events, and the predictions of each. Once MAX_FAULTS were found, each further refused event has one
-    fault, `too_many_faults`. Raise InvalidEvent before the first event when the whole body cannot be read or is too
-    large.
+    Yield None after a stage that gave no event. A fault's `loc` begins with body and the position. Once MAX_FAULTS were
+    found, each further refused event has one fault, `too_many_faults`. An array is parsed whole, so what is not JSON in
+    one event refuses all of them; NDJSON is parsed line by line. Raise InvalidEvent before the first event when the
+    whole body cannot be read or is too large.
     """
-    limit = VALUES_PER_PRED * max_preds + SPARE_VALUES
-    items: list[Any] = line_items(body, limit) if lines else []
-    yield from bound_values(body, lines, limit)
-    if not lines:
-        items = array_items(body)
-    if len(items) > max_preds:
-        raise InvalidEvent([make_fault(["body"], "too_long", _too_long(max_preds, len(items)))])
+    items: list[Any] = yield from (_lines(body) if lines else _array(body))
+    if len(items) > MAX_EVENTS:
+        raise InvalidEvent([make_fault(["body"], "too_long", _too_long(MAX_EVENTS, len(items)))])
     yield None
+    takes_nul = lines or not _may_have_nul(body)
     left = MAX_FAULTS
-    for position, item in enumerate(items):
+    items.reverse()
+    for position in range(len(items)):
+        item = items.pop()  # so that what is done with is freed
         try:
-            event = _read_small_item(item, max_preds)
-            if event is None:
-                event = yield from _read_item(item, max_preds, left)
-                yield None
-            yield _normal_event(event)
+            if not lines:
+                event = _normal_event(validate_event(item, max_preds, left, takes_nul=takes_nul))
+            elif len(item) <= SPARE_VALUES and left == MAX_FAULTS:
+                event = normalise_event(item, max_preds)
+            else:
+                event = yield from normalise_in_stages(item, max_preds, left)
+            yield event
         except InvalidEvent as error:
-            faults = error.faults
-            for fault in faults:
+            for fault in error.faults:
                 fault["loc"] = ["body", position, *cast(list[Any], fault["loc"])[1:]]
-            left -= len(faults)
-            if left < 0:
-                left = 0
-                faults = [make_fault(["body", position], "too_many_faults", _TOO_MANY_FAULTS)]
-            yield InvalidEvent(faults)  # without the traceback, whose frames would all stay alive
+            left = max(0, left - len(error.faults))
+            yield InvalidEvent(error.faults)  # without the traceback, whose frames would all stay alive
 
 
-def _read_small_item(item: Any, max_preds: int) -> Event | None:
-    """Return an event of a batch in normal form; None if it takes steps, or if only `_read_item` can tell."""
-    try:
-        if type(item) is bytes:
-            if len(item) > SPARE_VALUES:
-                return None
-            item = orjson.loads(item)
-        elif len(item["data"]["preds"]) > _PREDS_PER_STEP:
-            return None
-    except (orjson.JSONDecodeError, KeyError, TypeError):
-        return None
-    return _validate_quickly(item, max_preds)
+def _array(body: bytes) -> Stages[list[Any]]:
+    if body[:100].lstrip().startswith(b"{"):
+        message = "Input should be a valid list; for one event a line, Content-Type is application/x-ndjson"
+        raise InvalidEvent([make_fault(["body"], "list_type", message)])
+    yield from bound_values(body, BATCH_VALUES)
+    yield
+    items = read_json(body)
+    if type(items) is not list:
+        raise InvalidEvent([make_fault(["body"], "list_type")])
+    return items
 
 
-def _read_item(item: Any, max_preds: int, most_faults: int) -> Steps[Event]:
-    if most_faults:
-        read = _reading if type(item) is bytes else _validating
-        return (yield from read(item, max_preds, most_faults + 1))
-    try:
-        document = orjson.loads(item) if type(item) is bytes else item
-    except orjson.JSONDecodeError:
-        event = None
-    else:
-        event = yield from _quickly(document, max_preds)
-    if event is None:
-        raise InvalidEvent([make_fault(["body"], "too_many_faults", _TOO_MANY_FAULTS)])
-    return event
+def _lines(body: bytes) -> Stages[list[Any]]:
+    """Return the lines that are not blank, after a bound on lines of any kind."""
+    if body.count(b"\n") > 2 * MAX_EVENTS:
+        message = f"Body should hold at most {2 * MAX_EVENTS} lines"
+        raise InvalidEvent([make_fault(["body"], "json_too_large", message)])
+    yield
+    return [line for line in body.split(b"\n") if line.strip()]

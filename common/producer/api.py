@@ -6,41 +6,43 @@ exchange.
 
 from __future__ import annotations
 
-import hmac
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from common import __version__
 from common.config import ProducerSettings
 from common.errors import HttpError, InvalidEvent, NotConfirmed, Unavailable
-from common.event.document import write_json
-from common.event.schema import NormalEvent, normalise_event, normalise_in_steps
-from common.http.coding import decoded, require_known_coding
+from common.event.document import UNBOUNDED_BYTES, write_json
+from common.event.schema import NormalEvent, normalise_event, normalise_in_stages
+from common.http.coding import content_coding, decoded
+from common.http.exchange import Exchange
 from common.http.fields import idempotency_key, is_json_lines, require_json
 from common.http.parser import Head, Request
-from common.http.server import Exchange
+from common.http.tokens import Token, owner_of, parse_tokens
+from common.http.turns import Job, Turns
 from common.metrics import CONTENT_TYPE as METRICS_TYPE
 from common.producer import openapi
 from common.producer.batch import Batch
-from common.producer.intake import Intake
-from common.producer.metrics import METHODS, OTHER, Counters
-from common.producer.origins import PROBES, Origins
+from common.producer.intake import Intake, retry_after
+from common.producer.metrics import Counters
+from common.producer.origins import Origins
 from common.producer.publisher import Publication, Publisher
-from common.producer.slices import Job, Slices
+from common.producer.routes import OTHER, ROUTES
 
 log = logging.getLogger("predlog.http")
 
 HTML = b"text/html; charset=utf-8"
 PAGE = Path(__file__).parent / "page.html"
+OPENAPI = Path(__file__).parent / "openapi.json"
 # A plain event of this size costs less than a slice, whatever is in it.
 WHOLE_BYTES = 16 * 1024
-# An event of this size is read in one step: 20 ms for the worst. More steps would cost one with images 2 % of its time.
-ONE_STEP_BYTES = 192 * 1024
 _KNOWN_METHODS = frozenset(
     {b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS", b"TRACE", b"CONNECT", b"QUERY"}
 )
-_PAGES = frozenset({b"/metrics", b"/openapi.json", b"/docs"})
+
+_PROCESS = ROUTES[b"/process"]
+Handler = Callable[[Request, Exchange], None]
 
 
 class _Post(Publication):
@@ -71,7 +73,7 @@ class Api:
         settings: ProducerSettings,
         publishers: Sequence[Publisher],
         counters: Counters,
-        slices: Slices,
+        turns: Turns,
         rows: Sequence[Sequence[float]],
     ) -> None:
         self._settings = settings
@@ -79,17 +81,27 @@ class Api:
         self._publishers = publishers
         self._only_publisher = publishers[0] if len(publishers) == 1 else None
         self._counters = counters
-        self._slices = slices
+        self._turns = turns
         self._rows = rows
         self._intake = Intake(publishers, counters)
         self._origins = Origins(settings.allowed_hosts, settings.cors_origins)
-        self._tokens = [b"Bearer " + token.encode() for token in settings.api_token.split(",") if token]
-        self._is_open = not self._tokens and not settings.allowed_hosts
-        self._openapi = write_json(openapi.document(__version__, settings))
+        self._tokens: list[Token]
+        self._handlers: dict[bytes, Handler] = {path: getattr(self, f"_{route.name}") for path, route in ROUTES.items()}
+        self._openapi_template = OPENAPI.read_text()
         self._starts = True
         self._stops = False
         self._page = PAGE.read_bytes()
         self._page_headers = openapi.page_headers(self._page)
+        self.reload_tokens(settings.api_token)
+
+    def reload_tokens(self, text: str) -> None:
+        """Take the tokens of another API_TOKEN value. Raise ValueError for a bad one, and keep those in force.
+
+        In the metrics, names that were not there at the start are "other".
+        """
+        self._tokens = parse_tokens(text)
+        self._is_open = not self._tokens and not self._settings.allowed_hosts
+        self._document = openapi.document(self._openapi_template, __version__, self._settings, bool(self._tokens))
 
     # Requests
 
@@ -114,39 +126,35 @@ class Api:
         return cors
 
     def _check(self, head: Head, cors: bytes) -> None:
-        methods = METHODS.get(head.path)
-        if methods is None:
+        route = ROUTES.get(head.path)
+        if route is None:
             if head.path == b"*" and head.method == b"OPTIONS":
                 return
             raise HttpError(404, "no such page; see /docs")
-        if head.method not in methods:
+        if head.method not in route.methods:
             if head.method == b"OPTIONS" and cors:
                 return  # a preflight
             if head.method not in _KNOWN_METHODS:
                 raise HttpError(501, "no such method")
-            allow = ", ".join(method.decode() for method in methods)
+            allow = ", ".join(method.decode() for method in route.methods)
             raise HttpError(405, f"this page takes {allow}", (("Allow", allow),))
-        if self._tokens and (head.method == b"POST" or (self._settings.protect_pages and head.path in _PAGES)):
-            self._authorize(head.authorization)
-        if head.method == b"POST":
+        if self._tokens and route.wants_token(self._settings.protect_pages):
+            self._authorize(head)
+        if route.takes_events:
             if head.content_type != b"application/json":
-                require_json(head.content_type, lines=head.path == b"/process/batch")
-            if head.content_encoding is not None:
-                require_known_coding(head.content_encoding)
+                require_json(head.content_type, lines=route.takes_lines)
+            content_coding(head.content_encoding)
 
-    def is_probe(self, head: Head) -> bool:
-        """Tell whether an orchestrator asks for liveness or readiness."""
-        return head.path in PROBES and head.method in METHODS[head.path]
-
-    def _authorize(self, given: bytes | None) -> None:
-        if given is not None and given[:7].lower() == b"bearer ":
-            given = b"Bearer " + given[7:].strip()
-            # Every token is compared, each in constant time.
-            if sum([hmac.compare_digest(given, token) for token in self._tokens]):
-                return
-        detail = "a bearer token is needed" if given is None else "this token is not known"
-        challenge = 'Bearer realm="predlog"' + ("" if given is None else ', error="invalid_token"')
-        raise HttpError(401, detail, (("WWW-Authenticate", challenge),))
+    def _authorize(self, head: Head) -> None:
+        given = head.authorization
+        owner = None if given is None else owner_of(given, self._tokens)
+        if owner is None:
+            detail = "a bearer token is needed" if given is None else "this token is not known"
+            challenge = 'Bearer realm="predlog"' + ("" if given is None else ', error="invalid_token"')
+            raise HttpError(401, detail, (("WWW-Authenticate", challenge),))
+        indices = self._counters.token_requests
+        self._counters.metrics.values[indices.get(owner, indices[OTHER])] += 1.0
+        log.debug("%s from %s", ROUTES[head.path].label, owner)
 
     def end_start(self) -> None:
         """Wait no longer for every partition: from now on /readyz says 200 while one takes events."""
@@ -159,32 +167,24 @@ class Api:
     def handle(self, request: Request, exchange: Exchange) -> None:
         """Answer a request, now or when its events have their outcome. Raise HttpError."""
         head = request.head
-        path = head.path
-        if path == b"/process" and head.method == b"POST":
-            if head.content_encoding is None and len(request.body) <= WHOLE_BYTES:
-                self._process(request.body, idempotency_key(head.idempotency_key), exchange)
-            else:
-                self._in_slices(self._process_in_steps(request, exchange), request, exchange)
-        elif head.method == b"OPTIONS":
-            if path == b"*":
-                exchange.answer(200, b"", extra=b"Allow: GET, HEAD, POST, OPTIONS\r\n")
-            else:
-                exchange.answer(204, b"", extra=self._origins.preflight)
-        elif path == b"/process/batch":
-            self._process_batch(request, exchange)
-        elif path == b"/healthz":
-            exchange.answer(200, b'{"status":"alive"}')
-        elif path == b"/readyz":
-            self._answer_readiness(exchange)
-        elif path == b"/metrics":
-            self._set_gauges()
-            exchange.answer(200, self._counters.metrics.render(self._rows), METRICS_TYPE)
-        elif path == b"/openapi.json":
-            exchange.answer(200, self._openapi)
+        if head.method != b"OPTIONS":
+            self._handlers[head.path](request, exchange)
+        elif head.path == b"*":
+            exchange.answer(200, b"", extra=b"Allow: GET, HEAD, POST, OPTIONS\r\n")
         else:
-            exchange.answer(200, self._page, HTML, self._page_headers)
+            exchange.answer(204, b"", extra=self._origins.preflight)
 
-    def _process(self, body: bytes, key: bytes | None, exchange: Exchange) -> None:
+    # Events
+
+    def _process(self, request: Request, exchange: Exchange) -> None:
+        head = request.head
+        key = idempotency_key(head.idempotency_key)
+        if head.content_encoding is None and len(request.body) <= WHOLE_BYTES:
+            self._take(request.body, key, exchange)
+        else:
+            self._in_turns(self._take_in_stages(request, key, exchange), request, exchange)
+
+    def _take(self, body: bytes, key: bytes | None, exchange: Exchange) -> None:
         try:
             event = normalise_event(body, self._max_preds)
         except InvalidEvent as error:
@@ -201,24 +201,20 @@ class Api:
             error.__traceback__ = None
             exchange.fail(self._intake.as_http(error))
 
-    def _process_in_steps(self, request: Request, exchange: Exchange) -> Job:
-        key = idempotency_key(request.head.idempotency_key)
-        body = yield from decoded(request.head.content_encoding, request.body, self._settings.max_body_bytes)
+    def _take_in_stages(self, request: Request, key: bytes | None, exchange: Exchange) -> Job:
+        body = decoded(request.head.content_encoding, request.body, self._settings.max_body_bytes)
         exchange.hold(len(body))
         yield None
-        if len(body) <= ONE_STEP_BYTES:
-            self._process(body, key, exchange)
+        if len(body) <= UNBOUNDED_BYTES:
+            self._take(body, key, exchange)
             return
         try:
-            event = yield from normalise_in_steps(body, self._max_preds)
+            event = yield from normalise_in_stages(body, self._max_preds)
         except InvalidEvent as error:
-            faults = error.faults
+            exchange.answer(422, write_json({"detail": error.faults}))
         else:
             yield None
             self._publish(event, key, exchange)
-            return
-        yield None
-        exchange.answer(422, write_json({"detail": faults}))
 
     def _process_batch(self, request: Request, exchange: Exchange) -> None:
         head, settings = request.head, self._settings
@@ -229,11 +225,11 @@ class Api:
         batch = Batch(self._intake, exchange, key, settings.confirm_timeout_ms / 1000)
         lines = is_json_lines(head.content_type)
         steps = batch.steps(request.body, head.content_encoding, lines, settings.max_body_bytes, settings.max_preds)
-        self._in_slices(steps, request, exchange)
+        self._in_turns(steps, request, exchange)
 
-    def _in_slices(self, job: Job, request: Request, exchange: Exchange) -> None:
+    def _in_turns(self, job: Job, request: Request, exchange: Exchange) -> None:
         exchange.hold(len(request.body))
-        self._slices.add(exchange.client, self._answered(job, exchange))
+        self._turns.add(exchange.client, self._answered(job, exchange))
 
     def _answered(self, job: Job, exchange: Exchange) -> Job:
         """Run the job; answer 500 if it fails, as the server does for `handle`."""
@@ -246,16 +242,33 @@ class Api:
             if exchange.response is None:
                 exchange.fail(HttpError(500, "internal error; the log has the details"))
 
-    def _answer_readiness(self, exchange: Exchange) -> None:
+    # Pages
+
+    def _healthz(self, request: Request, exchange: Exchange) -> None:
+        exchange.answer(200, b'{"status":"alive"}')
+
+    def _readyz(self, request: Request, exchange: Exchange) -> None:
+        if reason := self.not_ready():
+            raise HttpError(503, reason, retry_after())
+        # A load balancer that took this producer out would take it from the devices of all partitions.
+        down = _named([publisher.trouble() for publisher in self._publishers])
+        exchange.answer(200, write_json({"status": "ready", "down": down}) if down else b'{"status":"ready"}')
+
+    def _metrics(self, request: Request, exchange: Exchange) -> None:
+        exchange.answer(200, self.render_metrics(), METRICS_TYPE)
+
+    def _openapi(self, request: Request, exchange: Exchange) -> None:
+        exchange.answer(200, self._document)
+
+    def _docs(self, request: Request, exchange: Exchange) -> None:
+        exchange.answer(200, self._page, HTML, self._page_headers)
+
+    def not_ready(self) -> str:
+        """Return why no event can be accepted now, or "" if one can."""
         if self._stops:
-            raise HttpError(503, "the server is shutting down", (("Retry-After", "1"),))
+            return "the server is shutting down"
         troubles = [publisher.trouble() for publisher in self._publishers]
-        if not any(troubles):
-            exchange.answer(200, b'{"status":"ready"}')
-        elif self._starts or all(troubles):
-            raise HttpError(503, _named(troubles), (("Retry-After", "1"),))
-        else:  # a load balancer that took this producer out would take it from the devices of all partitions
-            exchange.answer(200, write_json({"status": "ready", "down": _named(troubles)}))
+        return _named(troubles) if all(troubles) or (self._starts and any(troubles)) else ""
 
     def _troubles(self) -> list[Unavailable]:
         return [trouble for publisher in self._publishers if (trouble := publisher.trouble()) is not None]
@@ -265,10 +278,15 @@ class Api:
     def answered(self, exchange: Exchange, status: int) -> None:
         """Count an answer."""
         counters = self._counters
-        path = OTHER if exchange.head is None or exchange.head.path not in METHODS else exchange.head.path
-        counters.metrics.values[counters.requests[path][status]] += 1.0
-        if path == b"/process" and not exchange.refused:
+        route = None if exchange.head is None else ROUTES.get(exchange.head.path)
+        counters.metrics.values[counters.requests[OTHER if route is None else route.label][status]] += 1.0
+        if route is _PROCESS and not exchange.refused:
             counters.request_seconds.observe(exchange.seconds())
+
+    def render_metrics(self) -> bytes:
+        """Return the text exposition of all workers' metrics, this one's as of now."""
+        self._set_gauges()
+        return self._counters.metrics.render(self._rows)
 
     def _set_gauges(self) -> None:
         counters, publishers = self._counters, self._publishers
@@ -293,7 +311,7 @@ class Api:
 
 
 def _named(troubles: Sequence[Unavailable | None]) -> str:
-    """Say why, and of several partitions which."""
+    """Return the reasons in one line, and of several partitions which have it; "" without trouble."""
     by_why: dict[str, list[str]] = {}
     for number, trouble in enumerate(troubles):
         if trouble is not None:

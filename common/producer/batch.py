@@ -8,11 +8,12 @@ from common.errors import InvalidEvent, NotConfirmed, Unavailable
 from common.event.document import write_json
 from common.event.schema import NormalEvent, normalise_batch
 from common.http.coding import decoded
-from common.http.server import Exchange
+from common.http.exchange import Exchange
+from common.http.turns import Job
 from common.producer.intake import Intake
 from common.producer.publisher import Publication, Publisher
-from common.producer.slices import Job
 
+_ACCEPTED: dict[str, object] = {"status": 200}  # one object for all events, which costs the garbage collector nothing
 PARSED_FACTOR = 8  # the memory of a document of small values, compared with its JSON
 
 
@@ -24,21 +25,22 @@ class Batch:
         self._exchange = exchange
         self._key = key
         self._wait_until = time.monotonic() + wait_seconds
-        self._results: list[dict[str, object]] = []
+        self._results: list[dict[str, object] | None] = []  # in the order of the events; None while it is not known
         self._in_flight = 0
         self._all_read = False
 
     def steps(self, body: bytes, content_encoding: bytes | None, lines: bool, max_bytes: int, max_preds: int) -> Job:
         """Read the events and publish each once the window has room. Answer when the last has its outcome."""
         try:
-            content = yield from decoded(content_encoding, body, max_bytes)
+            content = decoded(content_encoding, body, max_bytes)
             self._exchange.hold(PARSED_FACTOR * len(content))
+            yield None
             for event in normalise_batch(content, lines, max_preds):
                 if isinstance(event, InvalidEvent):
                     self._results.append({"status": 422, "detail": event.faults})
                 elif event is not None:
                     position = len(self._results)
-                    self._results.append({})
+                    self._results.append(None)
                     publisher = self._intake.publisher_for(event)
                     while publisher.trouble() is None and not publisher.has_room_for_batch():
                         if time.monotonic() >= self._wait_until:
@@ -67,7 +69,7 @@ class Batch:
     def confirmed(self, position: int, event: NormalEvent, seconds: float) -> None:
         """Note that an event is on the broker's disk."""
         self._intake.count(event, seconds)
-        self._results[position] = {"status": 200}
+        self._results[position] = _ACCEPTED
         self._in_flight -= 1
         self._answer_when_done()
 
@@ -83,7 +85,7 @@ class Batch:
 
     def _answer_when_done(self) -> None:
         if self._all_read and not self._in_flight:
-            accepted = sum(result["status"] == 200 for result in self._results)
+            accepted = sum(result is _ACCEPTED for result in self._results)
             status = 200 if accepted == len(self._results) else 207
             self._exchange.answer(status, write_json({"accepted": accepted, "results": self._results}))
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from random import randint
 
 from common.errors import HttpError, NotConfirmed, OutcomeUnknown, TooLarge, Unavailable
-from common.event.ids import keyed_message_id
-from common.event.partition import partition_of
+from common.event.ids import keyed_message_id, partition_of
 from common.event.schema import NormalEvent
 from common.producer.metrics import Counters
 from common.producer.publisher import Publisher
@@ -45,11 +45,16 @@ class Intake:
         """Return the answer for an event that was not confirmed; count a refusal by its reason."""
         if isinstance(error, Unavailable):
             self._counters.metrics.values[self._counters.refusals[error.reason]] += 1.0
-            return HttpError(503, str(error), (("Retry-After", "1"),))
+            return HttpError(503, str(error), retry_after(error.reason == "broker_away"))
         if isinstance(error, TooLarge):
             return HttpError(413, str(error))
         assert isinstance(error, OutcomeUnknown)
         return HttpError(504, str(error))
+
+
+def retry_after(broker_away: bool = False) -> tuple[tuple[str, str]]:
+    """Return the Retry-After field of a 503. It varies, so that the devices do not all come back in the same second."""
+    return (("Retry-After", str(randint(5, 15) if broker_away else randint(1, 5))),)
 
 
 def random_uuids() -> Iterator[bytes]:

@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
-from common import __version__
-from common.metrics import LATENCY_SECONDS, Metrics
+from collections.abc import Sequence
 
-METHODS = {
-    b"/process": (b"POST",),
-    b"/process/batch": (b"POST",),
-    b"/healthz": (b"GET", b"HEAD"),
-    b"/readyz": (b"GET", b"HEAD"),
-    b"/metrics": (b"GET", b"HEAD"),
-    b"/openapi.json": (b"GET", b"HEAD"),
-    b"/docs": (b"GET", b"HEAD"),
-}
-OTHER = b"other"  # stands for every other path
+from common import __version__
+from common.http.tokens import Token
+from common.metrics import LATENCY_SECONDS, Metrics
+from common.producer.routes import LABELS, OTHER
+
 STATUSES = (200, 204, 207, 400, 401, 403, 404, 405, 408, 413, 414, 415, 417, 422, 431, 500, 501, 503, 504, 505)
-_REFUSALS = ("broker_away", "broker_blocked", "window_full", "nacked", "stalled", "partition_down")
+_REFUSALS = ("broker_away", "broker_blocked", "window_full", "nacked", "stalled", "partition_down", "shutting_down")
 
 
 class Counters:
     """The producer's metrics. Their layout is fixed, so that workers can share memory."""
 
-    def __init__(self, partitions: int = 1) -> None:
+    def __init__(self, partitions: int = 1, tokens: Sequence[Token] = ()) -> None:
         self.metrics = m = Metrics()
         self.requests = {
-            path: {
+            route: {
                 status: m.counter("predlog_http_requests_total", "Requests answered.", route=route, status=str(status))
                 for status in STATUSES
             }
-            for path, route in [(path, path.decode()) for path in METHODS] + [(OTHER, "other")]
+            for route in LABELS
+        }
+        self.token_requests = {
+            name: m.counter("predlog_token_requests_total", "Requests with a known token, by its owner.", token=name)
+            for name in dict.fromkeys((*(token.name for token in tokens), OTHER))  # OTHER: those that a reload brought
         }
         self.refusals = {
             reason: m.counter("predlog_refusals_total", "Events refused for now (503), by reason.", reason=reason)
@@ -42,6 +40,7 @@ class Counters:
             "predlog_confirm_seconds", "From publish to the broker's confirm.", LATENCY_SECONDS
         )
         self.events = m.counter("predlog_events_total", "Events confirmed by the broker.")
+        self.messages = m.counter("predlog_messages_total", "AMQP messages confirmed by the broker.")
         self.predictions = m.counter("predlog_predictions_total", "Predictions in the events confirmed by the broker.")
         self.event_bytes = m.counter("predlog_event_bytes_total", "Bytes of the events confirmed by the broker.")
         self.unconfirmed = m.gauge("predlog_unconfirmed", "Events sent to the broker and not yet confirmed.")
@@ -60,3 +59,7 @@ class Counters:
         self.connections = m.gauge("predlog_http_connections", "Open client connections.")
         self.start_time = m.gauge("process_start_time_seconds", "Start of the process, Unix time.", max)
         m.values[m.gauge("predlog_info", "Version and process.", max, version=__version__, process="producer")] = 1.0
+
+    def count_messages(self, count: int) -> None:
+        """Count messages that the broker has confirmed."""
+        self.metrics.values[self.messages] += count

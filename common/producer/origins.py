@@ -10,11 +10,11 @@ from common.errors import HttpError
 from common.http.parser import Head
 
 _SAFE = frozenset({b"GET", b"HEAD"})
-PROBES = frozenset({b"/healthz", b"/readyz"})  # orchestrators call them by address
 _DEFAULT_PORTS = {b"http": b":80", b"https": b":443"}
 _PREFLIGHT = (
     b"Access-Control-Allow-Methods: POST\r\n"
-    b"Access-Control-Allow-Headers: Authorization, Content-Type, Content-Encoding, Idempotency-Key\r\n"
+    b"Access-Control-Allow-Headers: Authorization, Content-Type, Content-Encoding, Idempotency-Key, traceparent, "
+    b"tracestate, X-Requested-With\r\n"
     b"Access-Control-Max-Age: 600\r\n"
 )
 
@@ -33,8 +33,8 @@ class Origins:
 
     def check(self, head: Head) -> bytes:
         """Return the header lines that let a listed origin read the answer. Raise HttpError 403."""
-        if self._hosts and head.path not in PROBES and _name(head.host) not in self._hosts:
-            raise HttpError(403, "this Host is not served (ALLOWED_HOSTS)")
+        if self._hosts and _name(head.host) not in self._hosts:
+            raise HttpError(403, f"this Host is not served (ALLOWED_HOSTS): {_shown(head.host)}")
         origin = head.origin
         if origin is not None and origin.lower() in self._origins:
             return (
@@ -49,7 +49,11 @@ class Origins:
         else:
             foreign = origin is not None and not _is_own(origin, head.host)
         if foreign:
-            raise HttpError(403, "a page of another origin may not do this unless CORS_ORIGINS lists it")
+            raise HttpError(
+                403,
+                "a page of another origin may not do this unless CORS_ORIGINS lists it "
+                f"(Origin: {_shown(origin)}; Host: {_shown(head.host)})",
+            )
         return b""
 
 
@@ -60,6 +64,10 @@ def _is_own(origin: bytes, host: bytes | None) -> bool:
     if port is None or not named or host is None:
         return False
     return named.removesuffix(port) == host.lower().removesuffix(port)
+
+
+def _shown(value: bytes | None) -> str:
+    return "none" if value is None else value.decode("latin-1")
 
 
 def _name(host: bytes | None) -> bytes:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from common import workers
 from common.config import ProducerSettings
+from common.http.tokens import parse_tokens
 from common.process import on_stop, run
 from common.producer.metrics import Counters
 from common.producer.service import Producer
@@ -40,7 +41,7 @@ async def serve(
 
 def serve_all(settings: ProducerSettings, inherited: socket.socket | None) -> int:
     """Run WORKERS producers until a signal; return the exit code."""
-    counters = Counters(settings.partitions)
+    counters = Counters(settings.partitions, parse_tokens(settings.api_token))
     Certificate.load(settings.tls_cert, settings.tls_key)  # so that a bad one is reported once, not by each worker
     port = inherited or workers.reserve_port(settings.http_host, settings.http_port)
     rows = workers.shared_rows(settings.workers, counters.metrics.size)

@@ -1,18 +1,20 @@
 """The publisher of one queue, which owns each event in flight until its confirm, nack or time-out.
 
-Nothing here knows HTTP or sockets: a lane sends bytes, and a publication is told its outcome. Events in flight on a
-lost link are held and published again on the next, with the same message_id. The consumer drops the duplicate.
+Nothing here knows HTTP or sockets: a lane sends bytes, and a publication is told its outcome. The events of one turn of
+the event loop go out together, several in one message. Events in flight on a lost link are held and published again on
+the next, with the same ids. The consumer drops the duplicate.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import re
 import sys
+import uuid
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from common.amqp.codec import Confirm, Delivery, Part, PublishEncoder, packed_seconds
@@ -20,21 +22,18 @@ from common.amqp.link import Link
 from common.amqp.topology import QUEUE_ARGUMENTS, begin_publishing, declare
 from common.amqp.window import ConfirmWindow
 from common.errors import NotConfirmed, OutcomeUnknown, TooLarge, Unavailable
+from common.producer.broker_health import BrokerHealth
 
-log = logging.getLogger("predlog.producer")
-
-STALL_SECONDS = 5.0  # after so long without a confirm, new events are refused and /readyz is 503
-# Nacks without an ack between them end the link after this long. RabbitMQ 3.10 never again takes a message on a channel
-# that met a full queue (overflow reject-publish) if the policy is then removed; a new channel works. If that one only
-# nacks as well, the queue is full or has no leader (a node was cut off), and the next attempt waits twice as long.
-NACKS_FIRST_SECONDS, NACKS_MOST_SECONDS = 2.0, 30.0
 # After a sweep this late, confirms may be unread in the socket: the process was late, not the broker.
 LATE_SWEEP_SECONDS = 0.5
+
+GROUP_BYTES = 64 * 1024  # of the body of a message of several events, which is then one frame
+_LINE = b'{"message_id":"%b",%b\n'  # an event in such a message: its id becomes its first member
+_LINE_BYTES = len(_LINE % (bytes(32), b"")) - 1  # that a line has more than its event
 
 # The reason with which RabbitMQ 3.8 and later closes the channel (max_message_size).
 _TOO_LARGE = re.compile(r"larger than configured max size (\d+)")
 _DENIED = "ACCESS_REFUSED"
-_NACKED = "the broker refuses every event (nack): the queue is full, limited by a policy, or has no leader"
 
 
 class Lane(Protocol):
@@ -54,7 +53,7 @@ class Publication(ABC):
     body: bytes
     message_id: bytes
     # Set by the publisher:
-    since: float  # when it was first sent
+    since: float  # when it was published first
     sent_before: bool  # on a link that was lost
 
     @abstractmethod
@@ -66,87 +65,122 @@ class Publication(ABC):
         """Take note that the event was not accepted, or that its outcome is unknown."""
 
 
-class Publisher:
-    """The publisher of one queue, and the listener of its link. `now` is a monotonic clock, `wall` the Unix time.
+def grouped(events: Sequence[Publication], most_events: int, most_bytes: int) -> list[list[Publication]]:
+    """Return the events of each message, in order. One that is too large for a group of `most_bytes` is alone."""
+    if len(events) == 1:  # the most frequent case, at half the cost
+        return [list(events)]
+    groups: list[list[Publication]] = []
+    count, size = most_events, 0
+    for event in events:
+        line_bytes = len(event.body) + _LINE_BYTES
+        count, size = count + 1, size + line_bytes
+        if count > most_events or size > most_bytes:
+            group: list[Publication] = []
+            groups.append(group)
+            count, size = 1, line_bytes
+        group.append(event)
+    return groups
 
-    `partition` is None for the only queue; otherwise trouble with the queue is reported as that of one partition.
+
+class _Channel:
+    """What lives exactly as long as one channel: its lane, and the window of its delivery tags."""
+
+    def __init__(self, lane: Lane, queue_name: str, frame_max: int, most_events: int, most_bytes: int) -> None:
+        self.lane = lane
+        self.window = ConfirmWindow[list[Publication]]()  # of messages, each a list of events, oldest first
+        self._encode_event = PublishEncoder(queue_name, frame_max).encode
+        self._encode_group = PublishEncoder(queue_name, frame_max, b"application/x-ndjson").encode
+        self._most_events = most_events
+        self._most_bytes = most_bytes
+
+    def send(self, events: Sequence[Publication], stamp: bytes) -> None:
+        """Publish `events` in as few messages as possible, with one write."""
+        parts: list[Part] = []
+        for group in grouped(events, self._most_events, self._most_bytes):
+            if len(group) == 1:
+                parts += self._encode_event(group[0].body, group[0].message_id, stamp)
+            else:
+                body = b"".join([_LINE % (event.message_id, event.body[1:]) for event in group])
+                parts += self._encode_group(body, uuid.uuid4().hex.encode(), stamp)
+            self.window.add(group)
+        self.lane.send(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class PublisherLimits:
+    """The bounds of one publisher."""
+
+    unconfirmed: int  # events
+    unconfirmed_bytes: int
+    confirm_timeout_seconds: float
+    events_per_message: int
+
+
+class Publisher:
+    """The publisher of one queue, and the listener of its link.
+
+    `now` is a monotonic clock, `wall` the Unix time. `call_soon` calls a function at the end of the turn of the event
+    loop. `count_messages` takes the number of messages that the broker has acked. `partition` is None for the only
+    queue.
     """
 
     def __init__(
         self,
         queue_name: str,
-        max_unconfirmed: int,
-        max_unconfirmed_bytes: int,
-        confirm_timeout_seconds: float,
+        limits: PublisherLimits,
         now: Callable[[], float],
         wall: Callable[[], float],
+        call_soon: Callable[[Callable[[], None]], object],
+        count_messages: Callable[[int], None],
         partition: int | None = None,
     ) -> None:
+        self.limits = limits
+        self.unconfirmed = 0  # events in flight
         self.unconfirmed_bytes = 0
         self.links_lost = 0
-        self.max_unconfirmed_bytes = max_unconfirmed_bytes
         self.name = "producer" if partition is None else f"producer-{partition}"
         self.was_up = asyncio.Event()  # set once the first link is up
         self._queue_name = queue_name
-        self._partition = partition
-        self._log_prefix = "" if partition is None else f"partition {partition}: "
-        self._max_unconfirmed = max_unconfirmed
-        self._most_of_batches = -(-max_unconfirmed // 2)
-        self._most_bytes_of_batches = -(-max_unconfirmed_bytes // 2)
-        self._confirm_timeout = confirm_timeout_seconds
         self._now = now
         self._wall = wall
-        self._window = ConfirmWindow[Publication](self._settle)
-        self._sent = self._window.unconfirmed
+        self._call_soon = call_soon
+        self._count_messages = count_messages
+        self._health = BrokerHealth(limits.confirm_timeout_seconds, partition)
+        self._is_blocked = asyncio.Event()
+        self._channel: _Channel | None = None
+        # An event in flight is in one of three places: gathered in this turn, in the channel's window, or held.
+        self._gathered: list[Publication] = []
         self._held: deque[Publication] = deque()  # of a lost link, oldest first
         self._waiting: deque[Callable[[], None]] = deque()  # batches that wait for room
-        self._lane: Lane | None = None
-        self._encoder: PublishEncoder
-        self._down = "not connected yet"  # the reason, while there is no link
-        self._blocked = ""  # the broker's reason while it reads nothing that is published
-        self._is_blocked = asyncio.Event()
-        self._stalled = ""  # the reason, while published events are not confirmed
-        self._confirms_at = 0.0
-        self._acked = self._nacked = False  # whether the confirms being settled had an ack, a nack
-        self._progress_at = 0.0  # of the last ack, or of the start of the link
-        self._nacked_since: float | None = None  # time of the first nack after the last ack
-        self._nacks_seconds = NACKS_FIRST_SECONDS
         self._most_body_bytes = sys.maxsize  # that the broker takes, once it has said so
         self._swept_at = now()
         self._was_late = False
         self._stamp = packed_seconds(int(wall()))  # of the last sweep
-        self._trouble: Unavailable | None
-        self._judge()
-
-    @property
-    def unconfirmed(self) -> int:
-        """Events in flight."""
-        return len(self._sent) + len(self._held)
 
     @property
     def connected(self) -> bool:
-        return self._lane is not None
+        return self._channel is not None
 
     @property
     def is_blocked(self) -> bool:
-        return bool(self._blocked)
+        return self._health.is_blocked
 
     @property
     def is_stalled(self) -> bool:
-        return bool(self._stalled)
+        return self._health.is_stalled
 
     def trouble(self) -> Unavailable | None:
         """Return why no event can be accepted now; None if one can be, given room in the window."""
-        return self._trouble
+        return self._health.trouble
 
     def has_room_for_batch(self) -> bool:
         """Tell whether an event of a batch may be published now. Half of the window is kept for single events."""
         return (
-            self._trouble is None
-            and self._lane is not None
-            and not self._lane.congested
-            and len(self._sent) < self._most_of_batches
-            and self.unconfirmed_bytes < self._most_bytes_of_batches
+            self._health.trouble is None
+            and self._channel is not None
+            and not self._channel.lane.congested
+            and 2 * self.unconfirmed < self.limits.unconfirmed
+            and 2 * self.unconfirmed_bytes < self.limits.unconfirmed_bytes
         )
 
     def call_when_there_is_room(self, resume: Callable[[], None]) -> None:
@@ -154,66 +188,55 @@ class Publisher:
         self._waiting.append(resume)
 
     def publish(self, event: Publication) -> None:
-        """Send one event, which is then told its outcome. Raise Unavailable or TooLarge if nothing was sent."""
-        lane, body_bytes = self._lane, len(event.body)
+        """Send one event at the end of the turn; it is then told its outcome. Raise Unavailable or TooLarge if not."""
+        channel, body_bytes = self._channel, len(event.body)
         if (
-            self._trouble is not None
-            or lane is None  # then there is trouble, too
-            or lane.congested
+            self._health.trouble is not None
+            or channel is None  # then there is trouble, too
+            or channel.lane.congested
             or body_bytes > self._most_body_bytes
-            or self.unconfirmed_bytes >= self.max_unconfirmed_bytes
-            or len(self._sent) >= self._max_unconfirmed  # nothing is held while there is a lane
+            or self.unconfirmed_bytes >= self.limits.unconfirmed_bytes
+            or self.unconfirmed >= self.limits.unconfirmed
         ):
             raise self._refusal(body_bytes)  # not in a local variable, which would keep the event alive in a cycle
+        self.unconfirmed += 1
         self.unconfirmed_bytes += body_bytes
         event.since, event.sent_before = self._now(), False
-        lane.send(self._encoder.encode(event.body, event.message_id, self._stamp))
-        self._window.add(event)
+        if not self._gathered:
+            self._call_soon(self._send_gathered)
+        self._gathered.append(event)
 
     def _refusal(self, body_bytes: int) -> NotConfirmed:
         if body_bytes > self._most_body_bytes:
             return TooLarge(self._most_body_bytes)
-        return self._trouble or _window_full()
+        return self._health.trouble or Unavailable("window_full", "too many events wait for the broker's confirm")
 
-    def _judge(self) -> None:
-        """Update `trouble`. Call it after any change of what it depends on."""
-        self._trouble = self._find_trouble()
-
-    def _find_trouble(self) -> Unavailable | None:
-        if self._lane is not None and self._blocked:
-            return Unavailable("broker_blocked", f"the broker takes no messages now ({self._blocked})")
-        if self._lane is None:
-            reason, public, why = "broker_away", "the broker is away", f"no broker: {self._down}"
-        elif self._stalled:
-            reason, public, why = "stalled", "the broker confirms no events", self._stalled
+    def _send_gathered(self) -> None:
+        gathered, self._gathered = self._gathered, []
+        if self._channel is None:
+            self._held += gathered
         else:
-            return None
-        if self._partition is None:
-            return Unavailable(reason, public, why)
-        return Unavailable("partition_down", "the partition of this device is down", why)
+            self._channel.send(gathered, self._stamp)
 
     # The link
 
     async def up(self, link: Link) -> None:
         """Declare the queue, and check that an event could be published."""
-        self._blocked = ""
-        self._is_blocked.clear()
         await declare(link.channel, self._queue_name, QUEUE_ARGUMENTS)
         await begin_publishing(link, self._is_blocked)
         self.link_up(link.lane, link.frame_max)
 
     def link_up(self, lane: Lane, frame_max: int) -> None:
-        """Begin with a new channel, whose tags count from 1. Publish what is held again, before anything new."""
-        self._lane = lane
-        self._encoder = PublishEncoder(self._queue_name, frame_max)
-        self._progress_at = self._now()
+        """Begin with a new channel. Publish what is held again, before anything new."""
+        group_bytes = min(GROUP_BYTES, frame_max - 8) if frame_max else GROUP_BYTES
+        if self._most_body_bytes < group_bytes:
+            group_bytes = 0
+        self._channel = _Channel(lane, self._queue_name, frame_max, self.limits.events_per_message, group_bytes)
         held, self._held = self._held, deque()
-        for event in held:
-            event.sent_before = True
-            lane.send(self._encoder.encode(event.body, event.message_id, self._stamp))
-            self._window.add(event)
+        if held:
+            self._channel.send(held, self._stamp)
+        self._health.up(self._now())
         self.was_up.set()
-        self._judge()
 
     def down(self, reason: str) -> None:
         """Hold what is unconfirmed for the next channel.
@@ -221,33 +244,43 @@ class Publisher:
         Fail what the broker closed the channel for, since it would close the next one too: an event that is too large,
         and every event if the user may not publish.
         """
-        self.links_lost += self._lane is not None
-        self._lane, self._down, self._stalled, self._nacked_since = None, reason, "", None
-        self._held.extend(self._window.take())
+        self.links_lost += self._channel is not None
+        in_flight = self._end_channel()
+        self._is_blocked.clear()
+        self._health.down(reason, self._now())
         refusal = _TOO_LARGE.search(reason)
         self._most_body_bytes = int(refusal[1]) if refusal else sys.maxsize
-        self._judge()
-        if refusal or _DENIED in reason:
-            held, self._held = self._held, deque()
-            for event in held:
-                if refusal and len(event.body) <= self._most_body_bytes:
-                    self._held.append(event)
-                elif refusal and not event.sent_before:
-                    self._fail(event, TooLarge(self._most_body_bytes))
-                else:
-                    self._fail(event, OutcomeUnknown())
+        for event in in_flight:
+            if _DENIED in reason:
+                self._fail(event, OutcomeUnknown())
+            elif len(event.body) > self._most_body_bytes:
+                self._fail(event, OutcomeUnknown() if event.sent_before else TooLarge(self._most_body_bytes))
+            else:
+                event.sent_before = True
+                self._held.append(event)
         self._resume_batches()
+
+    def close(self) -> None:
+        """Publish nothing from now on, and fail what is in flight: the end of a drain that took too long."""
+        self._health.close()
+        gathered, self._gathered = self._gathered, []
+        for event in (*self._end_channel(), *gathered):
+            self._fail(event, OutcomeUnknown())
+
+    def _end_channel(self) -> list[Publication]:
+        """Drop the channel with its window, whose late confirms then mean nothing; return what was held or in it."""
+        in_flight = list(self._held)
+        self._held.clear()
+        if self._channel is not None:
+            in_flight += [event for group in self._channel.window.unsettled() for event in group]
+            self._channel = None
+        return in_flight
 
     def blocked(self, reason: str) -> None:
         """Refuse events while the broker reads none, during a memory or disk alarm."""
-        self._blocked = reason
         if reason:
             self._is_blocked.set()
-            log.warning("%sthe broker takes no messages: %s", self._log_prefix, reason)
-        else:
-            self._progress_at = self._now()
-            log.info("%sthe broker takes messages again", self._log_prefix)
-        self._judge()
+        self._health.block(reason, self._now())
         self._resume_batches()
 
     def deliveries(self, deliveries: list[Delivery]) -> None:
@@ -255,56 +288,41 @@ class Publisher:
 
     def confirms(self, confirms: Sequence[Confirm]) -> None:
         """Tell each event its outcome."""
-        now = self._confirms_at = self._now()
-        self._acked = self._nacked = False
-        self._window.confirms(confirms)
-        if self._acked:
-            self._note_progress(now)
-        elif self._nacked and self._nacked_since is None:
-            self._nacked_since = now
-            if self._nacks_seconds > NACKS_FIRST_SECONDS:  # the last link had only nacks too
-                self._stall(_NACKED)
+        if self._channel is None:
+            return
+        now, acked, nacked = self._now(), 0, False
+        for group, ok in self._channel.window.settle(confirms):
+            if ok:
+                acked += 1
+                self.unconfirmed -= len(group)
+                for event in group:
+                    self.unconfirmed_bytes -= len(event.body)
+                    event.confirmed(now - event.since)
+            else:
+                nacked = True
+                for event in group:  # of one that was sent before, the first copy may be stored
+                    nack = Unavailable("nacked", "the broker refused the event")
+                    self._fail(event, OutcomeUnknown() if event.sent_before else nack)
+        if acked:
+            self._count_messages(acked)
+            self._health.ack(now)
+        elif nacked:
+            self._health.nack(now)
         if self._waiting:
             self._resume_batches()
 
-    def _settle(self, event: Publication, ok: bool) -> None:
-        if ok:
-            self._acked = True
-            self.unconfirmed_bytes -= len(event.body)
-            event.confirmed(self._confirms_at - event.since)
-            return
-        self._nacked = True
-        # Of an event that was sent before, the first copy may be stored.
-        self._fail(
-            event, OutcomeUnknown() if event.sent_before else Unavailable("nacked", "the broker refused the event")
-        )
-
-    def _note_progress(self, now: float) -> None:
-        self._progress_at = now
-        self._nacked_since = None
-        self._nacks_seconds = NACKS_FIRST_SECONDS
-        if self._stalled:
-            log.info("%sthe broker confirms events again", self._log_prefix)
-            self._stalled = ""
-            self._judge()
-
-    def _stall(self, reason: str) -> None:
-        if not self._stalled:
-            log.warning("%s%s; new events are refused", self._log_prefix, reason)
-        self._stalled = reason
-        self._judge()
-
     def _fail(self, event: Publication, error: NotConfirmed) -> None:
+        self.unconfirmed -= 1
         self.unconfirmed_bytes -= len(event.body)
         event.failed(error)
 
     def _resume_batches(self) -> None:
         for _ in range(len(self._waiting)):
-            if self._trouble is None and not self.has_room_for_batch():
+            if self._health.trouble is None and not self.has_room_for_batch():
                 return
             self._waiting.popleft()()
 
-    # Time, and the end
+    # Time
 
     def sweep(self) -> None:
         """Fail events that wait too long, and leave a link that does not confirm. Call it ten times a second."""
@@ -317,30 +335,26 @@ class Publisher:
             self._waiting.popleft()()
         if late:
             return
-        oldest = now - self._confirm_timeout
+        oldest = now - self.limits.confirm_timeout_seconds
         while self._held and self._held[0].since <= oldest:
             self._fail(self._held.popleft(), OutcomeUnknown())
-        expired = self._window.take_oldest_while(lambda event: event.since <= oldest)
-        for event in expired:
-            self._fail(event, OutcomeUnknown())
-        if self._lane is None or self._blocked:
+        if (channel := self._channel) is None:
             return
-        waiting = self._window.oldest()
-        if expired and self._progress_at <= oldest:
-            # Not one ack in all that time. A new link may reach a live broker.
-            self._lane.fail(f"no confirm for {self._confirm_timeout:g} s")
-        elif self._nacked_since is not None and now - self._nacked_since >= self._nacks_seconds:
-            self._nacks_seconds = min(2 * self._nacks_seconds, NACKS_MOST_SECONDS)
-            self._lane.fail(_NACKED)
-        elif waiting is not None and now - max(self._progress_at, waiting.since) >= STALL_SECONDS:
-            self._stall(f"the broker has confirmed nothing for {STALL_SECONDS:g} s")
-
-    def fail_all(self) -> None:
-        """Fail everything in flight with OutcomeUnknown, at the end of a drain that took too long."""
-        for event in [*self._held, *self._window.take()]:
+        waiting = channel.window.oldest()
+        reason = self._health.reason_to_leave(waiting[0].since if waiting else None, now)
+        for event in _take_sent_until(oldest, channel.window):
             self._fail(event, OutcomeUnknown())
-        self._held.clear()
+        if reason:
+            channel.lane.fail(reason)
+        elif waiting := channel.window.oldest():
+            self._health.wait(waiting[0].since, now)
 
 
-def _window_full() -> Unavailable:
-    return Unavailable("window_full", "too many events wait for the broker's confirm")
+def _take_sent_until(moment: float, window: ConfirmWindow[list[Publication]]) -> list[Publication]:
+    """Take the events that were sent until then. A message of which others are left stays, without them."""
+    taken = [event for group in window.take_oldest_while(lambda group: group[-1].since <= moment) for event in group]
+    if group := window.oldest():
+        left = [event for event in group if event.since > moment]
+        taken += group[: len(group) - len(left)]
+        group[:] = left
+    return taken

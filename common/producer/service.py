@@ -11,23 +11,26 @@ from contextlib import suppress
 
 from common.amqp.link import keep_up
 from common.amqp.topology import queue_names
-from common.config import ProducerSettings
-from common.http.connection import SPARE_CONNECTIONS
+from common.config import ProducerSettings, read_again
+from common.errors import SettingError
+from common.health import HEALTH_LIMITS, Health
 from common.http.parser import Limits
-from common.http.server import HttpServer, ServerLimits
-from common.process import end, first_of, raise_file_limit
+from common.http.phases import ServerLimits
+from common.http.pool import MOST_LEAVING
+from common.http.server import HttpServer
+from common.http.turns import Turns
+from common.process import end, first_of, raise_file_limit, read_file
 from common.producer.api import Api
 from common.producer.batch import PARSED_FACTOR
 from common.producer.metrics import Counters
-from common.producer.publisher import Publisher
-from common.producer.slices import Slices
+from common.producer.publisher import Publisher, PublisherLimits
 from common.producer.tls import Certificate
 
 log = logging.getLogger("predlog.producer")
 
 SWEEP_SECONDS = 0.1
 ALL_UP_SECONDS = 5.0  # for every partition to get its connection; then the start stops waiting for the rest
-FILES_BESIDES_CONNECTIONS = 64 + SPARE_CONNECTIONS
+FILES_BESIDES_CONNECTIONS = 64 + MOST_LEAVING
 MAX_UNCONFIRMED_BYTES = 64 * 1024 * 1024  # of events without a confirm: what a blocked broker may cost in memory
 BUFFERED_BYTES = 256 * 1024 * 1024  # of incomplete requests and unread answers, over all connections, at least
 LAST_ANSWERS_SECONDS = 0.1  # for sending the answers that end a drain
@@ -43,8 +46,19 @@ def limits_of(settings: ProducerSettings, most_connections: int) -> ServerLimits
     )
 
 
+def publisher_limits_of(settings: ProducerSettings) -> PublisherLimits:
+    """Return the share of one partition."""
+    return PublisherLimits(
+        max(1, settings.max_unconfirmed // settings.partitions),
+        max(1, MAX_UNCONFIRMED_BYTES // settings.partitions),
+        settings.confirm_timeout_ms / 1000,
+        settings.events_per_message,
+    )
+
+
 def _most_connections(settings: ProducerSettings) -> int:
-    most = raise_file_limit() - FILES_BESIDES_CONNECTIONS
+    links = 2 * settings.partitions  # while a partition reconnects, it can have two
+    most = raise_file_limit() - FILES_BESIDES_CONNECTIONS - links
     if most < settings.max_connections:
         log.warning("the limit on open files allows %d connections, not %d (ulimit -n)", most, settings.max_connections)
     return most
@@ -69,31 +83,31 @@ class Producer:
         self._shared_port = shared_port
         self._inherited = inherited
         self._certificate = Certificate.load(settings.tls_cert, settings.tls_key)
-        share = settings.partitions
+        call_soon, limits = asyncio.get_running_loop().call_soon, publisher_limits_of(settings)
         self._publishers = [
             Publisher(
                 queue_name,
-                max(1, settings.max_unconfirmed // share),
-                max(1, MAX_UNCONFIRMED_BYTES // share),
-                settings.confirm_timeout_ms / 1000,
+                limits,
                 time.monotonic,
                 time.time,
+                call_soon,
+                counters.count_messages,
                 partition if settings.partitions > 1 else None,
             )
             for partition, queue_name in enumerate(queue_names(settings.queue_name, settings.partitions))
         ]
-        slices = Slices(asyncio.get_running_loop().call_soon)
-        self._api = Api(settings, self._publishers, counters, slices, rows or (counters.metrics.values,))
-        self._server = HttpServer(limits_of(settings, _most_connections(settings)), self._api)
+        turns = Turns(call_soon, time.monotonic)
+        self._api = Api(settings, self._publishers, counters, turns, rows or (counters.metrics.values,))
+        self._server = HttpServer(limits_of(settings, _most_connections(settings)), self._api, turns)
+        self._health = HttpServer(HEALTH_LIMITS, Health(self._api.not_ready, self._api.render_metrics))
         self._tasks: list[asyncio.Task[None]] = []
         counters.metrics.values[counters.start_time] = time.time()
 
-    async def start(self, replaces: bool = False, takes_over: bool = False) -> int:
+    async def start(self, replaces: bool = False) -> int:
         """Connect and listen; return the port. Raise StartupError.
 
         A worker that `replaces` another waits some seconds for its broker before it listens, as others serve the
-        clients meanwhile. So does one with an inherited socket, whose clients wait in the queue. One that `takes_over`
-        from a worker that still serves waits for as long as whoever started it allows.
+        clients meanwhile. So does one with an inherited socket, whose clients wait in the queue.
         """
         settings = self._settings
         self._tasks = [
@@ -101,15 +115,16 @@ class Producer:
             *map(asyncio.create_task, map(self._keep_up, self._publishers)),
         ]
         asyncio.get_running_loop().call_later(ALL_UP_SECONDS, self._api.end_start)
+        if settings.health_port:
+            await self._health.listen(settings.health_host, settings.health_port, reuse_port=settings.workers > 1)
         if replaces or self._inherited is not None:
             with suppress(TimeoutError):
                 async with asyncio.timeout(ALL_UP_SECONDS):
-                    await self._all_up()
-        if takes_over:
-            await self._one_up()
+                    for publisher in self._publishers:
+                        await first_of(publisher.was_up, *self._tasks)
         tls = self._certificate.context if self._certificate is not None else None
         wanted = settings.http_port if self._shared_port is None else self._shared_port
-        port = await self._server.listen(settings.http_host, wanted, tls, settings.workers, self._inherited)
+        port = await self._server.listen(settings.http_host, wanted, tls, settings.workers > 1, self._inherited)
         host = f"[{settings.http_host}]" if ":" in settings.http_host else settings.http_host
         log.info("POST to %s://%s:%d/process, pages at /docs", "https" if tls else "http", host, port)
         return port
@@ -119,7 +134,10 @@ class Producer:
         await first_of(stop, *self._tasks)
 
     async def drain(self) -> None:
-        """Stop listening, finish what was accepted, and answer what cannot be finished in time."""
+        """Stop listening, finish what was accepted, and answer what cannot be finished in time.
+
+        The health port still answers, until `close`.
+        """
         settings = self._settings
         log.info("stopping: %d event(s) in flight", self._unconfirmed())
         self._api.announce_stop()
@@ -134,33 +152,33 @@ class Producer:
             if self._unconfirmed():
                 log.warning("%d event(s) had no confirm in time; answered 504", self._unconfirmed())
             for publisher in self._publishers:
-                publisher.fail_all()
+                publisher.close()
             await asyncio.sleep(LAST_ANSWERS_SECONDS)
 
     async def close(self) -> None:
         """End everything, in any state."""
         self._server.abort()
         await end(*self._tasks)
+        self._health.abort()
         log.info("stopped")
 
     def reload(self) -> None:
-        """Load certificate and key again; keep the old ones when they cannot be used."""
+        """Load the certificate and the files of secrets again; keep the old ones when they cannot be used.
+
+        A new AMQP_URL is for the next connection.
+        """
         if self._certificate is not None:
             self._certificate.reload()
+        try:
+            settings = read_again(self._settings, read_file)
+            self._api.reload_tokens(settings.api_token)
+        except (SettingError, ValueError) as error:
+            log.error("%s; the old secrets stay", error)
+        else:
+            self._settings = settings
 
     def _keep_up(self, publisher: Publisher) -> Coroutine[object, object, None]:
-        settings = self._settings
-        return keep_up(lambda: settings.amqp_url, publisher.name, publisher, publisher.max_unconfirmed_bytes)
-
-    async def _all_up(self) -> None:
-        for publisher in self._publishers:
-            await first_of(publisher.was_up, *self._tasks)
-
-    async def _one_up(self) -> None:
-        while not any(publisher.was_up.is_set() for publisher in self._publishers):
-            with suppress(TimeoutError):
-                async with asyncio.timeout(SWEEP_SECONDS):
-                    await first_of(asyncio.Event(), *self._tasks)
+        return keep_up(lambda: self._settings.amqp_url, publisher.name, publisher, publisher.limits.unconfirmed_bytes)
 
     async def _tick(self) -> None:
         while True:

@@ -70,6 +70,10 @@ class Journal:
         """The number of ids that are kept."""
         return window(self._dedup_window, self._prefetch_count)
 
+    def expect_again(self, events: int) -> None:
+        """Raise the number of events that can be delivered again. The next commit makes it durable."""
+        self._prefetch_count = max(self._prefetch_count, events)
+
     def load(self) -> LastRun | None:
         """Begin a run: remember the ids of the last one, and return what else it left; None without a journal.
 

@@ -153,6 +153,10 @@ class Store:
         """Tell whether the message with this id (16 bytes) is committed, within the window."""
         return self._journal.seen(id)
 
+    def expect_again(self, events: int) -> None:
+        """Keep the ids of so many events that the broker can deliver again, and of as many that come meanwhile."""
+        self._journal.expect_again(events)
+
     def append(self, data: bytes, ids: Sequence[bytes]) -> Timing:
         """Make whole rows `data` and the new, distinct `ids` (16 bytes each) of their messages durable, as one.
 

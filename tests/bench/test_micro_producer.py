@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import count
 
 from pytest_benchmark.fixture import BenchmarkFixture
@@ -13,7 +13,7 @@ from common.event.document import read_json
 from common.event.schema import normalise_event
 from common.http.parser import Limits, RequestParser
 from common.http.response import encode_response
-from common.producer.publisher import Publication, Publisher
+from common.producer.publisher import Publication, Publisher, PublisherLimits
 from tests.bench import events
 
 FRAME_MAX = 131_072
@@ -95,17 +95,21 @@ class _Event(Publication):
         raise AssertionError(error)
 
 
-def _connected_publisher() -> Publisher:
-    publisher = Publisher("predictions", WINDOW, 2**30, 10.0, now=lambda: 1.0, wall=lambda: 1.0)
+def _connected_publisher() -> tuple[Publisher, Callable[[], None]]:
+    """A publisher, and what ends its turn of the event loop."""
+    soon: list[Callable[[], None]] = []
+    limits = PublisherLimits(WINDOW, 2**30, 10.0, 64)
+    publisher = Publisher("predictions", limits, lambda: 1.0, lambda: 1.0, soon.append, lambda count: None)
     publisher.link_up(_Lane(), FRAME_MAX)
-    return publisher
+    return publisher, lambda: soon.pop()()
 
 
 def test_publish_and_match_one_confirm(benchmark: BenchmarkFixture) -> None:
-    publisher, event, tags = _connected_publisher(), _Event(), count(1)
+    (publisher, end_turn), event, tags = _connected_publisher(), _Event(), count(1)
 
     def publish() -> None:
         publisher.publish(event)
+        end_turn()
         publisher.confirms([Confirm(next(tags), False, True)])
 
     benchmark(publish)
@@ -119,9 +123,10 @@ def test_match_the_confirms_of_a_full_window(benchmark: BenchmarkFixture) -> Non
     confirms = [Confirm(tag, False, True) for tag in range(WINDOW, WINDOW // 2, -1)] + [Confirm(WINDOW, True, True)]
 
     def filled() -> tuple[tuple[Publisher], dict[str, object]]:
-        publisher = _connected_publisher()
+        publisher, end_turn = _connected_publisher()
         for _ in range(WINDOW):
             publisher.publish(event)
+            end_turn()
         return (publisher,), {}
 
     benchmark.pedantic(lambda publisher: publisher.confirms(confirms), setup=filled, rounds=50)  # type: ignore[no-untyped-call]

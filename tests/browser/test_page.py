@@ -18,10 +18,10 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
-from common.producer import openapi
 from scripts.rabbitmq import free_port
 from tests.conftest import Service, Start
 from tests.rabbitmq import RabbitMQ
+from tests.support import openapi
 
 CHROMIUM, CHROMEDRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(
@@ -274,7 +274,7 @@ def test_everything_can_be_done_with_the_keyboard_in_order(page: Page, url: str)
     page.get("theme").send_keys(Keys.SPACE)
     assert page.get("theme").get_attribute("aria-pressed") == "true"
     page.get("example").send_keys("Integers")
-    assert '"device_id": 17' in str(page.get("body").get_property("value"))
+    assert '"device_id": 7' in str(page.get("body").get_property("value"))
     page.get("body").send_keys(Keys.CONTROL, Keys.ENTER)
     assert page.status() == "200 OK"
     page.run("document.getElementById('outcome').replaceChildren()")
@@ -399,7 +399,7 @@ def test_without_a_broker_the_page_says_so_and_why(page: Page, producer: Start) 
     page.until(lambda: page.text("#broker .value") == "away")
     page.until(lambda: page.text("#ready").startswith("Not ready: "))
     assert page.send().startswith("503 ")
-    assert "Retry-After: 1" in page.text("#outcome")
+    assert "Retry-After: " in page.text("#outcome")
 
 
 def test_a_producer_that_is_gone_leaves_the_page_usable(page: Page, producer: Start) -> None:

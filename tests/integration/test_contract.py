@@ -129,6 +129,8 @@ def test_a_malformed_event_is_422_that_names_every_fault(producer: Start) -> Non
         ("POST", "/process", {"Content_Type": "application/json; charset=latin-1"}, 415, None),
         ("POST", "/process", {"Content_Type": "application/vnd.x+json; charset=UTF-8"}, 200, None),
         ("POST", "/process", {"Content_Encoding": "br"}, 415, ("accept-encoding", "gzip, deflate")),
+        ("POST", "/process/", {"Content_Encoding": "identity"}, 200, None),
+        ("POST", "/process?x=%zz", {"Content_Type": "application/json; charset=us-ascii"}, 200, None),
         ("POST", "/process", {"Idempotency_Key": "a b"}, 400, None),
         ("POST", "/process", {"Idempotency_Key": "k" * 256}, 400, None),
         ("POST", "/process", {"Idempotency_Key": '"quoted"'}, 200, None),
@@ -221,7 +223,7 @@ async def test_a_batch_answers_for_each_event_after_its_confirm(
 
 def test_tokens_guard_post_and_leave_health_open(producer: Start) -> None:
     """Tokens keep strangers out of post and leave health open."""
-    service = producer(API_TOKEN="old,new", PROTECT_PAGES=1)
+    service = producer(API_TOKEN="old,shop-1:new", PROTECT_PAGES=1, WORKERS=2)
     status, fields, _ = post(service, EVENT)
     assert (status, fields["www-authenticate"]) == (401, 'Bearer realm="predlog"')
     assert post(service, EVENT, Authorization="Bearer wrong")[0] == 401
@@ -231,6 +233,10 @@ def test_tokens_guard_post_and_leave_health_open(producer: Start) -> None:
         assert call(service, "GET", "/metrics", Authorization=f"bearer {token}")[0] == 200
     assert call(service, "GET", "/metrics")[0] == 401
     assert call(service, "GET", "/readyz")[0] == 200
+    assert (
+        b'\npredlog_token_requests_total{token="shop-1"} 3\n'
+        in call(service, "GET", "/metrics", Authorization="Bearer new")[2]
+    )
     assert "wrong" not in service.log()
     assert "old" not in service.log()
 
@@ -309,7 +315,7 @@ def test_what_waiting_does_not_fix_is_exit_1_with_one_line(
 
 def test_the_largest_bounds_that_are_taken_work(producer: Start) -> None:
     most = str(2**40)
-    service = producer(MAX_UNCONFIRMED_BYTES=most, MAX_BODY_BYTES=most, CONFIRM_TIMEOUT_MS=most, MAX_UNCONFIRMED=most)
+    service = producer(MAX_BODY_BYTES=most, CONFIRM_TIMEOUT_MS=most, MAX_UNCONFIRMED=most)
     body = gzip.compress(json.dumps(EVENT).encode())
     assert call(service, "POST", "/process", body, Content_Encoding="gzip")[0] == 200
     assert service.stop() == 0

@@ -18,7 +18,7 @@ def is_healthy(service: Service, **environment: object) -> bool:
     port = service.url.rpartition(":")[2]
     variable = {"producer": "HTTP_PORT", "consumer": "HEALTH_PORT"}[service.name]
     settings = {"HTTP_PORT": "1", "HEALTH_PORT": "1", variable: port, **environment}  # nobody listens on port 1
-    command = [sys.executable, str(ROOT / "deploy" / "healthcheck.py")]
+    command = [sys.executable, str(ROOT / "deploy" / "compose" / "healthcheck.py")]
     return subprocess.run(command, env={k: str(v) for k, v in settings.items()}, timeout=30).returncode == 0
 
 

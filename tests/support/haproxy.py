@@ -16,7 +16,7 @@ from tests.support.polling import wait_until
 
 PROGRAM = shutil.which("haproxy") or shutil.which("haproxy", path="/usr/sbin")
 needs_haproxy = pytest.mark.skipif(PROGRAM is None, reason="haproxy is not installed (Debian: apt-get install haproxy)")
-SHIPPED = Path(__file__).parents[2] / "deploy" / "haproxy.cfg"
+SHIPPED = Path(__file__).parents[2] / "deploy" / "compose" / "haproxy.cfg"
 
 
 @contextlib.contextmanager

@@ -9,12 +9,15 @@ from typing import Any, NamedTuple
 
 from common.amqp.codec import Confirm, Part
 from common.config import ProducerSettings
-from common.http.connection import Connection, ServerLimits, ServerState
+from common.http.connection import Connection, ServerState
 from common.http.parser import Limits
+from common.http.phases import ServerLimits
+from common.http.tokens import parse_tokens
+from common.http.turns import Turns
 from common.producer.api import Api
 from common.producer.metrics import Counters
 from common.producer.publisher import Publisher
-from common.producer.slices import Slices
+from common.producer.service import publisher_limits_of
 from tests.support.transport import FakeTransport
 
 
@@ -58,21 +61,22 @@ class _Lane:
 
 
 class FakeProducer:
-    """`lanes[k]` is partition k's connection. Time is `now`, in seconds."""
+    """`lanes[k]` is partition k's connection. Time is `now`, in seconds. Each event has its own message by default."""
 
     def __init__(self, **settings: Any) -> None:
-        self.settings = ProducerSettings(**settings)
+        self.settings = ProducerSettings(**{"events_per_message": 1, **settings})
         self.now = 1000.0
         self._soon: list[Callable[[], None]] = []
         count = self.settings.partitions
+        self.counters = Counters(count, parse_tokens(self.settings.api_token))
         self.publishers = [
             Publisher(
                 f"q.{k}",
-                self.settings.max_unconfirmed // count,
-                self.settings.max_unconfirmed_bytes // count,
-                self.settings.confirm_timeout_ms / 1000,
+                publisher_limits_of(self.settings),
                 lambda: self.now,
                 lambda: self.now,
+                self._soon.append,
+                self.counters.count_messages,
                 k if count > 1 else None,
             )
             for k in range(count)
@@ -80,10 +84,8 @@ class FakeProducer:
         self.lanes = [_Lane() for _ in self.publishers]
         for publisher, lane in zip(self.publishers, self.lanes, strict=True):
             publisher.link_up(lane, 131_072)
-        self.counters = Counters(count)
-        self.api = Api(
-            self.settings, self.publishers, self.counters, Slices(self._soon.append), [self.counters.metrics.values]
-        )
+        turns = Turns(self._soon.append, lambda: self.now)
+        self.api = Api(self.settings, self.publishers, self.counters, turns, [self.counters.metrics.values])
         limits = ServerLimits(
             request=Limits(),
             connections=100,
@@ -94,7 +96,7 @@ class FakeProducer:
             idle_seconds=10.0,
             write_seconds=10.0,
         )
-        self._state = ServerState(limits, self.api, lambda: self.now, self._soon.append)
+        self._state = ServerState(limits, self.api, lambda: self.now, turns)
         self._connection = Connection(self._state)
         self._transport = FakeTransport()
         self._connection.connection_made(self._transport)

@@ -26,7 +26,7 @@ from common.amqp.codec import (
     FrameError,
     Notice,
     PublishEncoder,
-    ack_frames,
+    ack_frame,
     packed_seconds,
 )
 from common.amqp.properties import message_id_of
@@ -231,7 +231,7 @@ def test_a_header_above_frame_max_is_taken_cut_anywhere() -> None:
 
 def test_an_ack_is_what_pamqp_writes() -> None:
     expected = wire((1, commands.Basic.Ack(2**40 + 1, True))) + wire((1, commands.Basic.Ack(7, False)))
-    assert ack_frames([(2**40 + 1, True), (7, False)]) == expected
+    assert ack_frame(2**40 + 1, multiple=True) + ack_frame(7, multiple=False) == expected
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 
 from common.config import ProducerSettings
+from common.http.tokens import parse_tokens
 from common.producer.batch import PARSED_FACTOR
 from common.producer.intake import random_uuids
 from common.producer.service import limits_of
 from tests.support.polling import wait_until
 from tests.support.producer import Answer, FakeProducer, an_event, post
+from tests.support.published import published
 
 GET_READY = b"GET /readyz HTTP/1.1\r\nHost: h\r\n\r\n"
 
@@ -50,7 +52,8 @@ def test_a_nack_is_503_and_counted_by_its_reason() -> None:
     producer = FakeProducer()
     producer.send(post("/process", an_event()))
     (answer,) = producer.confirm(1, ok=False)
-    assert (answer.status, answer.fields["retry-after"]) == (503, "1")
+    assert answer.status == 503
+    assert 1 <= int(answer.fields["retry-after"]) <= 5
     assert producer.refusals("nacked") == 1
 
 
@@ -62,6 +65,29 @@ def test_without_a_broker_an_event_is_503_that_names_no_address() -> None:
         assert answer.status == 503
         assert "secret.host" not in answer.content["detail"]
     assert producer.refusals("broker_away") == 2
+
+
+def test_retry_after_varies_and_is_longer_without_a_broker() -> None:
+    """So that ten thousand devices do not come back in the same second."""
+    producer = FakeProducer()
+    producer.publishers[0].down("cut")
+    answers = [answer for _ in range(100) for answer in producer.send(post("/process", an_event()))]
+    seconds = {int(answer.fields["retry-after"]) for answer in answers}
+    assert len(seconds) > 5
+    assert seconds <= set(range(5, 16))
+
+
+@pytest.mark.parametrize("target", ["/process/", "/process?x=%zz", "/process?<\xe9>"])
+def test_a_target_of_a_device_of_the_original_is_process(target: str) -> None:
+    producer = FakeProducer()
+    request = post(target, an_event()).replace("\xe9".encode(), b"\xe9")
+    producer.send(
+        request.replace(b"Host: h", b"Host: h\r\nContent-Encoding: \r\nContent-Type: application/json;charset=")
+    )
+    (answer,) = producer.confirm(1)
+    assert answer.status == 200
+    counters = producer.counters
+    assert counters.metrics.values[counters.requests["/process"][200]] == 1
 
 
 # Batches
@@ -133,13 +159,27 @@ def test_an_event_beyond_the_brokers_size_is_413_in_a_batch() -> None:
 
 
 def test_a_key_gives_each_event_of_a_batch_its_own_lasting_id() -> None:
-    sent = []
+    ids = []
     for _ in range(2):
         producer = FakeProducer()
         producer.send(post("/process/batch", [an_event(), an_event()], Idempotency_Key="k"))
-        sent.append(producer.lanes[0].sent)
-    assert sent[0] == sent[1]
-    assert sent[0][0] != sent[0][1]
+        ids.append([message.message_id for message in published(b"".join(producer.lanes[0].sent))])
+    assert ids[0] == ids[1]
+    assert ids[0][0] != ids[0][1]
+
+
+def test_events_of_one_turn_share_a_message_and_its_confirm() -> None:
+    """Pipelined requests and those of a batch, which is read a turn later. Each has its own answer and is counted."""
+    producer = FakeProducer(events_per_message=64)
+    singles = [post("/process", an_event(f"d{number}")) for number in range(3)]
+    assert producer.send(*singles, post("/process/batch", [an_event("b1"), an_event("b2")])) == []
+    messages = published(b"".join(producer.lanes[0].sent))
+    assert [len(message.event_ids) for message in messages] == [3, 2]
+    *answers, batch = producer.confirm(2, multiple=True)
+    assert [answer.content["device_id"] for answer in answers] == ["d0", "d1", "d2"]
+    assert [result["status"] for result in batch.content["results"]] == [200, 200]
+    counters = producer.counters
+    assert [counters.metrics.values[index] for index in (counters.events, counters.messages)] == [5, 2]
 
 
 # Partitions
@@ -175,6 +215,65 @@ def test_a_token_is_needed_where_one_is_set(given: str | None, status: int) -> N
         answers += producer.confirm(1, multiple=True) + producer.confirm(2, multiple=True)
         assert [answer.status for answer in answers] == [status]
     assert bool(producer.lanes[0].sent) == (status == 200)
+
+
+def token_requests(producer: FakeProducer) -> dict[str, float]:
+    values = producer.counters.metrics.values
+    return {name: values[index] for name, index in producer.counters.token_requests.items()}
+
+
+def test_requests_are_counted_by_the_owner_of_their_token(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG", "predlog.http")
+    producer = FakeProducer(api_token="shop-1:one,two,shop-1:three")
+    for token in ("one", "shop-1:one", "three", "two", "wr0ng", "shop-1:wr0ng", "token-2:two"):
+        producer.send(post("/process", an_event(), Authorization=f"Bearer {token}"))
+    assert len(producer.lanes[0].sent) == 4
+    assert token_requests(producer) == {"shop-1": 3, "token-2": 1, "other": 0}
+    assert "/process from shop-1" in caplog.text
+    assert "wr0ng" not in caplog.text
+
+
+def test_tokens_are_replaced_while_it_runs() -> None:
+    producer = FakeProducer(api_token="shop-1:one")
+    with pytest.raises(ValueError, match="name without a token"):
+        producer.api.reload_tokens("shop-2:")
+    producer.api.reload_tokens("shop-1:new,shop-2:two")
+    for token, status in (("one", 401), ("new", 200), ("two", 200)):
+        tag = len(producer.lanes[0].sent) + 1
+        answers = producer.send(post("/process", an_event(), Authorization=f"Bearer {token}")) + producer.confirm(tag)
+        assert [answer.status for answer in answers] == [status]
+    assert token_requests(producer) == {"shop-1": 1, "other": 1}
+    producer.api.reload_tokens("")
+    assert b'"security"' not in document(producer)
+    producer.send(post("/process", an_event()))
+    assert producer.confirm(3)[0].status == 200
+
+
+def document(producer: FakeProducer) -> bytes:
+    (answer,) = producer.send(b"GET /openapi.json HTTP/1.1\r\nHost: h\r\n\r\n")
+    return repr(answer.content).replace("'", '"').encode()
+
+
+@pytest.mark.parametrize("text", [",", "a b", "é", "shop-1:,x", "\n"])
+def test_a_bad_list_of_tokens_is_one_line_without_a_token(text: str) -> None:
+    with pytest.raises(ValueError, match=r"^API_TOKEN [^\n]+$") as caught:
+        parse_tokens(f"s3cret{text}" if text != "," else text)
+    assert "s3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("item", "name", "credentials"),
+    [
+        ("abc", "token-1", (b"abc",)),
+        ("shop-1:abc", "shop-1", (b"abc", b"shop-1:abc")),
+        ("a:b:c", "a", (b"b:c", b"a:b:c")),
+        ("a/b:c", "token-1", (b"a/b:c",)),
+        ("x" * 33 + ":c", "token-1", (b"x" * 33 + b":c",)),
+        (":c", "token-1", (b":c",)),
+    ],
+)
+def test_a_token_may_have_a_name_in_front(item: str, name: str, credentials: tuple[bytes, ...]) -> None:
+    assert parse_tokens(item) == [(name, credentials)]
 
 
 def test_a_body_in_pieces_is_refused_by_its_head() -> None:
@@ -216,6 +315,9 @@ def test_what_a_browser_sends_for_another_site_is_403(path: str, fields: dict[st
     answers = producer.send(post(path, body, packed=False, **fields)) + producer.confirm(1)
     assert [answer.status for answer in answers] == [status]
     assert bool(producer.lanes[0].sent) == (status == 200)
+    if status == 403:
+        for value in (fields.get("Origin", "none"), fields.get("Host", "h")):
+            assert value in answers[0].content["detail"]
     allowed = answers[0].fields.get("access-control-allow-origin")
     assert allowed == ("https://dash.example" if fields.get("Origin") == "https://dash.example" else None)
 
@@ -230,7 +332,8 @@ def test_a_preflight_is_answered_for_a_listed_origin_only() -> None:
     yes, no = producer.send(preflight("https://dash.example"), preflight("https://evil.example"))
     assert yes.status == 204
     assert yes.fields["access-control-allow-origin"] == "https://dash.example"
-    assert "Idempotency-Key" in yes.fields["access-control-allow-headers"]
+    allowed = yes.fields["access-control-allow-headers"].split(", ")
+    assert {"Authorization", "Idempotency-Key", "traceparent", "tracestate", "X-Requested-With"} <= set(allowed)
     assert no.status == 403
 
 
@@ -260,8 +363,10 @@ def test_a_host_that_is_not_listed_is_403(host: str, status: int) -> None:
     producer = FakeProducer(allowed_hosts="a.example")
     answers = producer.send(post("/process", an_event(), Host=host)) + producer.confirm(1)
     assert [answer.status for answer in answers] == [status]
-    (probe,) = producer.send(b"GET /healthz HTTP/1.1\r\nHost: 10.0.0.1\r\n\r\n")
-    assert probe.status == 200
+    if status == 403:
+        assert host in answers[0].content["detail"]
+    (probe,) = producer.send(b"GET /healthz HTTP/1.1\r\nHost: %b\r\n\r\n" % host.encode())
+    assert probe.status == status
 
 
 # Readiness
@@ -270,6 +375,7 @@ def test_a_host_that_is_not_listed_is_403(host: str, status: int) -> None:
 def test_a_stop_that_is_announced_is_not_ready_but_takes_events() -> None:
     producer = FakeProducer()
     producer.api.announce_stop()
+    assert producer.api.not_ready() == "the server is shutting down"
     (answer,) = producer.send(GET_READY)
     assert answer.status == 503
     producer.send(post("/process", an_event()))

@@ -1,4 +1,4 @@
-"""The dashboard and the alert rules in deploy/: PromQL over real metrics, and alerts that fire when they should."""
+"""The dashboard and alert rules in deploy/monitoring: PromQL over real metrics, alerts that fire when they should."""
 
 import json
 import re
@@ -15,13 +15,13 @@ from common.consumer import metrics as consumer_metrics
 from common.consumer.processes import Board
 from common.producer import metrics as producer_metrics
 
-DEPLOY = Path(__file__).parents[2] / "deploy"
-DASHBOARD: dict[str, Any] = json.loads((DEPLOY / "grafana-dashboard.json").read_text())
+MONITORING = Path(__file__).parents[2] / "deploy" / "monitoring"
+DASHBOARD: dict[str, Any] = json.loads((MONITORING / "grafana-dashboard.json").read_text())
 PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
 TARGETS = [target["expr"] for panel in PANELS for target in panel["targets"]]
 ALERTS: dict[str, dict[str, Any]] = {
     rule["alert"]: rule
-    for group in yaml.safe_load((DEPLOY / "alerts.yaml").read_text())["groups"]
+    for group in yaml.safe_load((MONITORING / "alerts.yaml").read_text())["groups"]
     for rule in group["rules"]
 }
 TEXTS = (
@@ -147,7 +147,12 @@ def promtool(*arguments: str | Path) -> None:
 
 
 def test_promtool_accepts_the_alert_rules() -> None:
-    promtool("check", "rules", "--lint=all", "--lint-fatal", DEPLOY / "alerts.yaml")
+    promtool("check", "rules", "--lint=all", "--lint-fatal", MONITORING / "alerts.yaml")
+
+
+def test_prometheus_takes_the_scrape_configuration() -> None:
+    """The rule file that it names is next to it."""
+    promtool("check", "config", MONITORING / "prometheus.yml")
 
 
 def test_every_alert_has_its_trouble() -> None:
@@ -173,7 +178,7 @@ def test_an_alert_fires_in_its_trouble_only(tmp_path: Path) -> None:
                 ],
             }
         )
-    tests = {"rule_files": [str(DEPLOY / "alerts.yaml")], "evaluation_interval": "1m", "tests": scenarios}
+    tests = {"rule_files": [str(MONITORING / "alerts.yaml")], "evaluation_interval": "1m", "tests": scenarios}
     path = tmp_path / "alerts_test.yaml"
     path.write_text(yaml.safe_dump(tests))
     promtool("test", "rules", path)

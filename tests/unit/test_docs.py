@@ -139,7 +139,7 @@ def hostile_csv(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[li
 
     The first quoted cell comes after row 20,479, which is as far as DuckDB looks for itself.
     """
-    plain = [[f"camera-{n % 7}", "007", "2026-11-24T10:00:00Z", "NA", f"f-{n}", n / 3e4, "a,b"] for n in range(22_000)]
+    plain = [[f"camera-{n % 7}", "007", "2026-11-29T10:00:00Z", "NA", f"f-{n}", n / 3e4, "a,b"] for n in range(22_000)]
     rows = [[str(cell) for cell in row] for row in plain]
     for cell in HOSTILE:
         for column in (0, 3, 4, 6) if len(cell) < 100 else (4,):

@@ -7,8 +7,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import pytest
@@ -20,17 +19,15 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, BeforeValidator, Field
 
 from common.errors import InvalidEvent
-from common.event.document import finish, write_json
+from common.event.document import read_json, write_json
 from common.event.faults import describe_faults
-from common.event.ids import id_digest, keyed_message_id
+from common.event.ids import id_digest, keyed_message_id, line_id, with_id
 from common.event.rows import CSV_HEADER, count_rows, csv_rows
 from common.event.schema import (
     _EVENT,
-    _PREDS_PER_STEP,
+    MAX_EVENTS,
     MAX_FAULTS,
     NormalEvent,
-    _carefully,
-    _quickly,
     _validate_quickly,
     _Walk,
     normalise_batch,
@@ -57,6 +54,10 @@ def a_pred(**members: Any) -> dict[str, Any]:
 def events_of(body: bytes, lines: bool, max_preds: int) -> list[NormalEvent | InvalidEvent]:
     """What a batch gives, without its pauses."""
     return [event for event in normalise_batch(body, lines, max_preds) if event is not None]
+
+
+def batch_of(documents: list[Any], lines: bool) -> list[NormalEvent | InvalidEvent]:
+    return events_of((b"\n".join(map(write_json, documents)) if lines else write_json(documents)), lines, MAX_PREDS)
 
 
 def faults_of(body: bytes | dict[str, Any]) -> list[tuple[str, str]]:
@@ -158,11 +159,10 @@ def one_value(template: dict[str, Any], literal: str) -> bytes:
 
 
 LITERALS = [
-    *("null", "true", "false", "0", "-0", "-0.0", "1", "-1", "1.0", "1e5", "0.1", "1E-400", "1e999", "-1e999"),
-    *("NaN", "Infinity", "-Infinity", "18446744073709551615", "18446744073709551616", "-9223372036854775809"),
-    *("123456789012345678901234567890", "9" * 308, "9" * 310, "[]", "{}", '""', '"x"', '[""]', '["a",1,null]', "[[]]"),
+    *("null", "true", "false", "0", "-0", "-0.0", "1", "-1", "1.0", "1e5", "0.1", "1E-400"),
+    *("18446744073709551615", "-9223372036854775808", "[]", "{}", '""', '"x"', '[""]', '["a",1,null]', "[[]]"),
 ]
-NUMBER_STRINGS = [
+NUMBER_TEXTS = [
     *(
         "1",
         " 1 ",
@@ -210,12 +210,10 @@ def test_every_value_in_every_place_is_answered_as_fastapi_does(reference: Refer
     """Every kind of value in every place is answered as fastapi answers it."""
     for literal in LITERALS:
         body = one_value(template, literal)
-        if literal == "9" * 310 and reference.answer(body)[0] == 200:
-            continue  # a number beyond a double is not JSON to us: see test_what_json_leaves_open
         assert answer(body) == reference.answer(body), literal
 
 
-@pytest.mark.parametrize("text", NUMBER_STRINGS, ids=ascii)
+@pytest.mark.parametrize("text", NUMBER_TEXTS, ids=ascii)
 def test_a_number_in_a_string_is_read_as_pydantic_reads_it(reference: Reference, text: str) -> None:
     body = json.dumps(with_preds(a_pred(prob=text))).encode()
     assert answer(body) == reference.answer(body)
@@ -231,24 +229,26 @@ def test_a_number_in_a_string_is_read_as_pydantic_reads_it(reference: Reference,
     ids=ascii,
 )
 def test_a_body_that_is_no_object_is_answered_as_fastapi_does(reference: Reference, body: bytes) -> None:
-    """A body that is no object or no json is answered as fastapi answers it."""
-    assert answer(body) == reference.answer(body)
+    """A body that is no object or no JSON is answered as FastAPI answers it, but for the place where JSON ends."""
+    (status, ours), (its_status, its) = answer(body), reference.answer(body)
+    if its[0]["type"] == "json_invalid":
+        ours[0]["loc"][1] = its[0]["loc"][1]
+    assert (status, ours) == (its_status, its)
 
 
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=6)
 JUNK = st.recursive(
     st.none()
     | st.booleans()
-    | st.integers()
-    | st.integers(-(10**40), 10**40)
-    | st.floats()
-    | st.text(max_size=5)
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | TEXT
     | st.floats().map(str)
     | st.text(" +-_.eE0123456789infaNty\t\x1c", max_size=6),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
     max_leaves=4,
 )
-STRING = st.text(max_size=6)
-STRICT_JSON = st.none() | st.booleans() | st.text(max_size=5) | st.lists(st.integers(), max_size=3)
+STRICT_JSON = st.none() | st.booleans() | TEXT | st.lists(st.integers(), max_size=3)
 
 
 def mostly(strategy: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
@@ -266,18 +266,18 @@ def objects(members: dict[str, st.SearchStrategy[Any]]) -> st.SearchStrategy[Any
 
 ALMOST_EVENTS = objects(
     {
-        "device_id": STRING | st.integers(),
-        "client_id": STRING,
-        "created_at": STRING,
+        "device_id": TEXT | st.integers(-(2**63), 2**64 - 1),
+        "client_id": TEXT,
+        "created_at": TEXT,
         "data": objects(
             {
-                "license_id": STRING | st.integers(-(10**40), 10**40),
+                "license_id": TEXT | st.integers(0, 10**18),
                 "preds": st.lists(
                     objects(
                         {
-                            "image_frame": STRING,
-                            "prob": st.floats(allow_nan=False, allow_infinity=False) | st.integers(),
-                            "tags": st.lists(mostly(STRING), max_size=3),
+                            "image_frame": TEXT,
+                            "prob": st.floats(allow_nan=False, allow_infinity=False) | st.integers(-(2**63), 2**64 - 1),
+                            "tags": st.lists(mostly(TEXT), max_size=3),
                         }
                     ),
                     max_size=3,
@@ -300,36 +300,12 @@ def test_any_document_is_answered_as_fastapi_answers_it(reference: Reference, do
 def test_the_quick_and_the_careful_reading_agree(document: Any) -> None:
     quick = _validate_quickly(document, MAX_PREDS)
     if quick is not None:
-        assert repr(quick) == repr(finish(_carefully(document, MAX_PREDS, MAX_FAULTS)))
+        walk = _Walk(MAX_PREDS, MAX_FAULTS, takes_nul=True)
+        assert repr(quick) == repr(walk.read(document, _EVENT))
+        assert walk.faults == []
 
 
 # --- what is an event ---
-
-
-MANY = 2 * _PREDS_PER_STEP + 1
-
-
-@pytest.mark.parametrize("faulty", [[], [0], [_PREDS_PER_STEP - 1, _PREDS_PER_STEP, MANY - 1], range(MANY)], ids=str)
-@pytest.mark.parametrize("device_id", ["d", 7, None])
-def test_many_predictions_in_steps_are_judged_as_at_once(faulty: Sequence[int], device_id: object) -> None:
-    preds: list[Any] = [a_pred(prob=1, tags=["a", "é"]) for _ in range(MANY)]
-    for position in faulty:
-        preds[position] = {"prob": "?", "tags": ["a", None, 1]}
-    document = {**with_preds(*preds), "device_id": device_id, "unknown": []}
-    walk = _Walk(None, MAX_FAULTS)
-    with suppress(InvalidEvent):
-        walk.read(document, _EVENT)
-    body = json.dumps(document).encode()
-    if walk.faults:
-        with pytest.raises(InvalidEvent) as caught:
-            read_event(body)
-        assert caught.value.faults == walk.faults
-    else:
-        event = read_event(body)
-        assert event == finish(_quickly(document, None)) == finish(_carefully(document, None, MAX_FAULTS))
-        assert event["data"]["preds"] == [a_pred(prob=1.0, tags=["a", "é"])] * MANY
-    (alone,) = events_of(body, True, MANY)
-    assert isinstance(alone, InvalidEvent) == bool(walk.faults)
 
 
 def test_every_fault_is_named_at_once() -> None:
@@ -358,12 +334,11 @@ def test_normal_form_is_compact_json_in_the_contracts_order() -> None:
     """Normal form is compact json of the known members in the contracts order."""
     body = b"""{"x": 1, "data": {"preds": [{"tags": [], "y": {}, "prob": 1, "image_frame": "\\u00e9"}],
         "license_id": 7}, "created_at": 1675781809386042, "client_id": -0,
-        "device_id": 123456789012345678901234567890}"""
+        "device_id": 18446744073709551615}"""
     normal, device_id, rows = normalise_event(body, MAX_PREDS)
-    assert (device_id, rows) == ("123456789012345678901234567890", 1)
+    assert (device_id, rows) == ("18446744073709551615", 1)
     assert (
-        normal.decode()
-        == '{"device_id":"123456789012345678901234567890","client_id":"0","created_at":"1675781809386042",'
+        normal.decode() == '{"device_id":"18446744073709551615","client_id":"0","created_at":"1675781809386042",'
         '"data":{"license_id":"7","preds":[{"image_frame":"é","prob":1.0,"tags":[]}]}}'
     )
     assert normalise_event(normal, MAX_PREDS).body == normal
@@ -379,17 +354,48 @@ def test_prob_always_leaves_as_a_float(literal: str, prob: float) -> None:
     assert (decoded, math.copysign(1, decoded)) == (prob, math.copysign(1, prob))
 
 
-@pytest.mark.parametrize("literal", ["NaN", "Infinity", "-Infinity", "1e999", '"nan"', '"inf"', '"1e999"'])
-def test_a_prob_that_is_not_finite_is_named(literal: str) -> None:
-    assert faults_of(one_value(with_preds(a_pred(), a_pred(prob="?")), literal)) == [
-        ("body.data.preds.1.prob", "finite_number")
-    ]
+@pytest.mark.parametrize("text", ["nan", "inf", "-Infinity", "1e999"])
+def test_a_prob_that_is_not_finite_is_named(text: str) -> None:
+    assert faults_of(with_preds(a_pred(), a_pred(prob=text))) == [("body.data.preds.1.prob", "finite_number")]
 
 
-@pytest.mark.parametrize("prob", [10**400, True])
-def test_validate_refuses_a_prob_that_is_no_float(prob: float) -> None:
-    with pytest.raises(InvalidEvent):
-        validate_event(with_preds(a_pred(prob=prob)))
+@pytest.mark.parametrize("number", [2**64, -(2**63) - 1, 10**300])
+def test_an_id_beyond_64_bits_is_422_and_a_prob_is_a_number(number: int) -> None:
+    assert faults_of(an_event(device_id=number)) == [("body.device_id", "string_type")]
+    assert faults_of(with_preds(a_pred(prob=number))) == []
+
+
+NUL = "a\0b"
+
+
+@pytest.mark.parametrize(
+    ("document", "place"),
+    [
+        (an_event(device_id=NUL), "device_id"),
+        (an_event(created_at=NUL), "created_at"),
+        (an_event(data={"license_id": NUL, "preds": []}), "data.license_id"),
+        (with_preds(a_pred(), a_pred(image_frame=NUL)), "data.preds.1.image_frame"),
+        (with_preds(a_pred(tags=["a", NUL, "\\u0000"])), "data.preds.0.tags.1"),
+    ],
+)
+def test_a_nul_in_any_string_is_422_and_names_its_place(document: dict[str, Any], place: str) -> None:
+    """PostgreSQL loads no file with one, and C readers stop at it."""
+    assert faults_of(document) == [(f"body.{place}", "string_nul")]
+    for lines in (True, False):
+        good, bad = batch_of([an_event(), document], lines)
+        assert isinstance(good, NormalEvent)
+        assert isinstance(bad, InvalidEvent)
+        assert "U+0000" in describe_faults(bad.faults)
+
+
+def test_a_nul_that_is_no_nul_or_is_dropped_is_taken() -> None:
+    assert faults_of(with_preds(a_pred(image_frame="\\u0000"))) == []
+    assert faults_of(an_event(other=NUL)) == []
+
+
+def test_a_nul_that_a_producer_of_1_0_accepted_still_becomes_a_row() -> None:
+    body = write_json(with_preds(a_pred(image_frame=NUL, tags=[NUL])))
+    assert csv_rows(body, 0.25) == ([f"d;c;t;l;{NUL};0.5;{NUL}\r\n"], 1)
 
 
 @pytest.mark.parametrize("member", ["image_frame", "tags"])
@@ -420,7 +426,7 @@ def other(literal: str) -> bytes:
         pytest.param(b'{"device_id":null,' + WHOLE[1:], id="the last of equal keys wins"),
         pytest.param(b"\xef\xbb\xbf" + WHOLE, id="a byte order mark is passed over"),
         pytest.param(one_value(an_event(device_id="?"), r'"\ud83d\ude00"'), id="a pair of surrogates"),
-        pytest.param(one_value(an_event(device_id="?"), r'"\u0000\u001f\u007f"'), id="NUL and control characters"),
+        pytest.param(one_value(an_event(device_id="?"), r'"\u0001\u001f\u007f"'), id="control characters"),
         pytest.param(other("[" * 900 + "]" * 900), id="900 deep"),
         pytest.param(other("9" * 308), id="308 digits"),
         pytest.param(b" \t\r\n" + WHOLE + b" \t\r\n", id="white space around"),
@@ -435,11 +441,14 @@ def test_what_json_leaves_open_and_we_accept(body: bytes) -> None:
     [
         pytest.param(b"\xef\xbb\xbf" * 2 + WHOLE, 0, id="a second byte order mark"),
         pytest.param(WHOLE.decode().encode("utf-16"), 0, id="UTF-16"),
-        pytest.param(b'{"a":"\xff"}', 6, id="no UTF-8"),
-        pytest.param(b'{"a":"\xed\xa0\x80"}', 6, id="a surrogate in UTF-8"),
-        pytest.param(b'{"a":"\xc0\x80"}', 6, id="overlong UTF-8"),
+        pytest.param(b'{"a":"\xff"}', None, id="no UTF-8"),
+        pytest.param(b'{"a":"\xed\xa0\x80"}', None, id="a surrogate in UTF-8"),
+        pytest.param(b'{"a":"\xc0\x80"}', None, id="overlong UTF-8"),
         pytest.param(b'{"a":"\0"}', 6, id="a bare NUL"),
         pytest.param(b'{"a":"\n"}', 6, id="a bare line feed"),
+        pytest.param(one_value(an_event(device_id="?"), r'"\ud800"'), None, id="a lone surrogate"),
+        pytest.param(one_value(with_preds(a_pred(prob="?")), "NaN"), None, id="NaN"),
+        pytest.param(one_value(with_preds(a_pred(prob="?")), "1e999"), None, id="a number beyond a double"),
         pytest.param(other(r'"\udc00"'), None, id="a lone surrogate that nobody asked for"),
         pytest.param(other("NaN"), None, id="NaN that nobody asked for"),
         pytest.param(other("1e999"), None, id="an infinite number that nobody asked for"),
@@ -454,10 +463,6 @@ def test_what_json_leaves_open_and_we_refuse(body: bytes, position: int | None) 
     assert kind == "json_invalid"
     at = int(loc.removeprefix("body."))
     assert at == position if position is not None else 0 <= at < len(body)
-
-
-def test_a_lone_surrogate_in_a_member_is_named() -> None:
-    assert faults_of(one_value(an_event(device_id="?"), r'"\ud800"')) == [("body.device_id", "string_unicode")]
 
 
 def test_the_reason_is_one_short_line_without_the_text() -> None:
@@ -506,6 +511,38 @@ def test_a_digest_is_the_ids_own_16_bytes_or_a_hash_of_it(message_id: str | byte
     assert digest == id_digest(
         message_id if isinstance(message_id, bytes) else message_id.encode(errors="surrogateescape")
     )
+
+
+OWN = b"0123456789abcdef" * 2
+
+
+def test_a_line_of_a_message_has_its_id_first_and_the_same_rows() -> None:
+    event = write_json(with_preds(a_pred()))
+    line = with_id(event, OWN)
+    assert line.startswith(b'{"message_id":"0123456789abcdef0123456789abcdef","device_id":')
+    assert read_json(line) == {"message_id": OWN.decode(), **read_json(event)}
+    assert line_id(line) == OWN
+    assert csv_rows(line, 0.25) == csv_rows(event, 0.25)
+    assert count_rows(line) == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        (b'{"device_id":"d", "message_id" : "x"}', b"x"),
+        (b'{"message_id":"\\u00e9"}\r', "é".encode()),
+        (b'{"message_id":"%b"}' % OWN.upper(), OWN.upper()),
+        (b'{"message_id":"%b\\"","a":1}' % (b"a" * 31), b"a" * 31 + b'"'),
+        (b'{"message_id":""}', None),
+        (b'{"message_id":7}', None),
+        (b'{"device_id":"d"}', None),
+        (b'["message_id"]', None),
+        (b"not JSON", None),
+        (b"", None),
+    ],
+)
+def test_the_id_of_another_publishers_line_is_found_anywhere(line: bytes, found: bytes | None) -> None:
+    assert line_id(line) == found
 
 
 # --- rows ---
@@ -594,7 +631,7 @@ def test_a_batch_gives_each_event_its_own_outcome(lines: bool) -> None:
         pytest.param(b"{}", "list_type", id="no list"),
         pytest.param(b"[", "json_invalid", id="no JSON"),
         pytest.param(b"", "missing", id="nothing"),
-        pytest.param(json.dumps([an_event()] * 101).encode(), "too_long", id="too many events"),
+        pytest.param(json.dumps([an_event()] * (MAX_EVENTS + 1)).encode(), "too_long", id="too many events"),
     ],
 )
 def test_a_batch_that_cannot_be_taken_is_refused_whole(body: bytes, kind: str) -> None:
@@ -623,7 +660,7 @@ def test_predictions_are_bounded_for_each_event_of_a_batch() -> None:
 ONE_BY_ONE = [
     '{"device_id":"a"}',
     json.dumps({**an_event(), "device_id": 2**70}),
-    json.dumps({**an_event(), "device_id": 10**300}),
+    json.dumps({**an_event(), "device_id": 2**63}),
     json.dumps(with_preds(a_pred(prob=float("nan")))),
     json.dumps(with_preds(a_pred(image_frame="\ud800"))),
     json.dumps({**an_event(), "unknown": float("inf")}),
@@ -645,7 +682,7 @@ def test_each_line_of_a_batch_is_judged_as_it_would_be_alone(frame_bytes: int) -
         [(fault["loc"][2:], fault["type"]) for fault in item.faults] if isinstance(item, InvalidEvent) else item  # type: ignore[index]
         for item in together
     ] == alone
-    assert sum(isinstance(item, NormalEvent) for item in together) == 4
+    assert sum(isinstance(item, NormalEvent) for item in together) == 3
 
 
 def test_an_array_is_read_once_and_refused_whole() -> None:

@@ -33,9 +33,13 @@ PURE = {
     "common.config",
     "common.event",
     "common.http.parser",
+    "common.http.phases",
+    "common.http.pool",
+    "common.http.turns",
     "common.http.response",
     "common.http.fields",
     "common.http.coding",
+    "common.http.tokens",
     "common.storage.recovery",
     "common.storage.state",
     "common.amqp.address",
@@ -43,10 +47,11 @@ PURE = {
     "common.amqp.codec",
     "common.amqp.properties",
     "common.producer.openapi",
+    "common.producer.broker_health",
     "common.producer.origins",
+    "common.producer.routes",
     "common.consumer.pending",
     "common.consumer.prepare",
-    "common.consumer.dead_letters.message",
 }
 KNOWS_ORJSON = {"common.event.document", "common.event.rows", "common.event.schema"}
 IMPURE = {

@@ -9,12 +9,9 @@ import zlib
 from collections.abc import Callable
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from common.errors import HttpError
-from common.http import coding
-from common.http.coding import require_known_coding
+from common.http.coding import content_coding, decoded
 from common.http.fields import JSON, NDJSON, idempotency_key, is_json_lines, media_type, require_json
 from tests.support.least import least
 
@@ -35,18 +32,18 @@ def refusal(action: Callable[..., object], *args: object) -> HttpError:
         (b"application/vnd.a.b+JSON;v=1", JSON),
         (b"application/json;charset=utf-8", JSON),
         (b'application/json ;\tCharset="UTF-8"', JSON),
-        (b'application/json; a="b;charset=latin-1\\""; charset=utf8', JSON),
-        (b'application/json; charset="\\u\\t\\f\\-\\8"', JSON),
         (b"application/json;", JSON),
         (b"application/json; ; charset=utf-8;", JSON),
         (b"application/x-ndjson", NDJSON),
         (b"application/x-ndjson; charset=utf-8", NDJSON),
         (b"application/json; charset=latin-1", None),
         (b"application/json; charset=utf-16", None),
-        (b'application/json; charset=""', None),
+        (b'application/json; charset=""', JSON),
+        (b"application/json; charset=", JSON),
+        (b"application/json;charset=US-ASCII; a=b", JSON),
+        (b"application/json; charset==", None),
         (b"application/json; charset=utf-8; charset=latin-1", None),
-        (b"application/json; charset = utf-8", None),
-        (b"application/json; charset", None),
+        (b"application/json; charset = latin-1", None),
         (b"application/json charset=utf-8", None),
         (b"application/json, application/json", None),
         (b"application/jsonp", None),
@@ -94,67 +91,43 @@ def test_a_hostile_media_type_is_read_in_linear_time() -> None:
     assert least(seconds, 0.1) < 0.1
 
 
-@pytest.mark.parametrize("coding", [b"gzip", b"GZIP", b"x-gzip"])
+@pytest.mark.parametrize("coding", [b"gzip", b"GZIP", b"x-gzip", b"identity, gzip", b"gzip ,identity", b"gzip,"])
 def test_rfc_9110_section_8_4_gzip_is_decoded(coding: bytes) -> None:
-    require_known_coding(coding)
     assert decoded(coding, gzip.compress(b"{}"), 2) == b"{}"
 
 
 def test_rfc_9110_section_8_4_1_2_deflate_is_zlibs_format() -> None:
     """It is what aiohttp sends with compress=True; raw deflate (RFC 1951) is not taken for it."""
-    require_known_coding(b"deflate")
     assert decoded(b"deflate", zlib.compress(b"{}"), 2) == b"{}"
     raw = zlib.compressobj(wbits=-15)
     assert refusal(decoded, b"deflate", raw.compress(b"{}") + raw.flush(), 2).status == 400
 
 
-@pytest.mark.parametrize("coding", [None, b"identity"])
+@pytest.mark.parametrize("coding", [None, b"identity", b"Identity, identity", b"", b" , "])
 def test_content_without_a_coding_is_left_as_it_is(coding: bytes | None) -> None:
     assert decoded(coding, b"\x1f\x8b", 2) == b"\x1f\x8b"
 
 
-@pytest.mark.parametrize("coding", [b"br", b"zstd", b"gzip, gzip", b"gzip,", b"", b"gzip;q=1"])
+@pytest.mark.parametrize("coding", [b"br", b"zstd", b"gzip, gzip", b"gzip, br", b"identity, br", b"gzip;q=1"])
 def test_rfc_9110_section_12_5_3_415_names_the_codings(coding: bytes) -> None:
-    for error in (refusal(require_known_coding, coding), refusal(decoded, coding, b"", 1)):
+    for error in (refusal(content_coding, coding), refusal(decoded, coding, b"", 1)):
         assert (error.status, error.fields) == (415, b"Accept-Encoding: gzip, deflate\r\n")
-
-
-@given(st.lists(st.binary(max_size=2000), min_size=1, max_size=5))
-def test_rfc_1952_section_2_2_members_are_joined(parts: list[bytes]) -> None:
-    assert inflate(b"".join(map(gzip.compress, parts)), 10_000) == b"".join(parts)
-
-
-def test_a_member_over_many_slices_is_inflated() -> None:
-    data = bytes(range(256)) * 4000 + zlib.crc32(b"x").to_bytes(4, "big")
-    noise = bytes((i * i >> 3) & 255 for i in range(300_000))
-    assert inflate(gzip.compress(noise, 0) + gzip.compress(data), 1 << 21) == noise + data
-
-
-def decoded(content_encoding: bytes | None, body: bytes, max_bytes: int) -> bytes:
-    steps = coding.decoded(content_encoding, body, max_bytes)
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            return bytes(end.value)
 
 
 def inflate(body: bytes, max_bytes: int) -> bytes:
     return decoded(b"gzip", body, max_bytes)
 
 
-GOOD = gzip.compress(b'{"a": "bbbbbbbbbb"}')
+GOOD = gzip.compress(b'{"a": "bbbbbbbbbb"}', mtime=0)
 
 
 @pytest.mark.parametrize("length", range(len(GOOD)))
 def test_truncated_gzip_is_400(length: int) -> None:
     assert refusal(inflate, GOOD[:length], 100).status == 400
-    if length:
-        assert refusal(inflate, GOOD + GOOD[:length], 100).status == 400
 
 
-@pytest.mark.parametrize("rest", [b"\x00", b"garbage", b"\x00" * 100, b"\x1f\x8b\x08"])
-def test_bytes_after_gzip_are_400(rest: bytes) -> None:
+@pytest.mark.parametrize("rest", [b"\x00", b"garbage", b"\x00" * 100, GOOD[:3], GOOD])
+def test_bytes_after_the_one_gzip_member_are_400(rest: bytes) -> None:
     assert refusal(inflate, GOOD + rest, 100).status == 400
 
 
@@ -169,10 +142,10 @@ def test_what_is_not_gzip_is_400(body: bytes) -> None:
 
 
 def test_inflated_content_may_reach_the_limit_and_not_pass_it() -> None:
-    body = gzip.compress(b"a" * 60) + gzip.compress(b"b" * 40)
+    body = gzip.compress(b"a" * 100)
     assert len(inflate(body, 100)) == 100
     assert refusal(inflate, body, 99).status == 413
-    assert refusal(inflate, body, 59).status == 413
+    assert refusal(inflate, body, 1).status == 413
 
 
 def test_a_bomb_is_413_and_never_inflated_past_the_limit() -> None:
@@ -183,18 +156,6 @@ def test_a_bomb_is_413_and_never_inflated_past_the_limit() -> None:
         assert tracemalloc.get_traced_memory()[1] < 4_000_000
     finally:
         tracemalloc.stop()
-
-
-def test_very_many_members_are_400_soon() -> None:
-    body = gzip.compress(b"") * 400_000
-
-    def seconds() -> float:
-        began = time.process_time()
-        assert refusal(inflate, body, 1_000_000).status == 400
-        return time.process_time() - began
-
-    assert least(seconds, 0.5) < 0.5
-    assert inflate(gzip.compress(b"a") * 1000, 1000) == b"a" * 1000
 
 
 @pytest.mark.parametrize(

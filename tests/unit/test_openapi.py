@@ -6,7 +6,7 @@ import re
 from base64 import b64encode
 from hashlib import sha256
 from http import HTTPStatus
-from typing import Any, cast
+from typing import Any
 
 import jsonschema_rs
 import pytest
@@ -18,14 +18,16 @@ from common.errors import HttpError, InvalidEvent
 from common.event.document import read_json, write_json
 from common.event.schema import NormalEvent, normalise_batch, normalise_event, validate_event
 from common.http.fields import idempotency_key
-from common.producer import openapi
 from common.producer.api import PAGE as PAGE_FILE
-from common.producer.metrics import METHODS, STATUSES, Counters
+from common.producer.metrics import STATUSES, Counters
+from common.producer.openapi import page_headers
+from common.producer.routes import ROUTES
+from tests.support import openapi
 
 MAX_PREDS = 5
 SECURED = ProducerSettings(max_preds=MAX_PREDS, api_token="secret", protect_pages=True)
-DOCUMENT = cast(dict[str, Any], openapi.document("1.2.3", SECURED))
-OPEN = cast(dict[str, Any], openapi.document("1.2.3", ProducerSettings()))
+DOCUMENT = openapi.document(SECURED)
+OPEN = openapi.document(ProducerSettings())
 OPERATIONS = {
     (path, method): operation for path, methods in DOCUMENT["paths"].items() for method, operation in methods.items()
 }
@@ -73,12 +75,12 @@ def test_every_schema_is_a_schema() -> None:
 def test_it_names_the_producers_paths_and_statuses() -> None:
     """It names the paths methods and statuses that the producer has."""
     methods = {
-        (path.decode(), method.decode().lower())
-        for path, methods in METHODS.items()
-        for method in methods
+        (route.label, method.decode().lower()): route.name
+        for route in ROUTES.values()
+        for method in route.methods
         if method != b"HEAD"
     }
-    assert set(OPERATIONS) == methods
+    assert {place: operation["operationId"] for place, operation in OPERATIONS.items()} == methods
     statuses = {int(status) for operation in OPERATIONS.values() for status in operation["responses"]}
     unnamed = {
         HTTPStatus.NOT_FOUND,
@@ -96,7 +98,7 @@ def test_operation_ids_are_unique_and_every_answer_is_described() -> None:
 
 @pytest.mark.parametrize("name", openapi.EVENT_EXAMPLES)
 def test_an_example_is_valid_accepted_and_answered_as_described(name: str) -> None:
-    example = cast(dict[str, Any], openapi.EVENT_EXAMPLES[name])["value"]
+    example = openapi.EVENT_EXAMPLES[name]["value"]
     EVENT_IN.validate(example)
     EVENT.validate(read_json(normalise_event(write_json(example), MAX_PREDS).body))
 
@@ -106,7 +108,7 @@ def test_batch_examples_are_what_they_say() -> None:
         body = example.encode() if isinstance(example, str) else write_json(example)
         return [isinstance(item, NormalEvent) for item in normalise_batch(body, lines, MAX_PREDS) if item]
 
-    examples = cast(dict[str, Any], openapi.BATCH_EXAMPLES | openapi.LINES_EXAMPLES)
+    examples = openapi.BATCH_EXAMPLES | openapi.LINES_EXAMPLES
     assert batch(examples["batch"]["value"], False) == batch(examples["lines"]["value"], True) == [True, True]
     assert batch(examples["mixed"]["value"], False) == [True, False]
 
@@ -114,20 +116,22 @@ def test_batch_examples_are_what_they_say() -> None:
 def test_a_refused_example_has_the_faults_it_promises() -> None:
     """A refused example is refused with the faults it promises."""
     faults = {}
-    for name, example in cast(dict[str, Any], openapi.REFUSED_EXAMPLES).items():
+    for name, example in openapi.REFUSED_EXAMPLES.items():
         value = example["value"]
         with pytest.raises(InvalidEvent) as refused:
             normalise_event(value.encode() if isinstance(value, str) else write_json(value), MAX_PREDS)
         faults[name] = refused.value.faults
         FAULTS.validate(read_json(write_json({"detail": refused.value.faults})))
-    assert not EVENT_IN.is_valid(openapi.FAULTY_EVENT)
+    assert not EVENT_IN.is_valid(openapi.REFUSED_EXAMPLES["faults"]["value"])
     assert len(faults["faults"]) > 1
     assert faults["not_json"][0]["type"] == "json_invalid"
 
 
+PRED = DOCUMENT["components"]["schemas"]["EventIn"]["properties"]["data"]["properties"]["preds"]["items"]["properties"]
+NUMERIC_STRING = PRED["prob"]["anyOf"][1]["pattern"]
 fractions = st.floats(allow_nan=False, allow_infinity=False).filter(lambda number: not number.is_integer())
 scalars = st.none() | st.booleans() | st.integers() | st.text() | fractions  # 1.0 is an integer only to JSON Schema
-numbers = st.from_regex(openapi.NUMERIC_STRING) | st.floats().map(str) | st.integers().map(str)
+numbers = st.from_regex(NUMERIC_STRING) | st.floats().map(str) | st.integers().map(str)
 preds = st.fixed_dictionaries(
     {"image_frame": st.text() | scalars, "prob": scalars | numbers, "tags": st.lists(st.text() | scalars, max_size=3)}
 )
@@ -156,7 +160,7 @@ def test_whatever_matches_the_schema_is_accepted(document: dict[str, Any]) -> No
         assert accepted
 
 
-@given(st.from_regex(openapi.NUMERIC_STRING))
+@given(st.from_regex(NUMERIC_STRING))
 def test_a_numeric_string_by_the_schema_is_a_finite_number(text: str) -> None:
     document = {**openapi.EVENT, "data": {"license_id": "", "preds": [{"image_frame": "", "prob": text, "tags": []}]}}
     assert validate_event(document)["data"]["preds"][0]["prob"] == float(text)
@@ -191,24 +195,25 @@ def test_security_follows_the_settings() -> None:
     assert secured == {"/process", "/process/batch", "/metrics", "/openapi.json", "/docs"}
     assert all("401" in operation["responses"] for operation in OPERATIONS.values() if "security" in operation)
     assert all("401" not in operation["responses"] for operation in OPERATIONS.values() if "security" not in operation)
-    events_only = cast(dict[str, Any], openapi.document("1", ProducerSettings(api_token="secret")))["paths"]
+    events_only = openapi.document(ProducerSettings(api_token="secret"))["paths"]
     assert {path for path in events_only for it in events_only[path].values() if "security" in it} == {
         *("/process", "/process/batch")
     }
 
 
 def test_limits_are_those_of_the_settings() -> None:
-    small = openapi.document("1", ProducerSettings(max_preds=7, max_body_bytes=1000))
+    small = openapi.document(ProducerSettings(max_preds=7, max_body_bytes=1000))
     assert b'"maxItems":7' in write_json(small)
     assert b"1000 bytes" in write_json(small)
     assert b"8 MiB" in write_json(OPEN)
+    assert b"@" not in write_json(OPEN)
 
 
 # --- the page ---
 
 
 def test_only_the_pages_own_script_and_style_may_run() -> None:
-    policy = openapi.page_headers(PAGE).decode().split("Content-Security-Policy: ")[1].split("\r\n")[0]
+    policy = page_headers(PAGE).decode().split("Content-Security-Policy: ")[1].split("\r\n")[0]
     directives = dict(part.split(" ", 1) for part in policy.split("; "))
     [script] = re.findall(rb"<script>(.*?)</script>", PAGE, re.DOTALL)
     [style] = re.findall(rb"<style>(.*?)</style>", PAGE, re.DOTALL)
@@ -220,7 +225,7 @@ def test_only_the_pages_own_script_and_style_may_run() -> None:
 
 
 def test_page_headers_are_whole_lines() -> None:
-    lines = openapi.page_headers(PAGE).split(b"\r\n")
+    lines = page_headers(PAGE).split(b"\r\n")
     assert lines[-1] == b""
     assert all(re.fullmatch(rb"[A-Za-z-]+: [ -~]+", line) for line in lines[:-1])
     assert b"X-Content-Type-Options: nosniff" in lines

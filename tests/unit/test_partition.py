@@ -2,7 +2,7 @@
 
 import pytest
 
-from common.event.partition import partition_of
+from common.event.ids import partition_of
 
 
 @pytest.mark.parametrize(

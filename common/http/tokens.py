@@ -1,0 +1,52 @@
+"""Bearer tokens (RFC 6750 section 2.1) with the names of their owners. Pure."""
+
+from __future__ import annotations
+
+import hmac
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+_NAMED = re.compile(r"([A-Za-z0-9_.\-]{1,32}):(.*)")
+
+
+class Token(NamedTuple):
+    """A token: the name of its owner, and the credentials that it accepts."""
+
+    name: str
+    credentials: tuple[bytes, ...]
+
+
+def parse_tokens(text: str) -> list[Token]:
+    """Return the tokens of an API_TOKEN value: `name:token` or `token`, separated by commas; none if it is empty.
+
+    A token without a name is called token-1, token-2 and so on, by its place. `name:token` is accepted whole as well,
+    since 1.0 had no names and took it so. Raise ValueError with one line that holds no part of a token.
+    """
+    if not all(33 <= ord(char) <= 126 for char in text.replace(",", "")):
+        raise ValueError("API_TOKEN must be visible ASCII characters, several tokens separated by commas")
+    tokens = []
+    for place, item in enumerate(filter(None, text.split(",")), 1):
+        named = _NAMED.fullmatch(item)
+        if named is not None and not named[2]:
+            raise ValueError(f"API_TOKEN has a name without a token in place {place}, but must be name:token")
+        if named is None:
+            tokens.append(Token(f"token-{place}", (item.encode(),)))
+        else:
+            tokens.append(Token(named[1], (named[2].encode(), item.encode())))
+    if text and not tokens:
+        raise ValueError("API_TOKEN has commas, but no token: set one, or leave it empty")
+    return tokens
+
+
+def owner_of(authorization: bytes, tokens: Sequence[Token]) -> str | None:
+    """Return the name of the owner of an Authorization value's token; None if it is not known.
+
+    Every token is compared, each in constant time.
+    """
+    if authorization[:7].lower() != b"bearer ":
+        return None
+    given = authorization[7:].strip()
+    accepted = ((token.name, credential) for token in tokens for credential in token.credentials)
+    owners = [name for name, credential in accepted if hmac.compare_digest(given, credential)]
+    return owners[0] if owners else None
