@@ -6,6 +6,7 @@ Real processes under a steady load; at the end every answer is compared with the
 import asyncio
 import contextlib
 import copy
+import functools
 import json
 import os
 import re
