@@ -107,17 +107,21 @@ class FastLane(asyncio.StreamReaderProtocol):
             return
         if cold:
             self._cold_reader.feed_data(cold)
-        for kind, text in decoder.notices:
-            (self._blocked if kind == "blocked" else self._lose)(text)
-        decoder.notices.clear()
-        if not decoder.confirms and not decoder.deliveries:
+        if decoder.notices:
+            for kind, text in decoder.notices:
+                (self._blocked if kind == "blocked" else self._lose)(text)
+            decoder.notices = []
+        confirms, deliveries = decoder.confirms, decoder.deliveries
+        if not confirms and not deliveries:
             return
-        confirms, decoder.confirms = decoder.confirms, []
-        deliveries, decoder.deliveries = decoder.deliveries, []
-        if not self.gone.done():  # the broker acks a returned message too, and all are published again
-            if confirms:
+        is_lost = self.gone.done()  # the broker acks a returned message too, and all are published again
+        if confirms:
+            decoder.confirms = []
+            if not is_lost:
                 self._confirms(confirms)
-            if deliveries:
+        if deliveries:
+            decoder.deliveries = []
+            if not is_lost:
                 self._deliveries(deliveries)
         now = self._lane_loop.time()
         if now >= self._heartbeat_due:  # aiormq sees only what it is fed, and a busy broker need not send heartbeats
