@@ -10,6 +10,7 @@ import resource
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
@@ -35,14 +36,14 @@ class Collector:
     Events and connections are many small objects that form no cycle. Python's own rules, which differ between its
     versions, let hundreds of thousands gather and look at all of them at once. So Python never begins a collection, and
     what is too much for one is frozen: it is never looked at again, and freed as soon as nothing refers to it. What
-    stays for ever is a cycle that was in use at that moment: a connection to the broker leaves one of 0.1 MB.
+    stays for ever is a cycle that was in use at that moment, such as that of a connection to the broker.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         gc.disable()
         gc.freeze()  # what was imported lives as long as the process
         self._loop = loop
-        self._due = 0.0
+        self._due = self._longest_seconds = 0.0
         self.tick()
 
     def tick(self) -> None:
@@ -52,8 +53,16 @@ class Collector:
             if new > MOST_OBJECTS or len(gc.get_objects()) > MOST_OBJECTS:
                 gc.freeze()
             else:
-                gc.collect()
+                self._collect()
         self._loop.call_later(TICK_SECONDS, self.tick)
+
+    def _collect(self) -> None:
+        began = time.perf_counter()
+        gc.collect()
+        seconds = time.perf_counter() - began
+        if seconds > self._longest_seconds:
+            self._longest_seconds = seconds
+            log.debug("the longest garbage collection so far took %.1f ms", 1000 * seconds)
 
 
 def run(prog: str, main: Callable[[], Coroutine[Any, Any, int | None]]) -> int:
