@@ -20,7 +20,7 @@ from aiormq.abc import AbstractChannel, AbstractConnection
 from pamqp.commands import Basic
 
 from common.amqp.address import masked_url
-from common.amqp.link import CONNECTION_ERRORS, cancelled, closed, explain, open_link
+from common.amqp.link import CONNECTION_ERRORS, cancelled, explain, open_link
 from common.amqp.topology import QUEUE_ARGUMENTS, dead_letter_queue, declare
 from common.config import ConsumerSettings
 from common.consumer import dead_letters
@@ -72,7 +72,6 @@ async def replay(settings: ConsumerSettings) -> int:
     finally:
         if link is not None:
             await link.close()
-            await closed()
     return 0
 
 
