@@ -7,6 +7,7 @@ delete it at any time. replay.py takes letters out. Everything is synchronous.
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import os
 import uuid
@@ -69,6 +70,7 @@ def append(csv_path: str, poison: Sequence[Poison]) -> None:
 
 
 def _append(fd: int, path: str, lines: Sequence[bytes]) -> None:
+    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # it fails while a replay takes the file away
     size = os.fstat(fd).st_size
     try:
         if size and os.pread(fd, 1, size - 1) != b"\n":  # a crash cut the last line, which was not acked

@@ -6,15 +6,14 @@ in it.
 
 from __future__ import annotations
 
-import asyncio
 import mmap
 import os.path
 import re
-import signal
 import struct
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 from common.amqp.topology import queue_names
 from common.config import ConsumerSettings
@@ -29,7 +28,7 @@ from common.process import on_stop, run
 from common.workers import shared_rows, supervise
 
 STALE_SECONDS = 5.0
-_SLOT = struct.Struct("<dH1014s")  # when (monotonic, the same clock for all processes), length, why it is not ready
+_SLOT = struct.Struct("<d1016s")  # when (monotonic, the same clock for all processes), and why it is not ready
 _RANGE = re.compile(r"(\d{1,5})(?:-(\d{1,5}))?", re.ASCII)
 
 
@@ -98,8 +97,7 @@ class Board:
 
     def report(self, index: int, reason: str) -> None:
         """Note why the partition cannot continue, or "", with the time."""
-        text = reason.encode("utf-8", "replace")[:1014]
-        _SLOT.pack_into(self._slots, index * _SLOT.size, time.monotonic(), len(text), text)
+        _SLOT.pack_into(self._slots, index * _SLOT.size, time.monotonic(), reason.encode("utf-8", "replace"))
 
     def not_ready(self) -> str:
         """Return each partition that cannot continue, and why; "" when all can."""
@@ -114,10 +112,10 @@ class Board:
         return self._counters.metrics.render(self.rows) + self._by_partition.render()
 
     def _reason(self, index: int) -> str:
-        when, length, text = _SLOT.unpack_from(self._slots, index * _SLOT.size)
+        when, text = _SLOT.unpack_from(self._slots, index * _SLOT.size)
         if (silent := time.monotonic() - when) > STALE_SECONDS:
             return f"its process has not answered for {silent:.0f} s"
-        return str(text[:length], "utf-8", "replace")
+        return str(text.rstrip(b"\0"), "utf-8", "replace")
 
 
 def serve_all(settings: ConsumerSettings, partitions: Mapping[int, ConsumerSettings]) -> int:
@@ -136,7 +134,8 @@ def serve_all(settings: ConsumerSettings, partitions: Mapping[int, ConsumerSetti
         counters.metrics.bind(board.rows[index])
         set_up_logging(prog, settings.log_level, settings.log_format)
         own = replace(partitions[number], health_port=0)
-        report, base = (lambda reason: board.report(index, reason)), "" if index else settings.queue_name
+        base = "" if index else settings.queue_name  # one of them looks for what another PARTITIONS has left
+        report = partial(board.report, index)
         return run(prog, lambda: serve(lambda: ConsumerService(own, counters, prog, report, base), alive_fd))
 
     return supervise(len(numbers) + bool(settings.health_port), work, settings.shutdown_timeout_ms / 1000)
@@ -145,7 +144,6 @@ def serve_all(settings: ConsumerSettings, partitions: Mapping[int, ConsumerSetti
 async def _serve_health(settings: ConsumerSettings, board: Board, alive_fd: int) -> None:
     """Serve the health port until a signal."""
     stop = on_stop(alive_fd)
-    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, lambda: None)
     server = HttpServer(HEALTH_LIMITS, Health(board.not_ready, board.metrics))
     await server.listen(settings.health_host, settings.health_port)
     await stop.wait()

@@ -12,7 +12,7 @@ import fcntl
 import os
 import sys
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from itertools import accumulate
 
 import aiormq
@@ -29,8 +29,7 @@ from common.consumer.leftovers import Deaf, messages_in
 from common.errors import StartupError
 from common.storage.files import explain_os_error, naming, sync_directory
 
-# A page is what is in memory and in flight at one time.
-PAGE_LETTERS, PAGE_BYTES = 256, 16 * 1024 * 1024
+PAGE_LETTERS = 16  # in memory and in flight at one time; each can have many megabytes
 CONFIRM_TIMEOUT_SECONDS = 30.0  # of a page
 PROGRESS_SECONDS = 1.0  # between two lines, where there is no terminal
 
@@ -123,7 +122,8 @@ async def _pages_of_file(path: str) -> AsyncIterator[tuple[list[Message], int]]:
     """Yield the letters of one file, from its end, and remove it."""
     with open(_take(path), "r+b") as file:
         begins = list(accumulate(map(len, file), initial=0))  # of the lines, and the end
-        for first, last in _ranges(begins):
+        for last in range(len(begins) - 1, 0, -PAGE_LETTERS):
+            first = max(0, last - PAGE_LETTERS)
             file.seek(begins[first])
             letters = [dead_letters.parse(file.readline()) for _ in range(first, last)]
             yield [(letter.body, _properties(letter.id, "application/json")) for letter in letters], len(begins) - 1
@@ -131,17 +131,6 @@ async def _pages_of_file(path: str) -> AsyncIterator[tuple[list[Message], int]]:
                 os.ftruncate(file.fileno(), begins[first])
         if dead_letters.is_at(file.fileno(), _taken(path)):
             os.unlink(_taken(path))
-
-
-def _ranges(begins: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Yield the first line of each page and the line after its last, from the end of the file."""
-    last = len(begins) - 1
-    while last > 0:
-        first = last - 1
-        while first and last - first < PAGE_LETTERS and begins[last] - begins[first - 1] <= PAGE_BYTES:
-            first -= 1
-        yield first, last
-        last = first
 
 
 async def _pages_of_queue(channel: AbstractChannel, name: str, total: int) -> AsyncIterator[tuple[list[Message], int]]:
@@ -186,4 +175,4 @@ def _take(path: str) -> int:
         return fd
     except BlockingIOError:
         os.close(fd)
-        raise StartupError(f"another replay works on {printable(taken)}") from None
+        raise StartupError(f"{printable(taken)}: another replay, or the consumer, works on it; try again") from None

@@ -71,7 +71,6 @@ class ConsumerService:
         self._worker: Worker | None = None
         self._no_worker = "starting"  # the reason, while there is no worker
         self._tasks: list[asyncio.Task[None]] = []
-        self.health_port = 0
 
     async def start(self) -> None:
         """Open the health port, and begin to consume, or to wait as a standby."""
@@ -79,7 +78,7 @@ class ConsumerService:
         values[counters.start_time] = time.time()
         values[counters.store_ok] = 1.0  # a standby has no trouble
         if self._settings.health_port:
-            self.health_port = await self._server.listen(self._settings.health_host, self._settings.health_port)
+            await self._server.listen(self._settings.health_host, self._settings.health_port)
         self.reload()  # a process that replaces another one has the settings of the first start
         self.running = self._task(self._run())
 

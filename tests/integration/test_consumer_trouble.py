@@ -172,7 +172,7 @@ async def test_the_health_port_answers_while_the_disk_hangs(
         await until("it is ready", lambda: service.not_ready() == "")
     closing = asyncio.create_task(service.close()) if call == "release" else None
     await until("the disk hangs", hangs.is_set)
-    reader, writer = await asyncio.open_connection("127.0.0.1", service.health_port)
+    reader, writer = await asyncio.open_connection("127.0.0.1", settings.health_port)
     writer.write(b"GET /healthz HTTP/1.1\r\nHost: h\r\n\r\n")
     assert (await asyncio.wait_for(reader.readline(), 20)).startswith(b"HTTP/1.1 200")
     writer.close()

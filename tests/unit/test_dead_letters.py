@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from datetime import UTC, datetime, timedelta
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from common.consumer import dead_letters, replay
+from common.consumer import dead_letters
 from common.consumer.dead_letters import append, parse, printable, table_row
 from common.consumer.prepare import Poison
 from common.event.ids import id_digest
@@ -128,6 +129,18 @@ def test_a_letter_is_never_only_in_a_file_taken_away(csv_file: str, monkeypatch:
     assert letter["id"].encode() in Path(f"{csv_file}.taken").read_bytes()
 
 
+def test_while_a_replay_takes_the_file_an_append_fails(csv_file: str) -> None:
+    """So that it is repeated, and no half of a line is replayed."""
+    append(csv_file, [poison(b"before")])
+    with open(f"{csv_file}.dead-letters", "rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(BlockingIOError) as raised:
+            append(csv_file, [poison(b"after")])
+    assert raised.value.filename == f"{csv_file}.dead-letters"
+    append(csv_file, [poison(b"after")])
+    assert [line["body"] for line in lines_of(csv_file)] == ["before", "after"]
+
+
 @pytest.mark.parametrize("make", [lambda path: path.mkdir(), lambda path: os.mkfifo(path)], ids=["folder", "fifo"])
 def test_what_is_no_file_is_an_error_that_names_it(csv_file: str, make: Any) -> None:
     path = Path(f"{csv_file}.dead-letters")
@@ -158,18 +171,3 @@ def test_the_table_drives_no_terminal() -> None:
     letter = parse(line)
     assert table_row(letter).isprintable()
     assert printable("a\x1b\u202e\udcff") == "a\N{REPLACEMENT CHARACTER}" + 2 * "\N{REPLACEMENT CHARACTER}"
-
-
-@pytest.mark.parametrize(("page_bytes", "page_letters"), [(1, 9), (7, 9), (1000, 2), (1000, 1000)])
-def test_pages_from_the_end_are_all_lines_once(
-    monkeypatch: pytest.MonkeyPatch, page_bytes: int, page_letters: int
-) -> None:
-    monkeypatch.setattr(replay, "PAGE_BYTES", page_bytes)
-    monkeypatch.setattr(replay, "PAGE_LETTERS", page_letters)
-    for begins in ([0], [0, 5], [0, 1, 2, 3], [0, 2, 20, 21, 22], [0, 1000, 2001]):
-        lines = list[int]()
-        for first, last in replay._ranges(begins):
-            assert 0 < last - first <= page_letters
-            assert last - first == 1 or begins[last] - begins[first] <= page_bytes
-            lines = [*range(first, last), *lines]
-        assert lines == list(range(len(begins) - 1))
