@@ -10,8 +10,7 @@ import pytest
 
 from common.config import ProducerSettings
 from common.http.tokens import parse_tokens
-from common.producer.batch import PARSED_FACTOR
-from common.producer.intake import random_uuids
+from common.producer.intake import PARSED_FACTOR, random_uuids
 from common.producer.service import limits_of
 from tests.support.polling import wait_until
 from tests.support.producer import Answer, FakeProducer, an_event, post
@@ -178,6 +177,7 @@ def test_events_of_one_turn_share_a_message_and_its_confirm() -> None:
     *answers, batch = producer.confirm(2, multiple=True)
     assert [answer.content["device_id"] for answer in answers] == ["d0", "d1", "d2"]
     assert [result["status"] for result in batch.content["results"]] == [200, 200]
+    producer.api.tick(0)
     counters = producer.counters
     assert [counters.metrics.values[index] for index in (counters.events, counters.messages)] == [5, 2]
 
