@@ -11,8 +11,6 @@ JSON = b"application/json"
 NDJSON = b"application/x-ndjson"
 _CHARSETS = frozenset({b"utf-8", b"utf8", b"us-ascii", b""})
 
-_QUOTED_PAIR = re.compile(rb"\\(.)", re.DOTALL)
-
 # A bare key, as clients send it, or an sf-string (RFC 8941 section 3.3.3):
 # DQUOTE *( unescaped / "\\" ( DQUOTE / "\\" ) ) DQUOTE
 _KEY = re.compile(rb"[!-~]{1,255}")
@@ -61,9 +59,8 @@ def idempotency_key(value: bytes | None) -> bytes | None:
     """
     if value is None:
         return None
-    key = value
-    if quoted := _QUOTED_KEY.fullmatch(value):
-        key = _QUOTED_PAIR.sub(rb"\1", quoted[1])
+    quoted = _QUOTED_KEY.fullmatch(value)
+    key = value if quoted is None else re.sub(rb"\\(.)", rb"\1", quoted[1])
     if not _KEY.fullmatch(key) or (quoted is None and value.startswith(b'"')):
         raise HttpError(400, "Idempotency-Key must be 1 to 255 visible ASCII characters")
     return key

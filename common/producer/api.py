@@ -175,7 +175,7 @@ class Api:
     def _process_batch(self, request: Request, exchange: Exchange) -> None:
         key = idempotency_key(request.head.idempotency_key)
         troubles = self._troubles()
-        if all(troubles):
+        if troubles[0] is not None and all(troubles):
             raise self._intake.as_http(troubles[0])
         batch = Batch(self._intake, exchange, key, self._settings.confirm_timeout_ms / 1000)
         self._in_slices(self._batch_in_stages(request, batch, exchange), request, exchange)

@@ -23,14 +23,14 @@ from common.amqp.link import Link
 from common.amqp.topology import QUEUE_ARGUMENTS, begin_publishing, declare
 from common.amqp.window import ConfirmWindow
 from common.errors import NotConfirmed, OutcomeUnknown, TooLarge, Unavailable
+from common.event.ids import ID_END, LINE_START
 from common.producer.broker_health import BrokerHealth
 
 # After a sweep this late, confirms may be unread in the socket: the process was late, not the broker.
 LATE_SWEEP_SECONDS = 0.5
 
 GROUP_BYTES = 64 * 1024  # of the body of a message of several events, which is then one frame
-_LINE_START, _ID_END = b'{"message_id":"', b'",'  # of an event in such a message: its id becomes its first member
-_LINE_BYTES = len(_LINE_START) + 32 + len(_ID_END)  # that a line has more than its event
+_LINE_BYTES = len(LINE_START) + 32 + len(ID_END)  # that a line of such a message has more than its event
 
 # The reason with which RabbitMQ 3.8 and later closes the channel (max_message_size).
 _TOO_LARGE = re.compile(r"larger than configured max size (\d+)")
@@ -112,7 +112,7 @@ class _Channel:
             return self._encode_event(events[0].body, events[0].message_id, stamp)
         pieces: list[bytes] = []
         for event in events:
-            pieces += (_LINE_START, event.message_id, _ID_END, event.body[1:], b"\n")
+            pieces += (LINE_START, event.message_id, ID_END, event.body[1:], b"\n")
         return self._encode_group(b"".join(pieces), uuid.uuid4().hex.encode(), stamp)
 
 

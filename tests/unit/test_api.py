@@ -235,7 +235,7 @@ def test_requests_are_counted_by_the_owner_of_their_token(caplog: pytest.LogCapt
 
 def test_tokens_are_replaced_while_it_runs() -> None:
     producer = FakeProducer(api_token="shop-1:one")
-    with pytest.raises(ValueError, match="name without a token"):
+    with pytest.raises(ValueError, match="name:token"):
         producer.api.reload_tokens("shop-2:")
     producer.api.reload_tokens("shop-1:new,shop-2:two")
     for token, status in (("one", 401), ("new", 200), ("two", 200)):
