@@ -39,19 +39,6 @@ def media_type(content_type: bytes | None) -> bytes | None:
     return None
 
 
-def require_json(content_type: bytes | None, lines: bool = False) -> None:
-    """Raise HttpError 415 for what is neither JSON nor, with `lines`, NDJSON."""
-    accepted = (JSON, NDJSON) if lines else (JSON,)
-    if media_type(content_type) not in accepted:
-        names = b", ".join(accepted).decode()
-        raise HttpError(415, f"content must be {names.replace(', ', ' or ')}, in UTF-8", (("Accept", names),))
-
-
-def is_json_lines(content_type: bytes | None) -> bool:
-    """Tell whether a Content-Type value means NDJSON."""
-    return media_type(content_type) == NDJSON
-
-
 def idempotency_key(value: bytes | None) -> bytes | None:
     """Return the key of an Idempotency-Key value, 1 to 255 visible ASCII characters; None without the field.
 

@@ -17,7 +17,7 @@ from common.event.document import write_json
 from common.event.schema import normalise_event, normalise_in_stages
 from common.http.coding import content_coding, decoded
 from common.http.exchange import Exchange
-from common.http.fields import idempotency_key, is_json_lines, require_json
+from common.http.fields import NDJSON, idempotency_key, media_type
 from common.http.parser import Head, Request
 from common.http.tokens import Token, owner_of, parse_tokens
 from common.metrics import CONTENT_TYPE as METRICS_TYPE
@@ -117,9 +117,11 @@ class Api:
             raise HttpError(405, f"this page takes {allow}", (("Allow", allow),))
         if self._tokens and route.wants_token(self._settings.protect_pages):
             self._authorize(head)
-        if route.takes_events:
-            if head.content_type != b"application/json":
-                require_json(head.content_type, lines=route.takes_lines)
+        if route.takes:
+            if media_type(head.content_type) not in route.takes:
+                accepted = b" or ".join(route.takes).decode()
+                fields = (("Accept", accepted.replace(" or ", ", ")),)
+                raise HttpError(415, f"content must be {accepted}, in UTF-8", fields)
             content_coding(head.content_encoding)
 
     def _authorize(self, head: Head) -> None:
@@ -185,7 +187,7 @@ class Api:
         content = decoded(head.content_encoding, request.body, settings.max_body_bytes)
         exchange.hold(PARSED_FACTOR * len(content))
         yield None
-        yield from batch.steps(content, is_json_lines(head.content_type), settings.max_preds)
+        yield from batch.steps(content, media_type(head.content_type) == NDJSON, settings.max_preds)
 
     def _in_slices(self, job: Job, request: Request, exchange: Exchange) -> None:
         exchange.hold(len(request.body))
@@ -257,8 +259,8 @@ class Api:
         values[counters.unconfirmed] = sum(publisher.unconfirmed for publisher in publishers)
         values[counters.unconfirmed_bytes] = sum(publisher.unconfirmed_bytes for publisher in publishers)
         values[counters.connected] = all(publisher.connected for publisher in publishers)
-        values[counters.blocked] = any(publisher.is_blocked for publisher in publishers)
-        values[counters.stalled] = any(publisher.is_stalled for publisher in publishers)
+        values[counters.blocked] = any(publisher.health.is_blocked for publisher in publishers)
+        values[counters.stalled] = any(publisher.health.is_stalled for publisher in publishers)
         values[counters.messages] = sum(publisher.messages_confirmed for publisher in publishers)
         values[counters.reconnects] = sum(publisher.links_lost for publisher in publishers)
         for index, publisher in zip(counters.partitions_up, publishers, strict=False):

@@ -133,6 +133,7 @@ class Publisher:
         partition: int | None = None,
     ) -> None:
         self.limits = limits
+        self.health = BrokerHealth(limits.confirm_timeout_seconds, partition)
         self.unconfirmed_bytes = 0
         self.messages_confirmed = 0
         self.links_lost = 0
@@ -142,7 +143,6 @@ class Publisher:
         self._now = now
         self._wall = wall
         self._call_soon = call_soon
-        self._health = BrokerHealth(limits.confirm_timeout_seconds, partition)
         self._is_blocked = asyncio.Event()
         self._channel: _Channel | None = None
         self._in_flight: dict[Publication, None] = {}  # a set in order, oldest first
@@ -162,22 +162,14 @@ class Publisher:
     def connected(self) -> bool:
         return self._channel is not None
 
-    @property
-    def is_blocked(self) -> bool:
-        return self._health.is_blocked
-
-    @property
-    def is_stalled(self) -> bool:
-        return self._health.is_stalled
-
     def trouble(self) -> Unavailable | None:
         """Return why no event can be accepted now; None if one can be, given room in the window."""
-        return self._health.trouble
+        return self.health.trouble
 
     def has_room_for_batch(self) -> bool:
         """Tell whether an event of a batch may be published now. Half of the window is kept for single events."""
         return (
-            self._health.trouble is None
+            self.health.trouble is None
             and self._channel is not None
             and not self._channel.lane.congested
             and 2 * len(self._in_flight) < self.limits.unconfirmed
@@ -192,7 +184,7 @@ class Publisher:
         """Send one event at the end of the turn; it is then told its outcome. Raise Unavailable or TooLarge if not."""
         channel, limits, body_bytes = self._channel, self.limits, len(event.body)
         if (
-            self._health.trouble is not None
+            self.health.trouble is not None
             or channel is None  # then there is trouble, too
             or channel.lane.congested
             or body_bytes > self._most_body_bytes
@@ -210,7 +202,7 @@ class Publisher:
     def _refusal(self, body_bytes: int) -> NotConfirmed:
         if body_bytes > self._most_body_bytes:
             return TooLarge(self._most_body_bytes)
-        return self._health.trouble or Unavailable("window_full", "too many events wait for the broker's confirm")
+        return self.health.trouble or Unavailable("window_full", "too many events wait for the broker's confirm")
 
     def _send_gathered(self) -> None:
         gathered, self._gathered = self._gathered, []
@@ -233,7 +225,7 @@ class Publisher:
         self._channel = _Channel(lane, self._queue_name, frame_max, self.limits.events_per_message, group_bytes)
         self._gathered = list(self._in_flight)
         self._send_gathered()
-        self._health.up(self._now())
+        self.health.up(self._now())
         self.was_up.set()
 
     def down(self, reason: str) -> None:
@@ -247,7 +239,7 @@ class Publisher:
         self.links_lost += self._channel is not None
         self._channel = None
         self._is_blocked.clear()
-        self._health.down(reason)
+        self.health.down(reason)
         refusal = _TOO_LARGE.search(reason)
         self._most_body_bytes = int(refusal[1]) if refusal else sys.maxsize
         for event in in_flight:
@@ -261,7 +253,7 @@ class Publisher:
 
     def close(self) -> None:
         """Publish nothing from now on, and fail what is in flight: the end of a drain that took too long."""
-        self._health.close()
+        self.health.close()
         self._channel = None  # with its window: late confirms mean nothing
         for event in list(self._in_flight):
             self._fail(event, OutcomeUnknown())
@@ -270,7 +262,7 @@ class Publisher:
         """Refuse events while the broker reads none, during a memory or disk alarm."""
         if reason:
             self._is_blocked.set()
-        self._health.block(reason, self._now())
+        self.health.block(reason, self._now())
         self._resume_batches()
 
     def deliveries(self, deliveries: list[Delivery]) -> None:
@@ -297,9 +289,9 @@ class Publisher:
                     self._fail(event, Unavailable("nacked", "the broker refused the event"))
         if acked:
             self.messages_confirmed += acked
-            self._health.ack(now)
+            self.health.ack(now)
         elif nacked:
-            self._health.nack(now)
+            self.health.nack(now)
         if self._waiting:
             self._resume_batches()
 
@@ -310,7 +302,7 @@ class Publisher:
 
     def _resume_batches(self) -> None:
         for _ in range(len(self._waiting)):
-            if self._health.trouble is None and not self.has_room_for_batch():
+            if self.health.trouble is None and not self.has_room_for_batch():
                 return
             self._waiting.popleft()()
 
@@ -328,7 +320,7 @@ class Publisher:
         if late:
             return
         oldest = next(iter(self._in_flight), None)
-        reason = self._health.judge(None if oldest is None else oldest.since, now)
+        reason = self.health.judge(None if oldest is None else oldest.since, now)
         last = now - self.limits.confirm_timeout_seconds
         for event in list(takewhile(lambda event: event.since <= last, self._in_flight)):
             self._fail(event, OutcomeUnknown())

@@ -182,6 +182,19 @@ def test_events_of_one_turn_share_a_message_and_its_confirm() -> None:
     assert [counters.metrics.values[index] for index in (counters.events, counters.messages)] == [5, 2]
 
 
+@pytest.mark.parametrize(
+    ("path", "content_type", "accept"),
+    [
+        ("/process", "application/x-ndjson", "application/json"),
+        ("/process/batch", "text/plain", "application/json, application/x-ndjson"),
+    ],
+)
+def test_content_that_a_page_does_not_take_is_415(path: str, content_type: str, accept: str) -> None:
+    """JSON lines are taken for a batch only."""
+    (answer,) = FakeProducer().send(post(path, an_event(), Content_Type=content_type))
+    assert (answer.status, answer.fields["accept"]) == (415, accept)
+
+
 # Partitions
 
 

@@ -275,11 +275,11 @@ def test_a_stall_is_told_refused_and_ended_by_one_confirm() -> None:
     bench = Bench()
     bench.publish(), bench.publish()
     bench.wait(6)
-    assert bench.publisher.is_stalled
+    assert bench.publisher.health.is_stalled
     with pytest.raises(Unavailable, match="confirms no events"):
         bench.publish()
     bench.publisher.confirms([Confirm(1, False, True)])
-    assert (bench.publisher.is_stalled, bench.publisher.trouble()) == (False, None)
+    assert (bench.publisher.health.is_stalled, bench.publisher.trouble()) == (False, None)
 
 
 def test_our_own_lateness_is_not_the_brokers_silence() -> None:
@@ -288,7 +288,7 @@ def test_our_own_lateness_is_not_the_brokers_silence() -> None:
     event = bench.publish()
     bench.time += 60
     bench.publisher.sweep()
-    assert (event.outcomes, bench.lane.failed, bench.publisher.is_stalled) == ([], "", False)
+    assert (event.outcomes, bench.lane.failed, bench.publisher.health.is_stalled) == ([], "", False)
     bench.publisher.confirms([Confirm(1, False, True)])
     bench.wait(0.2)
     assert (event.outcomes, bench.lane.failed) == (["confirmed"], "")
@@ -328,7 +328,7 @@ def test_a_nack_among_confirms_is_no_stall() -> None:
         bench.publish()
         bench.publisher.confirms([Confirm(number, False, number % 2 == 0)])
         bench.wait(0.1)
-    assert (bench.lane.failed, bench.publisher.is_stalled) == ("", False)
+    assert (bench.lane.failed, bench.publisher.health.is_stalled) == ("", False)
 
 
 @pytest.mark.parametrize("reason", ["closed: ACCESS_REFUSED - access refused", "refused user (ACCESS_REFUSED)"])
