@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from common.errors import HttpError
+from common.http.exchange import Exchange
 from common.http.parser import Head, Limits, Request
-from common.http.server import Exchange, ServerLimits
+from common.http.phases import ServerLimits
 from common.metrics import CONTENT_TYPE as METRICS_TYPE
 
 
@@ -35,10 +36,6 @@ class Health:
         if head.method not in (b"GET", b"HEAD"):
             raise HttpError(405, "this page takes GET, HEAD", (("Allow", "GET, HEAD"),))
         return b""
-
-    def is_probe(self, head: Head) -> bool:
-        """Tell whether an orchestrator asks for liveness or readiness."""
-        return head.path in (b"/healthz", b"/readyz")
 
     def answered(self, exchange: Exchange, status: int) -> None:
         """Count nothing: the health port has no metrics of its own."""

@@ -1,4 +1,4 @@
-"""The partitions that a consumer serves, and the settings of each. Pure."""
+"""The partitions that a consumer serves, and the settings of each."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ class Board:
 
     def report(self, index: int, reason: str) -> None:
         """Note why the partition cannot continue, or "", with the time."""
-        text = reason.encode()[:1014]
+        text = reason.encode("utf-8", "replace")[:1014]
         _SLOT.pack_into(self._slots, index * _SLOT.size, time.monotonic(), len(text), text)
 
     def not_ready(self) -> str:
@@ -95,7 +95,7 @@ async def serve(
     """Run one consumer until a signal, then drain."""
     stop = on_stop(alive_fd)
     service = ConsumerService(settings, counters, name, report, base_queue_name)
-    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, service.reopen)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, service.reload)
     try:
         await service.start()
         await first_of(stop, service.running)

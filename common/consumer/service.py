@@ -8,17 +8,15 @@ import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from common.amqp.link import Link, keep_up
-from common.config import ConsumerSettings
-from common.consumer.dead_letters.mover import DeadLetters
-from common.consumer.dead_letters.spill import Spill
+from common.amqp.link import keep_up
+from common.config import ConsumerSettings, read_again
+from common.consumer.leftovers import Leftovers
 from common.consumer.metrics import Counters
-from common.consumer.unserved import Unserved
 from common.consumer.worker import RETRY_FIRST_SECONDS, RETRY_MOST_SECONDS, T, Worker
-from common.errors import DiskTrouble
+from common.errors import DiskTrouble, SettingError
 from common.health import HEALTH_LIMITS, Health
 from common.http.server import HttpServer
-from common.process import end, first_of
+from common.process import end, first_of, read_file
 from common.storage.lock import Lock
 from common.storage.store import Store
 
@@ -33,6 +31,7 @@ class ConsumerService:
 
     `name` is what the broker shows. `report` is called once a second with why the service is not ready, or "". With
     `base_queue_name`, the name without a partition's number, it also looks for messages left by another PARTITIONS.
+    Everything that touches the disk runs in one thread, so that the health port answers when the disk does not.
     """
 
     def __init__(
@@ -47,13 +46,12 @@ class ConsumerService:
         self._counters = counters
         self._name = name
         self._report = report
-        self._unserved = Unserved(base_queue_name, settings.partitions, self._link) if base_queue_name else None
+        self._leftovers = Leftovers(self._url, settings.queue_name, settings.partitions, base_queue_name)
         self._server = HttpServer(HEALTH_LIMITS, Health(self.not_ready, self.metrics))
         self._lock = Lock(settings.csv_file)
         self._thread = ThreadPoolExecutor(1, "store")
         self._stop = asyncio.Event()
         self._store: Store | None = None
-        self._spill: Spill | None = None
         self._worker: Worker | None = None
         self._no_worker = "starting"  # the reason, while there is no worker
         self._tasks: list[asyncio.Task[None]] = []
@@ -66,6 +64,7 @@ class ConsumerService:
         values[counters.store_ok] = 1.0  # a standby has no trouble
         if self._settings.health_port:
             self.health_port = await self._server.listen(self._settings.health_host, self._settings.health_port)
+        self._read_secrets()  # a process that replaces another one has the settings of the first start
         self.running = self._task(self._run())
 
     async def drain(self) -> None:
@@ -76,7 +75,7 @@ class ConsumerService:
             return
         log.info("stopping")
         try:
-            await asyncio.wait_for(self._worker.drain(self._batches), self._settings.shutdown_timeout_ms / 1000)
+            await asyncio.wait_for(self._worker.drain(), self._settings.shutdown_timeout_ms / 1000)
         except TimeoutError:
             log.warning("not everything could be stored in time; the broker keeps it")
 
@@ -84,25 +83,28 @@ class ConsumerService:
         """End everything, drained or not."""
         self._stop.set()
         await end(*self._tasks)
-        if self._worker is not None:
-            await self._worker.close()
-        for part in (self._spill, self._store):  # after what their thread still does
-            if part is not None:
-                await asyncio.get_running_loop().run_in_executor(self._thread, part.close)
+        release = self._lock.release if self._store is None else self._store.close  # after what the thread still does
+        await asyncio.get_running_loop().run_in_executor(self._thread, release)
         self._thread.shutdown(wait=False)
         self._server.abort()
-        self._lock.release()
 
-    def reopen(self) -> None:
-        """Open the CSV again, after it was moved. A standby has none."""
+    def reload(self) -> None:
+        """Read the secrets again, and open the CSV again, after it was moved. A standby has none."""
+        self._read_secrets()
         if self._worker is not None:
             self._worker.reopen()
 
+    def _read_secrets(self) -> None:
+        try:
+            self._settings = read_again(self._settings, read_file)
+        except SettingError as error:
+            log.error("%s; the one before stays", error)
+
     def not_ready(self) -> str:
-        """Return why no event would reach the CSV now; "" when it would."""
-        if self._worker is None:
-            return self._no_worker
-        return self._worker.not_ready() or (self._unserved.reason() if self._unserved is not None else "")
+        """Return why no event would reach the CSV now; "" when it would. The text is valid Unicode, unlike a path."""
+        worker = self._worker
+        reason = self._no_worker if worker is None else worker.not_ready() or self._leftovers.reason
+        return reason.encode("utf-8", "backslashreplace").decode()
 
     def metrics(self) -> bytes:
         """Return the metrics as text, with current gauges."""
@@ -111,40 +113,44 @@ class ConsumerService:
         return self._counters.metrics.render()
 
     async def _run(self) -> None:
-        loop, settings = asyncio.get_running_loop(), self._settings
-        self._task(self._tick())
+        await first_of(self._stop, self._task(self._tick()), self._task(self._work()))
+
+    async def _work(self) -> None:
+        """Own the CSV, recover it, and consume until stopped."""
         if not await self._past_trouble(self._own):
             return
-        arguments = (
+        self._store = await self._past_trouble(self._open)
+        if self._store is None or self._stop.is_set():
+            return
+        self._worker = worker = Worker(self._settings, self._store, self._thread, self._counters)
+        self._tasks.append(worker.running)
+        self._counters.metrics.values[self._counters.active] = 1.0
+        log.info("rows go to %s", self._settings.csv_file)
+        link = keep_up(self._url, self._name, worker)
+        watching = worker.watch(), self._leftovers.watch(worker.started)
+        await first_of(self._stop, worker.running, self._task(link), *map(self._task, watching))
+
+    def _url(self) -> str:
+        return self._settings.amqp_url
+
+    def _open(self) -> Awaitable[Store]:
+        settings = self._settings
+        return asyncio.get_running_loop().run_in_executor(
+            self._thread,
+            Store.open,
             settings.csv_file,
             settings.dedup_window,
             settings.prefetch_count,
             log,
             settings.rotate_gzip,
             self._lock,
+            settings.rotate_keep,
         )
-        self._store = await self._past_trouble(lambda: loop.run_in_executor(self._thread, Store.open, *arguments))
-        if self._store is None or self._stop.is_set():
-            return
-        self._spill = await loop.run_in_executor(self._thread, Spill, f"{self._store.path}.dead-letters")
-        mover = DeadLetters(settings.amqp_url, settings.queue_name)
-        self._worker = worker = Worker(settings, self._store, self._thread, self._counters, mover, self._spill)
-        self._counters.metrics.values[self._counters.active] = 1.0
-        log.info("rows go to %s", settings.csv_file)
-        self._batches = self._task(worker.run())
-        link = keep_up(lambda: settings.amqp_url, self._name, worker)
-        watching = [self._task(worker.watch())]
-        if self._unserved is not None:
-            watching.append(self._task(self._unserved.watch()))
-        await first_of(self._stop, self._batches, self._task(link), *watching)
-
-    def _link(self) -> Link | None:
-        return None if self._worker is None else self._worker.link
 
     async def _own(self) -> bool:
         """Wait as a standby until this process owns the CSV. Return False if stopped before."""
-        waiting = False
-        while not self._lock.acquire():
+        loop, waiting = asyncio.get_running_loop(), False
+        while not await loop.run_in_executor(self._thread, self._lock.acquire):
             self._no_worker = "standby: another consumer owns the CSV"
             if not waiting:
                 log.info("standby: another consumer owns the CSV; taking over when it ends")
@@ -182,8 +188,7 @@ class ConsumerService:
         while True:
             if self._worker is not None:
                 self._worker.tick()
-            if self._unserved is not None:
-                self._counters.metrics.values[self._counters.unserved] = self._unserved.messages
+            self._counters.metrics.values[self._counters.unserved] = self._leftovers.messages
             self._report(self.not_ready())
             await asyncio.sleep(TICK_SECONDS)
 

@@ -1,8 +1,8 @@
 """The consumer's loop: deliveries in, batches into the store, acks out.
 
 The event loop owns everything here. The store has a thread of its own, one call at a time: prepare a batch, which
-reads the ids that the journal remembers; append it; rotate; reopen. The event loop only reads the committed bytes
-and the period of the store.
+reads the ids that the journal remembers; append it, with its dead letters; rotate; reopen. The event loop only reads
+the committed bytes and the period of the store.
 """
 
 from __future__ import annotations
@@ -11,18 +11,16 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from common.amqp.codec import Confirm, Delivery, ack_frames
+from common.amqp.codec import Confirm, Delivery, ack_frame
 from common.amqp.link import CALL_TIMEOUT_SECONDS, CLOSE_TIMEOUT_SECONDS, CONNECTION_ERRORS, Link, cancelled
-from common.amqp.topology import DEAD_LETTER_ARGUMENTS, QUEUE_ARGUMENTS, consume, dead_letter_queue, declare
+from common.amqp.topology import QUEUE_ARGUMENTS, consume, declare
 from common.config import ConsumerSettings
-from common.consumer.dead_letters.mover import DeadLetters
-from common.consumer.dead_letters.outgoing import Outgoing
-from common.consumer.dead_letters.spill import Spill
+from common.consumer import dead_letters
 from common.consumer.metrics import Counters
-from common.consumer.pending import Pending, ack_ranges
-from common.consumer.prepare import Prepared, prepare_batch
+from common.consumer.pending import Pending
+from common.consumer.prepare import Poison, Prepared, prepare_batch
 from common.storage.store import Store, Timing
 
 log = logging.getLogger("predlog.consumer")
@@ -35,45 +33,78 @@ RETRY_FIRST_SECONDS, RETRY_MOST_SECONDS = 0.1, 5.0
 TROUBLE_POLL_SECONDS = 0.25
 IDLE_SECONDS = 1.0
 STALL_SECONDS = 10.0  # after so long without progress, waiting work is reported as stalled
+MOST_TICK_SECONDS = 2.0  # between two ticks; the rest is the lateness of this process
+POISON_SECONDS = 10.0  # between two lines of the log about dead letters
+WINDOW_SECONDS = 3600.0  # between two about ids that are forgotten too soon
+MOST_EVENTS = 1000  # in a message, for which the remembered ids are enough whatever is delivered again
+
+
+class DiskClock:
+    """The time that the disk has been at work on one step, without the time in which this process did not run.
+
+    The store's thread enters it around each step; the event loop calls `seconds` at every tick.
+    """
+
+    def __init__(self) -> None:
+        self._steps = 0  # begun and ended: an odd number during one
+        self._seen = 0
+        self._seconds = 0.0
+        self._ticked_at = 0.0
+
+    def __enter__(self) -> None:
+        self._steps += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._steps += 1
+
+    def seconds(self, now: float) -> float:
+        """Return for how long the present step has taken, as far as the ticks before have seen it; 0.0 if none runs."""
+        steps, tick_seconds = self._steps, now - self._ticked_at
+        self._seconds = self._seconds + min(tick_seconds, MOST_TICK_SECONDS) if steps % 2 and steps == self._seen else 0
+        self._seen, self._ticked_at = steps, now
+        return self._seconds
 
 
 class Worker:
-    """The listener of a link, and the loop (`run`) that stores its deliveries batch by batch and acks them."""
+    """The listener of a link, and the loop that stores its deliveries batch by batch and acks them.
+
+    Make it while the event loop runs. `running` is its loop as a task, which ends early only by an error.
+    """
 
     def __init__(
-        self,
-        settings: ConsumerSettings,
-        store: Store,
-        thread: ThreadPoolExecutor,
-        counters: Counters,
-        mover: DeadLetters,
-        spill: Spill,
+        self, settings: ConsumerSettings, store: Store, thread: ThreadPoolExecutor, counters: Counters
     ) -> None:
+        self.started = asyncio.Event()  # set once there was a link
         self._settings = settings
         self._store = store
         self._thread = thread
         self._counters = counters
         self._loop = asyncio.get_running_loop()
-        self._pending = Pending(settings.batch_max_rows, settings.prefetch_count, settings.flush_interval_ms / 1000)
-        self._outgoing = Outgoing(mover, spill, self._in_thread, self._acknowledge, counters)
+        # The link
         self._link: Link | None = None
         self._consumer_tag = ""
-        self._down = "not connected yet"  # the reason while there is no link; "" while there is
-        self._trouble = ""  # the reason while batches cannot be stored
-        self._stalled = ""  # the reason while waiting work makes no progress
-        self._storing: tuple[int, float] | None = None  # messages in the batch being stored, and when the oldest came
-        self._calls: dict[asyncio.Future[Any], float] = {}  # waiting for the store's thread, and since when
         self._delivered_at = self._loop.time()
         self._fruitless_looks = 0  # checks that found messages in the queue, since the last delivery
+        # The batches
+        self._pending = Pending(settings.batch_max_rows, settings.prefetch_count, settings.flush_interval_ms / 1000)
+        self._storing: tuple[int, float] | None = None  # messages in the batch being stored, and when the oldest came
         self._wake = asyncio.Event()
         self._draining = False
         self._reopen_due = False
         self._rotation_failed = False
-
-    @property
-    def link(self) -> Link | None:
-        """The link that delivers now."""
-        return self._link
+        # Of the store's thread
+        self._disk = DiskClock()
+        self._unsaved: list[Poison] = []  # of the batch being stored
+        self._most_events = 1  # in one message so far
+        # Why it is not ready; "" while all is well
+        self._down = "not connected yet"
+        self._trouble = ""
+        self._stalled = ""
+        # What the log has not said yet
+        self._dead_letters = 0
+        self._last_why = ""
+        self._next_poison_line = self._next_window_line = 0.0
+        self.running = asyncio.create_task(self._run())
 
     # The link
 
@@ -81,7 +112,6 @@ class Worker:
         """Set up a new connection: queues, prefetch, consume."""
         settings = self._settings
         await declare(link.channel, settings.queue_name, QUEUE_ARGUMENTS)
-        await declare(link.channel, dead_letter_queue(settings.queue_name), DEAD_LETTER_ARGUMENTS)
         # RabbitMQ cuts a link that is not read for 30 s. During disk trouble a new link consumes nothing until it ends.
         while self._trouble and not self._draining:
             self._down = ""  # there is a link
@@ -91,6 +121,7 @@ class Worker:
         async with asyncio.timeout(CALL_TIMEOUT_SECONDS):
             await link.channel.basic_qos(prefetch_count=settings.prefetch_count)
             self._link, self._down = link, ""
+            self.started.set()
             self._delivered_at = self._loop.time()
             self._consumer_tag = await consume(link.channel, settings.queue_name)
         if self._draining:  # it began during the call
@@ -102,7 +133,6 @@ class Worker:
             self._counters.metrics.values[self._counters.reconnects] += 1.0
         self._link, self._down = None, reason
         self._pending.clear()
-        self._outgoing.forget()
 
     def deliveries(self, deliveries: list[Delivery]) -> None:
         values, counters, pending = self._counters.metrics.values, self._counters, self._pending
@@ -126,23 +156,21 @@ class Worker:
 
     # The loop
 
-    async def run(self) -> None:
+    async def _run(self) -> None:
         """Store batch after batch, until drained."""
         while await self._batch_is_due():
             link, since, deliveries = self._link, self._pending.since, self._pending.take()
             if link is not None and self._pending.bytes <= HELD_BACK_BYTES:
                 link.lane.hold_back(False)
             self._storing = len(deliveries), since
-            prepared, outcome = await self._in_thread(self._prepare_and_append, deliveries)
-            if outcome is not None:
-                await self._store_until_done(prepared, outcome)
+            await self._store_batch(deliveries)
             self._storing = None
-            self._counters.metrics.values[self._counters.duplicates] += prepared.duplicates
-            if link is self._link:  # else it is delivered again, and these tags mean other messages
-                for each in prepared.poison:
-                    log.warning("a message that is not an event goes to the dead letters: %s", each.reason)
-                self._outgoing.take(prepared.poison)
-                self._ack(link, prepared.stored)
+            self._ack(link, deliveries[-1].delivery_tag)
+
+    def _ack(self, link: Link | None, delivery_tag: int) -> None:
+        """Ack all up to `delivery_tag`, unless the link is lost: then all is delivered again, under other tags."""
+        if link is not None and link is self._link and link.lane.lost is None:
+            link.lane.send([ack_frame(delivery_tag, multiple=True)])
 
     async def _batch_is_due(self) -> bool:
         """Wait for the next batch. Return False when drained."""
@@ -178,42 +206,26 @@ class Worker:
             timer.cancel()
 
     async def _between_batches(self) -> None:
-        """Do what must not happen while a batch is stored: rotate, reopen, put dead letters into their file."""
+        """Do what must not happen while a batch is stored: rotate, reopen."""
         settings, store = self._settings, self._store
         try:
             if 0 < settings.rotate_bytes <= store.committed_bytes or store.period_due(settings.rotate_interval):
-                await self._in_thread(store.rotate)
+                await self._in_thread(self._on_disk, store.rotate)
             if self._reopen_due:
                 self._reopen_due = False
-                await self._in_thread(store.reopen)
-            if self._outgoing.overdue():
-                await self._outgoing.spill()
+                await self._in_thread(self._on_disk, store.reopen)
             self._rotation_failed = False
         except OSError as error:
             if not self._rotation_failed:
                 log.error("cannot begin a new file: %s: %s; retrying", error.filename, error.strerror)
             self._rotation_failed = True
 
-    def _prepare_and_append(self, deliveries: Sequence[Delivery]) -> tuple[Prepared, Timing | OSError | None]:
-        """Prepare and append a batch, both in one call of the store's thread. None: there was nothing to append."""
-        prepared = prepare_batch(deliveries, self._store.seen, self._settings.low_prob_threshold)
-        return prepared, self._append(prepared) if prepared.ids or prepared.data else None
-
-    def _append(self, prepared: Prepared) -> Timing | OSError:
-        """Try to append a batch, in the store's thread."""
-        try:
-            return self._store.append(prepared.data, prepared.ids)
-        except OSError as error:
-            return error
-
-    async def _store_until_done(self, prepared: Prepared, outcome: Timing | OSError) -> None:
-        """Settle the first try to append a batch.
-
-        In disk trouble (full, I/O error) wait and retry: nothing is acked before it is safe.
-        """
-        counters, delay = self._counters, RETRY_FIRST_SECONDS
+    async def _store_batch(self, deliveries: Sequence[Delivery]) -> None:
+        """Prepare and store a batch. In disk trouble (full, I/O error) wait and retry until all of it is safe."""
+        values, counters, delay = self._counters.metrics.values, self._counters, RETRY_FIRST_SECONDS
+        prepared, outcome = await self._in_thread(self._prepare_and_append, deliveries)
         while isinstance(outcome, OSError):
-            counters.metrics.values[counters.store_failures] += 1.0
+            values[counters.store_failures] += 1.0
             trouble = f"{outcome.filename}: {outcome.strerror}"
             if not self._trouble:
                 log.error("cannot store: %s; nothing is acked, retrying", trouble)
@@ -224,28 +236,48 @@ class Worker:
         if self._trouble:
             log.info("storing again")
             self._trouble = ""
-        self._pending.stored(sum(outcome))
-        counters.metrics.values[counters.rows] += prepared.rows
-        counters.batch_rows.observe(prepared.rows)
-        counters.write_seconds.observe(outcome.write_seconds)
-        counters.fsync_seconds.observe(outcome.fsync_seconds)
-        counters.commit_seconds.observe(outcome.commit_seconds)
+        values[counters.duplicates] += prepared.duplicates
+        for each in prepared.poison:
+            values[counters.dead_letters[each.kind]] += 1.0
+        if prepared.poison:
+            self._dead_letters += len(prepared.poison)
+            self._last_why = prepared.poison[-1].why
+            self._log_dead_letters()
+        if outcome is not None:
+            self._pending.stored(sum(outcome))
+            values[counters.rows] += prepared.rows
+            counters.batch_rows.observe(prepared.rows)
+            counters.write_seconds.observe(outcome.write_seconds)
+            counters.fsync_seconds.observe(outcome.fsync_seconds)
+            counters.commit_seconds.observe(outcome.commit_seconds)
 
     async def _in_thread(self, call: Callable[..., T], *args: object) -> T:
-        future = self._loop.run_in_executor(self._thread, call, *args)
-        self._calls[future] = self._loop.time()
+        return await self._loop.run_in_executor(self._thread, call, *args)
+
+    # In the store's thread
+
+    def _on_disk(self, call: Callable[[], T]) -> T:
+        with self._disk:
+            return call()
+
+    def _prepare_and_append(self, deliveries: Sequence[Delivery]) -> tuple[Prepared, Timing | OSError | None]:
+        prepared = prepare_batch(deliveries, self._store.seen, self._settings.low_prob_threshold)
+        self._unsaved = prepared.poison
+        if prepared.most_events > self._most_events:
+            self._most_events = prepared.most_events
+            self._store.expect_again(self._settings.prefetch_count * min(self._most_events, MOST_EVENTS))
+        return prepared, self._append(prepared)
+
+    def _append(self, prepared: Prepared) -> Timing | OSError | None:
+        """Try to make dead letters and rows durable. After an error, continue where it stopped. None: without rows."""
         try:
-            return await future
-        finally:
-            del self._calls[future]
-
-    def _ack(self, link: Link | None, tags: Sequence[int]) -> None:
-        """Ack on the link that delivered, if it is still the current one."""
-        if link is not None and link is self._link and link.lane.lost is None:
-            link.lane.send([ack_frames(ack_ranges(tags, self._outgoing.held))])
-
-    def _acknowledge(self, tags: Sequence[int]) -> None:
-        self._ack(self._link, tags)
+            with self._disk:
+                if self._unsaved:
+                    dead_letters.append(self._store.path, self._unsaved)
+                    self._unsaved = []
+                return self._store.append(prepared.data, prepared.ids) if prepared.ids or prepared.data else None
+        except OSError as error:
+            return error
 
     # Watching
 
@@ -255,35 +287,48 @@ class Worker:
             return f"cannot store: {self._trouble}"
         if self._stalled:
             return self._stalled
-        return f"no broker: {self._down}" if self._down else self._outgoing.trouble()
+        return f"no broker: {self._down}" if self._down else ""
 
     def tick(self) -> None:
-        """Set the gauges, note a stall, and keep a held-back link alive. Call it once a second."""
+        """Set the gauges, log what is due, and keep a held-back link alive. Call it once a second."""
         values, counters, now = self._counters.metrics.values, self._counters, self._loop.time()
         if self._link is not None:
             self._link.lane.keep_alive()
-        self._note_stall(now)
+        self._note_stall(self._disk.seconds(now))
+        self._log_dead_letters()
+        self._log_window(now)
         counters.metrics.settle()
-        since = [now, self._pending.since]
-        if self._outgoing.oldest_since is not None:
-            since.append(self._outgoing.oldest_since)
-        storing = 0
-        if self._storing is not None:
-            storing = self._storing[0]
-            since.append(self._storing[1])
-        values[counters.unacked] = len(self._pending.deliveries) + len(self._outgoing.held) + storing
-        values[counters.oldest_unacked] = now - min(since)
+        storing, storing_since = self._storing or (0, now)
+        values[counters.unacked] = len(self._pending.deliveries) + storing
+        values[counters.oldest_unacked] = now - min(now, self._pending.since, storing_since)
         values[counters.csv_bytes] = self._store.committed_bytes
         values[counters.store_ok] = not self._trouble
         values[counters.connected] = not self._down
         values[counters.stalled] = bool(self._stalled)
-        values[counters.spilled_bytes] = self._outgoing.spilled_bytes
 
-    def _note_stall(self, now: float) -> None:
+    def _log_dead_letters(self) -> None:
+        """Log the first dead letter at once, and then how many there were every POISON_SECONDS."""
+        now = self._loop.time()
+        if self._dead_letters and now >= self._next_poison_line:
+            path = dead_letters.file_of(self._store.path)
+            log.warning("%d dead letter(s) went to %s; the last: %s", self._dead_letters, path, self._last_why)
+            self._dead_letters, self._next_poison_line = 0, now + POISON_SECONDS
+
+    def _log_window(self, now: float) -> None:
+        """Warn when ids are forgotten sooner than DEDUP_WARN_SECONDS, once in WINDOW_SECONDS."""
+        seconds = self._store.window_seconds
+        if seconds is not None and seconds < self._settings.dedup_warn_seconds and now >= self._next_window_line:
+            log.warning(
+                "message ids are forgotten after %.0f s: a client's retry that comes later makes a second row; "
+                "set DEDUP_WINDOW higher",
+                seconds,
+            )
+            self._next_window_line = now + WINDOW_SECONDS
+
+    def _note_stall(self, disk_seconds: float) -> None:
         stalled = ""
-        silent_seconds = now - next(iter(self._calls.values()), now)
-        if silent_seconds > STALL_SECONDS:
-            stalled = f"stalled: the disk has not answered for {silent_seconds:.0f} s"
+        if disk_seconds > STALL_SECONDS:
+            stalled = f"stalled: the disk has not answered for {disk_seconds:.0f} s"
         elif self._fruitless_looks >= 2:
             stalled = f"stalled: messages wait in '{self._settings.queue_name}', and the broker delivers none"
         if stalled and not self._stalled:
@@ -293,18 +338,20 @@ class Worker:
         self._stalled = stalled
 
     async def watch(self) -> None:
-        """Check the queue when nothing was delivered for a while; if messages wait there twice, connect again.
+        """Look at the size of the dead letters, and at the queue when nothing was delivered for a while.
+
+        If messages wait in the queue twice, connect again.
 
         Possible causes are acks that the broker lost, a consumer that it forgot, or another active consumer of the
         queue. A new connection fixes the first two. With a second consumer it is not tried.
         """
         while True:
+            letters_bytes = await self._in_thread(dead_letters.size_of, self._store.path)
+            self._counters.metrics.values[self._counters.dead_letters_bytes] = letters_bytes
             await asyncio.sleep(STALL_SECONDS / 2)
             link, since = self._link, self._delivered_at
             if link is None or self._draining or self._pending.deliveries or self._storing is not None:
                 continue
-            if len(self._outgoing.held) >= self._settings.prefetch_count:
-                continue  # the prefetch is used up; Outgoing reports it
             if self._loop.time() - since < STALL_SECONDS / 2:
                 continue
             try:
@@ -323,7 +370,7 @@ class Worker:
                 continue
             self._fruitless_looks = self._fruitless_looks + 1 if queue.message_count else 0
             if self._fruitless_looks >= 2 and (queue.consumer_count or 0) < 2:
-                self._note_stall(self._loop.time())
+                self._note_stall(0.0)
                 link.lane.fail("messages wait, and the broker delivers none")
 
     # The end
@@ -333,8 +380,8 @@ class Worker:
         self._reopen_due = True
         self._wake.set()
 
-    async def drain(self, running: asyncio.Task[None]) -> None:
-        """Take no more deliveries; store and ack what is in memory, and dead-letter poison."""
+    async def drain(self) -> None:
+        """Take no more deliveries; store and ack what is in memory."""
         link, self._draining = self._link, True
         if link is not None and link.lane.lost is None:
             try:
@@ -346,8 +393,6 @@ class Worker:
                     raise
                 log.debug("while cancelling: %r", error)
         self._wake.set()
-        await running
-        await self._outgoing.settled()
-
-    async def close(self) -> None:
-        await self._outgoing.close()
+        await self.running
+        self._next_poison_line = 0.0
+        self._log_dead_letters()

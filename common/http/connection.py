@@ -1,477 +1,335 @@
-"""A client's connection (reading, answers in order, time-outs), and what the connections of a server share.
+"""A client's connection: requests out of what arrives, their answers in order, and time-outs.
 
-The grammar is in parser.py, the phases and their times in phases.py, the meaning of a request in the application.
-No task, future or timer is made for a request: answers are callbacks, and one sweep checks all deadlines.
+The grammar is in parser.py, the phases and their times in phases.py, the output in writer.py, the bounds over all
+connections in pool.py, the meaning of a request in the application. No task, future or timer is made for a request:
+answers are callbacks, and one sweep checks all deadlines.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import math
+import ssl
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from math import inf
 from typing import cast
 
 from common.errors import HttpError
 from common.http.exchange import Application, Exchange
-from common.http.parser import Head, Limits, RequestParser
+from common.http.parser import Request, RequestParser
 from common.http.phases import (
     ANSWERING,
     BODY,
     CLOSED,
     CLOSING,
+    HANDSHAKE,
     HEAD,
     IDLE,
     LAST,
     LINGERING,
     NEXT,
     Phase,
-    granted,
+    ServerLimits,
+    after_progress,
     seconds_by_phase,
 )
+from common.http.pool import Pool
 from common.http.response import CONTINUE
+from common.http.tls import Tls
+from common.http.turns import Job, Turns
+from common.http.writer import Writer
 
 log = logging.getLogger("predlog.http")
 
 # The work of one connection before others get their turn. What is left of its requests then waits.
 SLICE_SECONDS = 0.002
-# The work of all waiting connections in one round of the event loop. With the rest of a round it stays well below the
-# 50 ms by which one client may delay another (docs/http.md).
-TURN_SECONDS = 0.005
-# A connection without progress for this long may be evicted in favour of another. A lost packet delays for less.
-STALL_SECONDS = 1.0
-# Finding the longest idle of 16,000 connections takes about 5 ms, too long to do for each new one.
-IDLE_SCAN_SECONDS = 0.1
-# Connections beyond the limit, of which only probes are answered: so many at once, each for this long and a sweep.
-SPARE_CONNECTIONS = 64
-SPARE_SECONDS = 1.0
 
-# In favour of a newcomer, those go first that were refused and only linger.
-_EVICTED = (LINGERING, IDLE, HEAD)
-_CLIENTS_TURN = (IDLE, HEAD, BODY, LINGERING)
-
+_CLIENTS_TURN = frozenset({HANDSHAKE, IDLE, HEAD, BODY, LINGERING})
 _TRY_AGAIN = (("Retry-After", "1"),)
 
 
-def _too_many() -> HttpError:
-    return HttpError(503, "too many connections", _TRY_AGAIN)
-
-
-def _too_much() -> HttpError:
-    return HttpError(503, "too many large requests at once; try again", _TRY_AGAIN)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServerLimits:
-    """Bounds on connections and time. Those on one request are in `parser.Limits`."""
-
-    request: Limits
-    connections: int
-    buffered_bytes: int  # of incomplete requests and unread answers, over all connections
-    idle_seconds: float  # proxies keep idle connections for 60 s; ours must last longer
-    pipelined: int = 32  # unanswered requests of one connection; beyond it the connection is not read
-    head_seconds: float = 10.0
-    body_seconds: float = 20.0  # without progress, for uploads over mobile links that pause
-    write_seconds: float = 20.0  # without progress
-
-
 class ServerState:
-    """The shared state of a server's connections: limits, clock, turns, and the bounds that they keep together."""
+    """What the connections of a server share."""
 
     def __init__(
-        self,
-        limits: ServerLimits,
-        application: Application,
-        now: Callable[[], float],
-        call_soon: Callable[[Callable[[], None]], object],
+        self, limits: ServerLimits, application: Application, now: Callable[[], float], turns: Turns, date: bytes = b""
     ) -> None:
         self.limits = limits
         self.application = application
         self.now = now
-        self.date = b""
-        self.connections: set[Connection] = set()
-        self.spare: dict[Connection, float] = {}  # those beyond the limit, oldest first, and when they came
-        self._spare_is_due = False  # to be bounded
-        self.spare_request = replace(limits.request, keep_alive=False)
-        self.check = application.check
-        self.held_bytes = 0
+        self.turns = turns
+        self.date = date  # now, as the value of a Date field
+        self.pool: Pool[Connection] = Pool(limits.connections, limits.buffered_bytes)
         self.draining = False
-        self.seconds = self._seconds()
-        self._call_soon = call_soon
-        self.turn_ends = math.inf  # the end of this round of the loop; inf while no connection takes long
-        self._waiting: deque[Connection] = deque()  # for their turn; slow ones wait behind all others
-        self._waiting_slow: deque[Connection] = deque()
-        self._idlest: list[Connection] = []  # the longest idle last
-        self._next_scan = 0.0
-
-    def _seconds(self) -> tuple[float, ...]:
-        limits = self.limits
-        return seconds_by_phase(
-            limits.head_seconds, limits.body_seconds, limits.idle_seconds, limits.write_seconds, self.draining
-        )
+        self.seconds = seconds_by_phase(limits, draining=False)
 
     def drain(self) -> None:
-        """End each connection with the next answer that leaves it idle."""
+        """End each connection with the last answer to what it has read, or with the next one if it has read nothing."""
         self.draining = True
-        self.seconds = self._seconds()
-        for connection in list(self.connections):
-            connection.drain()
-
-    # Turns. Connections share a round of the event loop, so that one client delays the others by little.
-
-    def took_long(self, began: float) -> None:
-        """Note that a connection has worked since `began`, longer than its slice."""
-        if self.turn_ends == math.inf:
-            self.turn_ends = began + TURN_SECONDS
-            self._call_soon(self._next_turn)
-
-    def wait_for_turn(self, connection: Connection, slow: bool) -> None:
-        (self._waiting_slow if slow else self._waiting).append(connection)
-        self.took_long(self.now())
-
-    def _next_turn(self) -> None:
-        self.turn_ends = self.now() + TURN_SECONDS
-        while waiting := self._waiting or self._waiting_slow:
-            waiting.popleft().turn()
-            if self.now() > self.turn_ends:
-                self._call_soon(self._next_turn)
-                return
-        self.turn_ends = math.inf
-
-    # Bounds over all connections
-
-    def has_memory(self) -> bool:
-        """Tell whether all connections together hold no more than they may.
-
-        First free what connections without progress hold, the largest first.
-        """
-        if self.held_bytes <= self.limits.buffered_bytes:
-            return True
-        now = self.now()
-        stalled = [each for each in self.connections if each.held_bytes and each.is_stalled(now)]
-        stalled.sort(key=lambda each: each.held_bytes)
-        while stalled and self.held_bytes > self.limits.buffered_bytes:
-            stalled.pop().give_up_memory()
-        return self.held_bytes <= self.limits.buffered_bytes
-
-    def require_memory(self) -> None:
-        """Raise HttpError 503 when all connections together hold too much."""
-        if not self.has_memory():
-            raise _too_much()
-
-    def has_place(self) -> bool:
-        """Tell whether one more connection is within the limit, after closing the longest idle one if need be."""
-        return len(self.connections) - len(self.spare) < self.limits.connections or self._evict_idle()
-
-    def add_spare(self, connection: Connection) -> None:
-        """Admit a connection beyond the limit. The oldest of these make room, once what came with them is read."""
-        self.spare[connection] = self.now()
-        if len(self.spare) > SPARE_CONNECTIONS and not self._spare_is_due:
-            self._spare_is_due = True
-            self._call_soon(self._bound_spare)
-
-    def _bound_spare(self) -> None:
-        self._spare_is_due = False
-        for connection in list(self.spare)[: max(0, len(self.spare) - SPARE_CONNECTIONS)]:
-            connection.cut_short()
-
-    def check_spare(self, head: Head) -> bytes:
-        """Check a request beyond the limit. Raise HttpError 503 unless it is a probe."""
-        if head.content_length or head.chunked or not self.application.is_probe(head):
-            raise _too_many()
-        return self.check(head)
+        self.seconds = seconds_by_phase(self.limits, draining=True)
+        self.sweep()
 
     def sweep(self) -> None:
-        """Act on every deadline that has passed."""
+        """Act on every time-out."""
         now = self.now()
-        for connection in list(self.connections):
+        for connection in list(self.pool.members):
             connection.sweep(now)
-        for connection, came in list(self.spare.items()):
-            if now - came > SPARE_SECONDS:
-                connection.cut_short()
-
-    def _evict_idle(self) -> bool:
-        """Close the longest idle connection, if one has been idle for STALL_SECONDS. Tell whether one was closed."""
-        now = self.now()
-        if not self._idlest and now >= self._next_scan:
-            self._next_scan = now + IDLE_SCAN_SECONDS
-            found = [
-                each
-                for each in self.connections
-                if each.phase in _EVICTED and each.is_stalled(now) and each not in self.spare
-            ]
-            found.sort(key=lambda each: (_EVICTED.index(each.phase), each.deadline), reverse=True)
-            self._idlest = found[-1000:]
-        while self._idlest:
-            connection = self._idlest.pop()
-            if connection.phase in _EVICTED and connection.is_stalled(now):
-                connection.evict()
-                if connection.phase is LINGERING:
-                    self.add_spare(connection)
-                return True
-        return False
 
 
 class Connection(asyncio.Protocol):
-    """The connection of one client."""
+    """The connection of one client, within TLS if it is given."""
 
-    __slots__ = (
-        "_check",
-        "_eof",
-        "_fields",
-        "_parser",
-        "_pumping",
-        "_reading",
-        "_slow",
-        "_unsent",
-        "_waiting",
-        "deadline",
-        "exchanges",
-        "held_bytes",
-        "phase",
-        "state",
-        "stuck",
-        "transport",
-    )
+    _transport: asyncio.Transport  # set when it is connected, as is the writer
+    _writer: Writer
 
-    def __init__(self, state: ServerState) -> None:
+    def __init__(self, state: ServerState, tls: Tls | None = None) -> None:
         self.state = state
-        self.transport: asyncio.Transport | None = None
-        self.phase = IDLE
-        self.deadline = math.inf  # of the phase; of the client's reading while it is stuck
-        self.exchanges: deque[Exchange] = deque()  # whose answers are due, in order
-        self.stuck = False  # while the client does not read its answers
-        self.held_bytes = 0  # of the incomplete request and of unsent answers; counted in state.held_bytes
-        self._unsent = 0  # bytes that the client had not taken at the last look, while it is stuck or closing
+        self.application = state.application
+        self.now = state.now
+        self.phase = IDLE if tls is None else HANDSHAKE
+        self.since = 0.0  # when the phase began, or later by the client's progress
+        self.held_bytes = 0  # of the handshake, the incomplete request and unsent answers; counted by the pool
+        self._tls = tls
+        self._due: deque[Exchange] = deque()  # whose answers are due, in order
         self._parser = RequestParser(state.limits.request)
-        self._check = state.check
         self._fields = b""  # what `check` returned for a head whose body is still arriving
         self._reading = True
         self._eof = False
+        self._ends_next = False  # the next request that is complete is the last
+        self._surplus = False  # more came behind the last request
         self._pumping = False
         self._waiting = False  # for its turn
-        self._slow = False  # its last requests took longer than a slice
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast(asyncio.Transport, transport)  # uvloop's is one by its methods, not by its class
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is one by its methods, not by its class
         state = self.state
-        self.deadline = state.now() + state.seconds[IDLE]
-        if not state.has_place():
-            state.add_spare(self)
-            self._parser = RequestParser(state.spare_request)
-            self._check = state.check_spare
-        state.connections.add(self)
+        self._writer = Writer(self._transport, self._tls)
+        self.since = now = state.now()
+        for connection in state.pool.join(self, now):
+            if connection is self and self.phase is IDLE:
+                self._refuse(HttpError(503, "too many connections", _TRY_AGAIN))
+            else:
+                connection.leave()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.transport = None
-        self.exchanges.clear()
-        self.phase = CLOSED
-        self.state.held_bytes -= self.held_bytes
-        self.held_bytes = 0
-        self.state.connections.discard(self)
-        self.state.spare.pop(self, None)
+        self._enter(CLOSED, self.now())
+        self._due.clear()
+        self.state.pool.leave(self)
 
-    def _enter(self, phase: Phase) -> None:
+    def _enter(self, phase: Phase, now: float) -> None:
         if phase not in NEXT[self.phase]:
             raise RuntimeError(f"a bug: {self.phase.name} to {phase.name}")
         self.phase = phase
-        if not self.stuck or phase >= LINGERING:
-            self.deadline = self.state.now() + self.state.seconds[phase]
+        self.since = now
 
     # What comes in
 
     def data_received(self, data: bytes) -> None:
+        if self._tls is not None and not (data := self._decrypt(self._tls, data)):
+            return
         phase, state = self.phase, self.state
-        if phase is BODY or phase is LINGERING:
-            self.deadline = granted(self.deadline, len(data), state.now(), state.seconds[phase])
-        if phase < LAST:
-            self._parser.receive_data(data)
-            if state.turn_ends != math.inf and state.now() > state.turn_ends:
-                self._wait_for_turn()
-            else:
-                self._pump()
-        elif phase is LAST:
-            self._parser.receive_data(data)  # only to know that more has come
+        if phase is not IDLE:
+            if phase is BODY or phase is LINGERING:
+                self.since = after_progress(self.since, len(data), state.now())
+            if phase >= LAST:
+                self._surplus = True
+                return
+        self._parser.receive_data(data)
+        if state.draining:
+            self._ends_next = True
+        ends = state.turns.ends
+        if not self._waiting and ((ends < inf and state.now() > ends) or self._pump()):
+            self._wait_for_turn()
+
+    def _decrypt(self, tls: Tls, data: bytes) -> bytes:
+        """Return what a client has sent within TLS: nothing while its handshake lasts, or once our side is closed."""
+        if self.phase >= LINGERING:
+            return data  # which is dropped
+        tls.receive(data)
+        if self.phase is HANDSHAKE:
+            self._account()
+            self.state.turns.add(self, self._shake_hands(tls))
+            return b""
+        try:
+            data, ended = tls.decrypt()
+        except ssl.SSLError:
+            self.abort()
+            return b""
+        if ended and not self.eof_received() and not data:
+            self._close()
+        return data
+
+    def _shake_hands(self, tls: Tls) -> Job:
+        if self.phase is not HANDSHAKE or self._transport.is_closing():
+            return
+        try:
+            is_over = tls.shake_hands()
+            self._transport.write(tls.outgoing())
+        except ssl.SSLError:  # not TLS, or no common version: the client gets an alert
+            self._transport.write(tls.outgoing())
+            self._transport.close()
+            return
+        yield None
+        if is_over and self.phase is HANDSHAKE:
+            self._account()
+            self._enter(IDLE, self.now())
+            self.data_received(b"")  # what came with the end of the handshake
 
     def eof_received(self) -> bool:
         # A client that half-closes has sent its last request and still gets its answers.
         self._eof = True
-        if self.transport is None or self.transport.get_extra_info("sslcontext") is not None:
-            return False  # asyncio has no half-closed TLS
-        return bool(self.exchanges) or self._waiting
-
-    def turn(self) -> None:
-        """Continue with requests that had to wait for a turn."""
-        self._waiting = self._slow = False
-        if self.transport is not None and self.phase < LAST:
-            if not self.stuck:
-                self.deadline = self.state.now() + self.state.seconds[self.phase]
-            self._set_reading(len(self.exchanges) < self.state.limits.pipelined)
-            self._pump()
+        return bool(self._due) or self._waiting
 
     def _wait_for_turn(self) -> None:
-        if not self._waiting:
-            self._waiting = True
-            self._set_reading(False)
-            self.state.wait_for_turn(self, self._slow)
+        self._waiting = True
+        self._account()
+        self._update_reading()
+        self.state.turns.add(self, self._take_turns())
 
-    def _pump(self) -> None:
-        """Handle all that has arrived, up to the pipeline's depth, and write the answers that are due."""
-        if self._pumping or self._waiting:
-            return
+    def _take_turns(self) -> Job:
+        """Continue with requests that had to wait for a turn."""
+        while self._pump():
+            yield None
+        self._waiting = False
+        self.since = self.now()
+        self._update_reading()
+
+    def _pump(self) -> bool:
+        """Handle what has arrived and write the answers that are due. Return whether the rest must wait for a turn."""
+        parser, writer, due, now = self._parser, self._writer, self._due, self.now
+        most = self.state.limits.pipelined
+        began = 0.0
+        slice_is_over = False
         self._pumping = True
-        try:
-            more = True
-            began = 0.0
-            while more:
+        while True:
+            while len(due) < most and self.phase < LAST and not writer.stuck:
                 try:
-                    began = self._handle_requests(began)
+                    request = parser.next_request()
+                    if request is None:
+                        self._await_rest()
+                        break
                 except HttpError as error:
                     error.__traceback__ = None
                     self._refuse(error)
-                if self.held_bytes or not self._parser.idle:
-                    self._account()
-                exchanges = self.exchanges
-                more = bool(exchanges) and exchanges[0].response is not None and self._write_answers()
-        finally:
-            self._pumping = False
+                    break
+                at = now()
+                began = began or at
+                self._handle(request, at)
+                if now() - began > SLICE_SECONDS:
+                    slice_is_over = True
+                    self.state.turns.worked_since(began)
+                    break
+                if parser.idle:
+                    break
+            more = due and due[0].response is not None and self._write_answers()
+            if slice_is_over or not more:
+                break
+        self._pumping = False
+        if self.held_bytes or not self._parser.idle or not self._reading:
+            self._account()
+            self._update_reading()
+        return slice_is_over and self.phase < LAST and not self._parser.idle
 
-    def _handle_requests(self, began: float) -> float:
-        """Handle requests up to the pipeline's depth, or to the end of the slice. Return when the slice began."""
-        parser, state, exchanges = self._parser, self.state, self.exchanges
-        application, now = state.application, state.now
-        while len(exchanges) < state.limits.pipelined and self.phase < LAST:
-            request = parser.next_request()
-            if request is None:
-                if parser.has_more:
-                    self._slow = True
-                    self._wait_for_turn()
-                else:
-                    self._wait_for_more()
-                return began
-            head = request.head
-            exchange = Exchange(self, head, now())
-            exchanges.append(exchange)
-            checked = self.phase is BODY
-            if exchange.close:
-                self._enter(LAST)
-            else:
-                self.phase = ANSWERING  # from any phase before LAST
-                if not self.stuck:
-                    self.deadline = math.inf
-            try:
-                exchange.fields = self._fields if checked else self._check(head)
-                application.handle(request, exchange)
-            except HttpError as error:
-                # Its frames hold the request; with a frame that holds the error it is a cycle: memory until a gc.
-                error.__traceback__ = None
-                exchange.fail(error)
-            except Exception:
-                log.exception("a bug: %s %s", head.method.decode(), head.target.decode())
-                if exchange.response is None:
-                    exchange.fail(HttpError(500, "internal error; the log has the details"))
-            began = began or exchange.began
-            if now() - began > SLICE_SECONDS:
-                self._slow = True
-                state.took_long(began)
-                if not parser.idle:
-                    self._wait_for_turn()
-                return began
-            if parser.idle:
-                return began
-        self._set_reading(False)
-        return began
+    def _handle(self, request: Request, now: float) -> None:
+        head = request.head
+        exchange = Exchange(self, head, now)
+        was_checked = self.phase is BODY
+        if self._ends_next:
+            exchange.close = True
+        self._enter(LAST if exchange.close else ANSWERING, now)
+        self._due.append(exchange)
+        application = self.application
+        try:
+            exchange.fields = self._fields if was_checked else application.check(head)
+            application.handle(request, exchange)
+        except HttpError as error:
+            # Its frames hold the request; with a frame that holds the error it is a cycle: memory until a gc.
+            error.__traceback__ = None
+            exchange.fail(error)
+        except Exception:
+            log.exception("a bug: %s %s", head.method.decode(), head.target.decode())
+            if exchange.response is None:
+                exchange.fail(HttpError(500, "internal error; the log has the details"))
 
-    def _wait_for_more(self) -> None:
-        """Enter the phase of an incomplete request, once all requests before it are answered."""
-        parser = self._parser
-        if parser.idle or self.exchanges:
+    def _await_rest(self) -> None:
+        """Enter the phase of an incomplete request, once all requests before it are answered. Raise HttpError."""
+        parser, phase = self._parser, self.phase
+        if parser.idle or self._due:
             return
         head = parser.head
         if head is None:
-            if self.phase is not HEAD:
-                self._enter(HEAD)
-        elif self.phase is not BODY:
+            if phase is not HEAD:
+                self._enter(HEAD, self.now())
+        elif phase is not BODY:
             # A request is refused before its body is read, and before 100 Continue invites the body.
-            self._fields = self._check_early(head)
-            self._enter(BODY)
-            if head.expect_continue and not parser.buffered_bytes and self.transport is not None:
-                self.transport.write(CONTINUE)
+            self._fields = self.application.check(head)
+            self._enter(BODY, self.now())
+            if head.expect_continue and not parser.buffered_bytes:
+                self._writer.write((CONTINUE,))
         if self._eof:
             self._close()
 
-    def _check_early(self, head: Head) -> bytes:
-        try:
-            return self._check(head)
-        except HttpError:
-            raise
-        except Exception:
-            log.exception("a bug: %s %s", head.method.decode(), head.target.decode())
-            raise HttpError(500, "internal error; the log has the details") from None
-
     def _refuse(self, error: HttpError) -> None:
         """Refuse what cannot be read, after the answers still due, and close then."""
-        self.exchanges.append(exchange := Exchange(self, self._parser.head, self.state.now(), refused=True))
-        self._enter(LAST)
+        now = self.now()
+        exchange = Exchange(self, self._parser.head, now, refused=True)
+        self._due.append(exchange)
+        self._enter(LAST, now)
+        self._drop_input()
         exchange.fail(error)
+
+    def _drop_input(self) -> None:
+        self._parser = RequestParser(self.state.limits.request)
+        self._account()
+
+    def _update_reading(self) -> None:
+        """Read unless the client has sent enough for now; after its last request read to drop what comes."""
+        writer, transport = self._writer, self._transport
+        is_enough = writer.stuck or self._waiting or len(self._due) >= self.state.limits.pipelined
+        reading = self.phase >= LAST or not is_enough
+        if reading != self._reading and not transport.is_closing():
+            self._reading = reading
+            if reading:
+                transport.resume_reading()
+            else:
+                transport.pause_reading()
 
     # What goes out
 
-    def ends_with(self, exchange: Exchange) -> bool:
-        """Tell whether this is the last answer of a draining connection, so that it can say `Connection: close`."""
-        if self.phase is ANSWERING and self.exchanges[-1] is exchange and self._parser.idle:
-            self._enter(LAST)
-            return True
-        return False
-
     def flush(self) -> None:
         """Write the answers that are due. Called after each answer."""
-        if not self._pumping and self._write_answers():
-            self._pump()
+        due = self._due
+        if self._pumping or not due or due[0].response is None:
+            return
+        if self._write_answers() and not self._waiting and self._pump():
+            self._wait_for_turn()
 
     def _write_answers(self) -> bool:
-        """Write the answers that are due, in the order of their requests. Tell whether there may be more to handle."""
-        transport, exchanges = self.transport, self.exchanges
-        if transport is None or not exchanges or exchanges[0].response is None or transport.is_closing():
+        """Write the answers that are due, the first of which is there. Return whether there can be more to handle."""
+        state, due, parser = self.state, self._due, self._parser
+        if self._transport.is_closing():
             return False
-        answers: list[bytes] = []
-        while exchanges and (response := exchanges[0].response) is not None:
-            exchange = exchanges.popleft()
-            answers += response
+        parts: tuple[bytes, ...] = ()
+        while due and due[0].response is not None:
+            exchange = due.popleft()
+            if state.draining and not due and parser.idle:
+                exchange.close = True
+            parts += exchange.encode(state.date)
             if exchange.close:
-                exchanges.clear()
-                break
-        if self.stuck:
-            self._note_taken(transport.get_write_buffer_size())
-        if len(answers) == 1:
-            transport.write(answers[0])
-        else:
-            transport.writelines(answers)
-        if self.stuck:
-            self._unsent = transport.get_write_buffer_size()
-            self._account()
+                due.clear()
+        self._writer.write(parts)
         if exchange.close:
-            if not transport.is_closing():
-                self._finish(polite=not exchange.refused and self._parser.idle)
+            self._finish(polite=not exchange.refused and not self._surplus and parser.idle)
             return False
-        if exchanges:
-            more = False
-        elif self._parser.idle:
+        if not parser.idle:
+            return True
+        if not due:
             if self._eof:
                 self._close()
                 return False
-            more = False
-            self.phase = IDLE  # from ANSWERING; as _enter does
-            if not self.stuck:
-                self.deadline = self.state.now() + self.state.seconds[0]
-        else:
-            more = not self._waiting
-        if not self._reading and not self.stuck and not self._waiting:
-            self._set_reading(True)
-            return True
-        return more
+            self._enter(IDLE, self.now())
+        return not self._reading
 
     def _finish(self, polite: bool) -> None:
         """Close the connection after its last answer.
@@ -479,140 +337,105 @@ class Connection(asyncio.Protocol):
         If the client may still be sending, close only our side first, and read and drop what comes: a reset would
         destroy the answer on its way (RFC 9112 section 9.6).
         """
-        transport = self.transport
-        assert transport is not None
+        if self.phase is not LAST:
+            self._enter(LAST, self.now())
         if polite or self._eof:
             self._close()
             return
-        self._enter(LINGERING)
-        self._parser = RequestParser(self.state.limits.request)
-        self._account()
-        if transport.can_write_eof():
-            transport.write_eof()  # without it (TLS in asyncio) the client closes, or LINGER_SECONDS end the connection
-        self._set_reading(True)
+        self._enter(LINGERING, self.now())
+        self._drop_input()
+        self._writer.end(close=False)
+        self._update_reading()
 
     def _close(self) -> None:
-        assert self.transport is not None
-        self._enter(CLOSING)
-        self._unsent = self.transport.get_write_buffer_size()
-        self.transport.close()
+        now = self.now()
+        self._enter(CLOSING, now)
+        self._writer.time_client(now)
+        self._writer.end(close=True)
 
     def abort(self) -> None:
-        if self.transport is not None:
-            self.transport.abort()
-
-    def _set_reading(self, on: bool) -> None:
-        if on == self._reading or self.transport is None or self.transport.is_closing():
-            return
-        self._reading = on
-        if on:
-            self.transport.resume_reading()
-        else:
-            self.transport.pause_reading()
+        """Cut the connection off."""
+        self._transport.abort()
 
     def pause_writing(self) -> None:
-        self.stuck = True
-        self._unsent = self.transport.get_write_buffer_size() if self.transport is not None else 0
-        self.deadline = self.state.now() + self.state.limits.write_seconds
-        if self.phase is not LINGERING:
-            self._set_reading(False)
+        self._writer.stuck = True
+        self._writer.time_client(self.now())
+        self._account()
+        self._update_reading()
 
     def resume_writing(self) -> None:
-        self.stuck = False
-        self._unsent = 0
-        self.deadline = self.state.now() + self.state.seconds[self.phase]
+        self._writer.stuck = False
+        self._writer.unsent_bytes = 0
         self._account()
-        if len(self.exchanges) < self.state.limits.pipelined and self.phase < LAST and not self._waiting:
-            self._set_reading(True)
-            self._pump()
+        self.since = self.now()
+        if not self._waiting and self._pump():
+            self._wait_for_turn()
+        self._update_reading()
 
     # Memory
 
+    def hold(self, more_bytes: int) -> None:
+        """Count memory that a request holds. Raise HttpError 503 when all connections together hold too much."""
+        pool = self.state.pool
+        pool.held_bytes += more_bytes
+        if more_bytes > 0:
+            error = HttpError(503, "too many large requests at once; try again", _TRY_AGAIN)
+            for connection in pool.over_memory(self, self.now()):
+                if connection is self:
+                    raise error
+                connection._give_up_memory(error)
+
     def _account(self) -> None:
-        """Update the memory that all connections hold, and keep it within its bound."""
-        held_bytes = self._parser.buffered_bytes + (self._unsent if self.stuck else 0)
-        more = held_bytes - self.held_bytes
-        if not more:
+        """Update what is held, and give it up if all connections together hold too much."""
+        if self.phase is CLOSED:
             return
-        state = self.state
-        state.held_bytes += more
+        tls_bytes = 0 if self._tls is None else self._tls.held_bytes
+        held_bytes = self._parser.buffered_bytes + self._writer.unsent_bytes + tls_bytes
+        more_bytes = held_bytes - self.held_bytes
         self.held_bytes = held_bytes
-        if more > 0 and not state.has_memory() and held_bytes == self.held_bytes:
-            self.give_up_memory()
+        try:
+            self.hold(more_bytes)
+        except HttpError as error:
+            error.__traceback__ = None
+            self._give_up_memory(error)
 
-    def is_stalled(self, now: float) -> bool:
-        """Tell whether the client has neither sent nor taken anything for STALL_SECONDS, although it is its turn."""
-        if self._waiting:
-            return False
-        if self.stuck:
-            return self.deadline - self.state.limits.write_seconds <= now - STALL_SECONDS
-        return self.phase in _CLIENTS_TURN and self.deadline - self.state.seconds[self.phase] <= now - STALL_SECONDS
-
-    def give_up_memory(self) -> None:
+    def _give_up_memory(self, error: HttpError) -> None:
         """Free what is held. A client that reads its answers gets 503; any other is cut off."""
-        if self.stuck or self.phase >= LAST:
+        if self._writer.stuck or self.phase >= LAST or self.phase is HANDSHAKE:
             self.abort()
         else:
-            self._refuse(_too_much())
+            self._refuse(error)
 
     # Time
 
-    def _note_taken(self, unsent: int) -> None:
-        """Grant time for what the client has taken since the last call."""
-        taken = self._unsent - unsent
-        self._unsent = unsent
-        if taken > 0:
-            self.deadline = granted(self.deadline, taken, self.state.now(), self.state.limits.write_seconds)
+    def silent_seconds(self, now: float) -> float:
+        """Return for how long the client has neither sent nor taken anything; 0 while it is not the client's turn."""
+        if self._writer.stuck:
+            return now - self._writer.since
+        return 0.0 if self._waiting or self.phase not in _CLIENTS_TURN else now - self.since
 
     def sweep(self, now: float) -> None:
-        """Act on a deadline that has passed."""
-        transport = self.transport
-        if transport is None:
-            return
-        if self.stuck or self.phase is CLOSING:
-            self._note_taken(transport.get_write_buffer_size())
+        """Act on a time-out."""
+        phase, writer, state = self.phase, self._writer, self.state
+        if writer.stuck or phase is CLOSING:
+            writer.look(now)
             self._account()
-        if now <= self.deadline or self._waiting:
+            if now - writer.since > state.limits.write_seconds:
+                self.abort()
+        elif now - self.since <= state.seconds[phase] or self._waiting:
             return
-        if self.stuck or self.phase >= LINGERING:
-            self.abort()
-        elif self.phase is IDLE:
-            self.evict()
-        elif self.state.draining:
+        elif state.draining and phase in (HEAD, BODY):
             self._refuse(HttpError(503, "the server is shutting down; try again", _TRY_AGAIN))
-        elif self.phase is HEAD:
-            self._refuse(HttpError(408, "the header section did not arrive in time"))
-        else:
+        elif phase is BODY:
             self._refuse(HttpError(408, "the body did not arrive in time"))
+        else:
+            self.leave()
 
-    def evict(self) -> None:
-        """Close an idle connection. A client that never took its last answer loses it."""
-        transport = self.transport
-        if transport is None or transport.is_closing():
-            return
+    def leave(self) -> None:
+        """Close a connection without a request. A client that never took its last answer loses it."""
         if self.phase is HEAD:
             self._refuse(HttpError(408, "the header section did not arrive in time"))
-        elif self.phase is LINGERING or transport.get_write_buffer_size():
-            self.abort()
-        else:
+        elif self.phase is IDLE and not self._transport.get_write_buffer_size():
             self._close()
-
-    def cut_short(self) -> None:
-        """Close a connection beyond the limit, with an answer if it had none."""
-        if self.phase >= LAST:
-            self.abort()
-            return
-        self._refuse(_too_many())
-        if self.phase is LINGERING:
-            self._close()
-
-    def drain(self) -> None:
-        """End with the next answer, or when no request comes within LAST_REQUEST_SECONDS of the last answer."""
-        state, phase = self.state, self.phase
-        if self.stuck or phase is CLOSING:
-            return
-        if phase is IDLE:
-            self.deadline += state.seconds[IDLE] - state.limits.idle_seconds
         else:
-            self.deadline = min(self.deadline, state.now() + state.seconds[phase])
-        self.sweep(state.now())
+            self.abort()

@@ -21,9 +21,6 @@ class Application(Protocol):
         Called once for each request, before `handle` and before a body that is still to come is read.
         """
 
-    def is_probe(self, head: Head) -> bool:
-        """Tell whether this is a health check that is answered at once. A connection beyond the limit may send it."""
-
     def handle(self, request: Request, exchange: Exchange) -> None:
         """Answer the exchange, now or later, or raise HttpError."""
 
@@ -31,29 +28,19 @@ class Application(Protocol):
         """Take note of an answer: the application's own, or a refusal by the server (`exchange.refused`)."""
 
 
-class State(Protocol):
-    """The part of a server that an exchange uses."""
-
-    application: Application
-    now: Callable[[], float]  # a monotonic clock, in seconds
-    date: bytes  # now, as the value of a Date field
-    draining: bool
-    held_bytes: int
-
-    def require_memory(self) -> None:
-        """Raise HttpError 503 when all connections together hold too much."""
-
-
 class Client(Protocol):
     """The part of a connection that an exchange uses."""
 
-    @property
-    def state(self) -> State: ...
+    application: Application
+    now: Callable[[], float]  # a monotonic clock, in seconds
 
     def __hash__(self) -> int: ...
 
-    def ends_with(self, exchange: Exchange) -> bool:
-        """Tell whether the connection is to close with this answer, though the client would keep it."""
+    def hold(self, more_bytes: int) -> None:
+        """Count memory that a request holds, or, if negative, does not hold any more.
+
+        Raise HttpError 503 when all connections together hold too much.
+        """
 
     def flush(self) -> None:
         """Write the answers that are due."""
@@ -70,8 +57,8 @@ class Exchange:
         self.head = head  # None if it could not be read
         self.began = began
         self.refused = refused  # by the server, before the request was complete
-        self.close = head is None or refused or not head.keep_alive
-        self.response: tuple[bytes, ...] | None = None  # in parts
+        self.close = head is None or refused or not head.keep_alive  # the connection, after the answer
+        self.response: tuple[int, bytes, bytes, bytes] | None = None  # as given to `answer`
         self._held_bytes = 0
 
     def hold(self, size_bytes: int) -> None:
@@ -79,9 +66,9 @@ class Exchange:
 
         Raise HttpError 503 when all connections hold too much.
         """
-        self.client.state.held_bytes += size_bytes - self._held_bytes
+        more_bytes = size_bytes - self._held_bytes
         self._held_bytes = size_bytes
-        self.client.state.require_memory()
+        self.client.hold(more_bytes)
 
     def answer(self, status: int, body: bytes, content_type: bytes = JSON, extra: bytes = b"") -> None:
         """Answer the request. `extra` is whole header lines, each with its CRLF. Nothing is sent to a client that left.
@@ -90,25 +77,11 @@ class Exchange:
         """
         if self.response is not None:
             raise RuntimeError("an exchange is answered once")
+        self.response = status, body, content_type, extra + self.fields if self.fields else extra
         client = self.client
-        state = client.state
-        if state.draining and not self.close and client.ends_with(self):
-            self.close = True
-        head = self.head
-        self.response = encode_response(
-            status,
-            body,
-            content_type,
-            state.date,
-            extra + self.fields if self.fields else extra,
-            keep_alive=not self.close,
-            head_only=head is not None and head.method == b"HEAD",
-            http10=head is not None and head.http10,
-        )
         if self._held_bytes:
-            state.held_bytes -= self._held_bytes
-            self._held_bytes = 0
-        state.application.answered(self, status)
+            client.hold(-self._held_bytes)
+        client.application.answered(self, status)
         client.flush()
 
     def fail(self, error: HttpError) -> None:
@@ -116,6 +89,22 @@ class Exchange:
         body = json.dumps({"detail": error.detail}, ensure_ascii=False, separators=(",", ":")).encode()
         self.answer(error.status, body, extra=error.fields)
 
+    def encode(self, date: bytes) -> tuple[bytes, ...]:
+        """Return the answer as it is sent, in parts. `date` is the value of its Date field."""
+        assert self.response is not None
+        status, body, content_type, extra = self.response
+        head = self.head
+        return encode_response(
+            status,
+            body,
+            content_type,
+            date,
+            extra,
+            keep_alive=not self.close,
+            head_only=head is not None and head.method == b"HEAD",
+            http10=head is not None and head.http10,
+        )
+
     def seconds(self) -> float:
         """Return the time since the request was complete."""
-        return self.client.state.now() - self.began
+        return self.client.now() - self.began

@@ -19,11 +19,11 @@ class Limits:
     """Bounds on one request. The parsers of a server share one instance, since heads are cached for each instance."""
 
     target_bytes: int = 8 * 1024  # else 414; RFC 9112 section 3 recommends at least 8,000 for a request line
-    head_bytes: int = 16 * 1024  # else 431; request line and header section, line ends included
-    headers: int = 100  # else 431
+    head_bytes: int = 16 * 1024  # else 431; a target, and as much again for a proxy's fields and a browser's cookies
+    headers: int = 100  # else 431; as in Apache, and ten times what devices send
     body_bytes: int = 8 * 1024 * 1024  # else 413; without the chunked coding
-    chunk_overhead_bytes: int = 16 * 1024  # else 413; chunk framing beyond what data allows. Trailer section: 431
-    keep_alive: bool = True  # else the first request is the last
+    # Else 413, for a trailer section 431. Chunk framing beyond what data allows: as much as a head.
+    chunk_overhead_bytes: int = 16 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +76,7 @@ _ESCAPE = rb"%[0-9A-Fa-f]{2}"
 # Without the comma that RFC 3986 allows in a host, since an intermediary may join two Host fields with one.
 _HOST = rb"(?:\[[0-9A-Fa-f:.]++\]|(?:[A-Za-z0-9\-._~!$&'()*+;=]++|" + _ESCAPE + rb")+)"
 
+_EMPTY_LINES = re.compile(rb"(?:\r\n)+")  # before a request line (RFC 9112 section 2.2)
 # request-line = method SP request-target SP HTTP-version (RFC 9112 section 3)
 _REQUEST_LINE = re.compile(rb"(%b) ([!-~\x80-\xff]++) HTTP/([0-9])\.([0-9])" % TOKEN)
 # origin-form = absolute-path [ "?" query ] (RFC 9112 section 3.2.1). The query is ignored, so it has any form.
@@ -100,10 +101,8 @@ _ONCE = frozenset(
 _NOT_IN_TRAILERS = frozenset(b"host content-length transfer-encoding".split())  # RFC 9110 section 6.5.1
 
 _METHOD_AND_VERSION_BYTES = 64  # in a request line, besides the target
-_EMPTY_LINES = 8  # at most, before a request line; RFC 9112 section 2.2 asks for at least one
 # Each chunk costs about 2 µs, however small. Beyond `chunk_overhead_bytes`, chunks need 48 bytes of data.
 _DATA_PER_FRAMING_BYTE = 8
-_LINES_PER_CALL = 1000  # about 2 ms
 _CACHED_HEADS = 1024
 _CACHED_HEAD_BYTES = 1024
 
@@ -214,7 +213,7 @@ def parse_head(raw: bytes, limits: Limits) -> Head:
         path,
         query,
         http10,
-        limits.keep_alive and b"close" not in options and (not http10 or b"keep-alive" in options),
+        b"close" not in options and (not http10 or b"keep-alive" in options),
         content_length,
         chunked,
         expect is not None and (chunked or content_length > 0),
@@ -262,24 +261,21 @@ _parse_head_cached = lru_cache(_CACHED_HEADS)(parse_head)
 class _ChunkedContent:
     """Chunked content, decoded as it arrives (RFC 9112 section 7.1). Trailer fields are checked and dropped."""
 
-    __slots__ = ("_chunk_bytes", "_expects", "_framing_bytes", "_limits", "complete", "data", "has_more")
+    __slots__ = ("_chunk_bytes", "_expects", "_framing_bytes", "_limits", "complete", "data")
 
     def __init__(self, limits: Limits) -> None:
         self.data = bytearray()
         self.complete = False
-        self.has_more = False  # of the buffer, not read yet
         self._limits = limits
         self._expects = "size line"  # or "data", "data end", "trailer line"
         self._chunk_bytes = 0  # still to come of the current chunk
         self._framing_bytes = limits.chunk_overhead_bytes  # still allowed; data allows more
 
     def receive(self, buffer: bytes | bytearray, start: int) -> int:
-        """Read `buffer` from `start` on, at most _LINES_PER_CALL lines. Return the offset of what is not consumed.
+        """Read `buffer` from `start` on. Return the offset of what is not consumed.
 
         Raise HttpError 400, 413 or 431.
         """
-        lines = _LINES_PER_CALL
-        self.has_more = False
         while not self.complete:
             if self._expects == "data":
                 piece = buffer[start : start + self._chunk_bytes]
@@ -312,10 +308,6 @@ class _ChunkedContent:
             else:
                 self._read_trailer_line(bytes(buffer[start:end]))
             start = end
-            lines -= 1
-            if not lines:
-                self.has_more = start < len(buffer)
-                break
         return start
 
     def _read_size_line(self, line: bytes) -> None:
@@ -353,22 +345,6 @@ class RequestParser:
     a request without keep-alive (RFC 9112 section 9.6), all further bytes are dropped.
     """
 
-    __slots__ = (
-        "_buffer",
-        "_chunked",
-        "_dropped",
-        "_empty_lines",
-        "_ended",
-        "_error",
-        "_limits",
-        "_quick_head_bytes",
-        "_request_line_bytes",
-        "_searched_bytes",
-        "_start",
-        "head",
-        "idle",
-    )
-
     def __init__(self, limits: Limits) -> None:
         self.head: Head | None = None  # of the request whose content is not complete yet
         self.idle = True  # nothing has arrived after the requests returned
@@ -378,7 +354,6 @@ class RequestParser:
         self._buffer: bytes | bytearray = b""  # one piece as received, or a bytearray of several
         self._start = 0  # the buffer before it is consumed
         self._searched_bytes = 0  # from _start on, in which no head ends
-        self._empty_lines = 0
         self._chunked: _ChunkedContent | None = None
         self._ended = False
         self._dropped = False
@@ -388,11 +363,6 @@ class RequestParser:
     def buffered_bytes(self) -> int:
         """The number of bytes stored for requests not returned yet."""
         return len(self._buffer) - self._start + (len(self._chunked.data) if self._chunked else 0)
-
-    @property
-    def has_more(self) -> bool:
-        """Whether `next_request` returned None only because it had done enough at once: call it again."""
-        return self._chunked is not None and self._chunked.has_more
 
     def receive_data(self, data: bytes) -> None:
         """Store bytes from the socket."""
@@ -411,7 +381,7 @@ class RequestParser:
         buffer += data
 
     def next_request(self) -> Request | None:
-        """Return the next complete request; None if that takes more data, or another call (`has_more`).
+        """Return the next complete request, or None if that takes more data.
 
         Raise HttpError 400, 413, 414, 417, 431, 501 or 505, and again at each later call: the connection must close.
         """
@@ -428,15 +398,16 @@ class RequestParser:
                     whole = _parse_head_cached(buffer[:end], self._limits)
                     if end + whole.content_length == len(buffer) and whole.keep_alive and not whole.chunked:
                         self._buffer = b""
-                        self._empty_lines = self._searched_bytes = 0
+                        self.idle = True
                         return Request(whole, buffer[end:])
-            return self._next_request()
+            request = self._next_request()
         except HttpError as error:
             self._error = error
             self._end()
+            self.idle = self.head is None and not self._dropped
             raise
-        finally:
-            self.idle = not self._buffer and self.head is None and not self._dropped
+        self.idle = not self._buffer and self.head is None and not self._dropped
+        return request
 
     def _next_request(self) -> Request | None:
         head = self.head or self._next_head()
@@ -470,7 +441,6 @@ class RequestParser:
             head = _parse_head_cached(raw, self._limits)
         else:
             head = parse_head(raw, self._limits)
-        self._empty_lines = 0
         self._searched_bytes = 0
         self._start = end
         if head.chunked:
@@ -478,11 +448,8 @@ class RequestParser:
         return head
 
     def _skip_empty_lines(self) -> None:
-        while self._buffer.startswith(b"\r\n", self._start):
-            self._empty_lines += 1
-            if self._empty_lines > _EMPTY_LINES:
-                raise HttpError(400, "too many empty lines before a request")
-            self._advance(self._start + 2)
+        if skipped := _EMPTY_LINES.match(self._buffer, self._start):
+            self._advance(skipped.end())
         if self._buffer.startswith(b"\n", self._start):  # a CR before it may have belonged to the content
             raise HttpError(400, "bare line feed before a request")
 

@@ -3,35 +3,10 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from http import HTTPStatus
 
 JOINED_BYTES = 16 * 1024  # a smaller body costs less to join to its head than to write as a part of its own
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-
-_REASONS = {
-    200: b"OK",
-    202: b"Accepted",
-    204: b"No Content",
-    207: b"Multi-Status",
-    400: b"Bad Request",
-    401: b"Unauthorized",
-    403: b"Forbidden",
-    404: b"Not Found",
-    405: b"Method Not Allowed",
-    408: b"Request Timeout",
-    409: b"Conflict",
-    413: b"Content Too Large",
-    414: b"URI Too Long",
-    415: b"Unsupported Media Type",
-    417: b"Expectation Failed",
-    422: b"Unprocessable Content",
-    429: b"Too Many Requests",
-    431: b"Request Header Fields Too Large",
-    500: b"Internal Server Error",
-    501: b"Not Implemented",
-    503: b"Service Unavailable",
-    504: b"Gateway Timeout",
-    505: b"HTTP Version Not Supported",
-}
 
 
 def encode_response(
@@ -64,7 +39,7 @@ def encode_response(
 @lru_cache(64)
 def _response_prefix(status: int, content_type: bytes, date: bytes, keep_alive: bool, http10: bool) -> bytes:
     """Return a response up to the value of Content-Length, as HTTP/1.1 for 1.0 clients too (RFC 9110 section 2.5)."""
-    prefix = b"HTTP/1.1 %d %b\r\n" % (status, _REASONS.get(status, b""))
+    prefix = b"HTTP/1.1 %d %b\r\n" % (status, HTTPStatus(status).phrase.encode())
     if date:
         prefix += b"Date: %b\r\n" % date
     if not keep_alive:

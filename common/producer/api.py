@@ -1,4 +1,4 @@
-"""The producer's API: what each request means, its answer, and what is counted. Knows no socket and no broker.
+"""The producer's API: what each request means, its answer, and what is counted. Independent of sockets and the broker.
 
 `Api` is the HTTP server's application. An accepted event goes to its partition's publisher, whose confirm answers the
 exchange.
@@ -20,6 +20,7 @@ from common.http.exchange import Exchange
 from common.http.fields import NDJSON, idempotency_key, media_type
 from common.http.parser import Head, Request
 from common.http.tokens import Token, owner_of, parse_tokens
+from common.http.turns import Job, Turns
 from common.metrics import CONTENT_TYPE as METRICS_TYPE
 from common.producer import openapi
 from common.producer.intake import PARSED_FACTOR, Batch, Intake, retry_after
@@ -27,7 +28,6 @@ from common.producer.metrics import Counters
 from common.producer.origins import Origins
 from common.producer.publisher import Publisher
 from common.producer.routes import OTHER, ROUTES
-from common.producer.slices import Job, Slices
 
 log = logging.getLogger("predlog.http")
 
@@ -52,13 +52,13 @@ class Api:
         settings: ProducerSettings,
         publishers: Sequence[Publisher],
         counters: Counters,
-        slices: Slices,
+        turns: Turns,
         rows: Sequence[Sequence[float]],
     ) -> None:
         self._settings = settings
         self._publishers = publishers
         self._counters = counters
-        self._slices = slices
+        self._turns = turns
         self._rows = rows
         self._intake = Intake(publishers, counters)
         self._origins = Origins(settings.allowed_hosts, settings.cors_origins)
@@ -165,7 +165,7 @@ class Api:
             else:
                 self._intake.publish(event, key, exchange)
         else:
-            self._in_slices(self._process_in_stages(request, key, exchange), request, exchange)
+            self._in_turns(self._process_in_stages(request, key, exchange), request, exchange)
 
     def _process_in_stages(self, request: Request, key: bytes | None, exchange: Exchange) -> Job:
         body = decoded(request.head.content_encoding, request.body, self._settings.max_body_bytes)
@@ -180,7 +180,7 @@ class Api:
         if troubles[0] is not None and all(troubles):
             raise self._intake.as_http(troubles[0])
         batch = Batch(self._intake, exchange, key, self._settings.confirm_timeout_ms / 1000)
-        self._in_slices(self._batch_in_stages(request, batch, exchange), request, exchange)
+        self._in_turns(self._batch_in_stages(request, batch, exchange), request, exchange)
 
     def _batch_in_stages(self, request: Request, batch: Batch, exchange: Exchange) -> Job:
         head, settings = request.head, self._settings
@@ -189,9 +189,9 @@ class Api:
         yield None
         yield from batch.steps(content, media_type(head.content_type) == NDJSON, settings.max_preds)
 
-    def _in_slices(self, job: Job, request: Request, exchange: Exchange) -> None:
+    def _in_turns(self, job: Job, request: Request, exchange: Exchange) -> None:
         exchange.hold(len(request.body))
-        self._slices.add(exchange.client, self._answered(job, exchange))
+        self._turns.add(exchange.client, self._answered(job, exchange))
 
     def _answered(self, job: Job, exchange: Exchange) -> Job:
         """Run the job; answer 500 if it fails, as the server does for `handle`."""

@@ -17,7 +17,7 @@ STALL_SECONDS = 5.0  # after so long without a confirm, new events are refused a
 NACKS_SECONDS = 10.0
 _NACKED = "the broker refuses every event (nack): the queue is full, limited by a policy, or has no leader"
 
-# Reasons why no event can be accepted, each with what a client is told; the first that holds counts.
+# Reasons why no event can be accepted, each with the text for a client; the first that holds counts.
 _TROUBLES = {
     "shutting_down": "the server is shutting down",
     "broker_away": "the broker is away",

@@ -1,6 +1,6 @@
 """Events on their way to the broker: the id, partition, metrics and outcome of each; single ones and batches.
 
-Knows no socket.
+Independent of sockets.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from common.event.document import write_json
 from common.event.ids import keyed_message_id, partition_of
 from common.event.schema import NormalEvent, normalise_batch
 from common.http.exchange import Exchange
+from common.http.turns import Job
 from common.producer.metrics import Counters
 from common.producer.publisher import Publication, Publisher
-from common.producer.slices import Job
 
 _ACCEPTED: dict[str, object] = {"status": 200}  # one object for all events, which costs the garbage collector nothing
 PARSED_FACTOR = 8  # the memory of a document of small values, compared with its JSON

@@ -15,20 +15,22 @@ from common.config import ProducerSettings, read_again
 from common.errors import SettingError
 from common.health import HEALTH_LIMITS, Health
 from common.http.parser import Limits
-from common.http.server import HttpServer, ServerLimits
+from common.http.phases import ServerLimits
+from common.http.pool import MOST_LEAVING
+from common.http.server import HttpServer
+from common.http.turns import Turns
 from common.process import end, first_of, raise_file_limit, read_file
 from common.producer.api import Api
 from common.producer.intake import PARSED_FACTOR
 from common.producer.metrics import Counters
 from common.producer.publisher import Publisher, PublisherLimits
-from common.producer.slices import Slices
 from common.producer.tls import Certificate
 
 log = logging.getLogger("predlog.producer")
 
 SWEEP_SECONDS = 0.1
 ALL_UP_SECONDS = 5.0  # for every partition to get its connection; then the start stops waiting for the rest
-FILES_BESIDES_CONNECTIONS = 64
+FILES_BESIDES_CONNECTIONS = 64 + MOST_LEAVING
 MAX_UNCONFIRMED_BYTES = 64 * 1024 * 1024  # of events without a confirm: what a blocked broker may cost in memory
 BUFFERED_BYTES = 256 * 1024 * 1024  # of incomplete requests and unread answers, over all connections, at least
 LAST_ANSWERS_SECONDS = 0.1  # for sending the answers that end a drain
@@ -55,7 +57,8 @@ def publisher_limits_of(settings: ProducerSettings) -> PublisherLimits:
 
 
 def _most_connections(settings: ProducerSettings) -> int:
-    most = raise_file_limit() - FILES_BESIDES_CONNECTIONS
+    links = 2 * settings.partitions  # while a partition reconnects, it can have two
+    most = raise_file_limit() - FILES_BESIDES_CONNECTIONS - links
     if most < settings.max_connections:
         log.warning("the limit on open files allows %d connections, not %d (ulimit -n)", most, settings.max_connections)
     return most
@@ -92,8 +95,9 @@ class Producer:
             )
             for partition, queue_name in enumerate(queue_names(settings.queue_name, settings.partitions))
         ]
-        self._api = Api(settings, self._publishers, counters, Slices(call_soon), rows or (counters.metrics.values,))
-        self._server = HttpServer(limits_of(settings, _most_connections(settings)), self._api)
+        turns = Turns(call_soon, time.monotonic)
+        self._api = Api(settings, self._publishers, counters, turns, rows or (counters.metrics.values,))
+        self._server = HttpServer(limits_of(settings, _most_connections(settings)), self._api, turns)
         self._health = HttpServer(HEALTH_LIMITS, Health(self._api.not_ready, self._api.render_metrics))
         self._tasks: list[asyncio.Task[None]] = []
         counters.metrics.values[counters.start_time] = time.time()
@@ -111,7 +115,7 @@ class Producer:
         ]
         asyncio.get_running_loop().call_later(ALL_UP_SECONDS, self._api.end_start)
         if settings.health_port:
-            await self._health.listen(settings.health_host, settings.health_port, processes=settings.workers)
+            await self._health.listen(settings.health_host, settings.health_port, reuse_port=settings.workers > 1)
         if replaces or self._inherited is not None:
             with suppress(TimeoutError):
                 async with asyncio.timeout(ALL_UP_SECONDS):
@@ -119,7 +123,7 @@ class Producer:
                         await first_of(publisher.was_up, *self._tasks)
         tls = self._certificate.context if self._certificate is not None else None
         wanted = settings.http_port if self._shared_port is None else self._shared_port
-        port = await self._server.listen(settings.http_host, wanted, tls, settings.workers, self._inherited)
+        port = await self._server.listen(settings.http_host, wanted, tls, settings.workers > 1, self._inherited)
         host = f"[{settings.http_host}]" if ":" in settings.http_host else settings.http_host
         log.info("POST to %s://%s:%d/process, pages at /docs", "https" if tls else "http", host, port)
         return port

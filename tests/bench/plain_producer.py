@@ -20,12 +20,13 @@ from common.amqp.topology import QUEUE_ARGUMENTS, declare
 from common.config import ProducerSettings, load, parser_for
 from common.errors import Unavailable
 from common.http.parser import Limits
-from common.http.server import HttpServer, ServerLimits
+from common.http.phases import ServerLimits
+from common.http.server import HttpServer
+from common.http.turns import Turns
 from common.process import on_stop, read_file, run
 from common.producer.api import Api
 from common.producer.metrics import Counters
 from common.producer.publisher import Publication, Publisher
-from common.producer.slices import Slices
 
 
 class PlainPublisher:
@@ -80,8 +81,8 @@ async def serve(settings: ProducerSettings) -> None:
     await declare(channel, settings.queue_name, QUEUE_ARGUMENTS)
     counters = Counters()
     publisher = cast(Publisher, PlainPublisher(cast(Channel, channel), settings.queue_name))
-    slices = Slices(asyncio.get_running_loop().call_soon)
-    api = Api(settings, [publisher], counters, slices, (counters.metrics.values,))
+    turns = Turns(asyncio.get_running_loop().call_soon, time.monotonic)
+    api = Api(settings, [publisher], counters, turns, (counters.metrics.values,))
     limits = ServerLimits(
         request=Limits(body_bytes=settings.max_body_bytes),
         connections=20_000,
@@ -92,7 +93,7 @@ async def serve(settings: ProducerSettings) -> None:
         idle_seconds=75.0,
         write_seconds=30.0,
     )
-    server = HttpServer(limits, api)
+    server = HttpServer(limits, api, turns)
     await server.listen(settings.http_host, settings.http_port)
     while not stop.is_set():
         api.tick(len(server.connections))

@@ -42,9 +42,7 @@ def read(
     for piece in pieces:
         parser.receive_data(piece)
         try:
-            while (request := parser.next_request()) is not None or parser.has_more:
-                if request is None:
-                    continue
+            while (request := parser.next_request()) is not None:
                 requests.append((request.head, request.body))
                 if on_request is not None:
                     on_request(request)

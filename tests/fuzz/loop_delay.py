@@ -17,14 +17,15 @@ import uvloop
 
 from common.config import ProducerSettings
 from common.errors import Unavailable
-from common.http.connection import Connection, ServerLimits
+from common.http.connection import Connection
 from common.http.parser import Limits
+from common.http.phases import ServerLimits
 from common.http.server import HttpServer
+from common.http.turns import Turns
 from common.process import Collector
 from common.producer.api import Api
 from common.producer.metrics import Counters
 from common.producer.publisher import Publication, Publisher, PublisherLimits
-from common.producer.slices import Slices
 
 _READ_BYTES = 1 << 18  # what uvloop reads at once
 _KEPT_BYTES = 1 << 20  # of an answer: a large bytearray that grows would be a delay of our own
@@ -77,8 +78,9 @@ async def _measure(streams: Sequence[bytes], timeout_seconds: float) -> Delay:
     settings, counters = ProducerSettings(), Counters()
     limits = PublisherLimits(4096, 2**26, 10.0, 64)
     publisher = ConfirmingPublisher("q", limits, time.monotonic, time.time, loop.call_soon)
-    api = Api(settings, [publisher], counters, Slices(loop.call_soon), (counters.metrics.values,))
-    server = HttpServer(_LIMITS, api)
+    turns = Turns(loop.call_soon, time.monotonic)
+    api = Api(settings, [publisher], counters, turns, (counters.metrics.values,))
+    server = HttpServer(_LIMITS, api, turns)
     longest = 0.0
     last: float | None = None
     over = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,3 +69,11 @@ def nginx(directory: Path, urls: list[str], keep_alive: bool) -> Iterator[str]:
     finally:
         process.terminate()
         process.wait(10)
+
+
+def take_out(directory: Path, url: str) -> None:
+    """Make the nginx of `directory` send nothing more to the server at `url`."""
+    configuration = directory / "nginx.conf"
+    server = f"server {url.removeprefix('http://')}"
+    configuration.write_text(configuration.read_text().replace(f"{server};", f"{server} down;"))
+    os.kill(int((directory / "nginx.pid").read_text()), signal.SIGHUP)

@@ -9,14 +9,15 @@ from typing import Any, NamedTuple
 
 from common.amqp.codec import Confirm, Part
 from common.config import ProducerSettings
-from common.http.connection import Connection, ServerLimits, ServerState
+from common.http.connection import Connection, ServerState
 from common.http.parser import Limits
+from common.http.phases import ServerLimits
 from common.http.tokens import parse_tokens
+from common.http.turns import Turns
 from common.producer.api import Api
 from common.producer.metrics import Counters
 from common.producer.publisher import Publisher
 from common.producer.service import publisher_limits_of
-from common.producer.slices import Slices
 from tests.support.transport import FakeTransport
 
 
@@ -82,9 +83,8 @@ class FakeProducer:
         self.lanes = [_Lane() for _ in self.publishers]
         for publisher, lane in zip(self.publishers, self.lanes, strict=True):
             publisher.link_up(lane, 131_072)
-        self.api = Api(
-            self.settings, self.publishers, self.counters, Slices(self._soon.append), [self.counters.metrics.values]
-        )
+        turns = Turns(self._soon.append, lambda: self.now)
+        self.api = Api(self.settings, self.publishers, self.counters, turns, [self.counters.metrics.values])
         limits = ServerLimits(
             request=Limits(),
             connections=100,
@@ -95,7 +95,7 @@ class FakeProducer:
             idle_seconds=10.0,
             write_seconds=10.0,
         )
-        self._state = ServerState(limits, self.api, lambda: self.now, self._soon.append)
+        self._state = ServerState(limits, self.api, lambda: self.now, turns)
         self._connection = Connection(self._state)
         self._transport = FakeTransport()
         self._connection.connection_made(self._transport)

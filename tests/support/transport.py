@@ -8,13 +8,12 @@ import asyncio
 class FakeTransport(asyncio.Transport):
     """What was written is in `sent`. The peer reads nothing while `unsent` is set: the size of the write buffer."""
 
-    def __init__(self, half_close: bool = True) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.sent = bytearray()
         self.unsent = 0
         self.reading = True
         self.closing = self.aborted = self.ended = False
-        self._half_close = half_close
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         assert not self.ended, "written behind the end of the stream"
@@ -29,9 +28,6 @@ class FakeTransport(asyncio.Transport):
 
     def resume_reading(self) -> None:
         self.reading = True
-
-    def can_write_eof(self) -> bool:
-        return self._half_close
 
     def write_eof(self) -> None:
         self.ended = True

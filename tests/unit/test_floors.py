@@ -33,12 +33,14 @@ PURE = {
     "common.config",
     "common.event",
     "common.http.parser",
+    "common.http.phases",
+    "common.http.pool",
+    "common.http.turns",
     "common.http.response",
     "common.http.fields",
     "common.http.coding",
     "common.http.tokens",
     "common.storage.recovery",
-    "common.storage.state",
     "common.amqp.address",
     "common.amqp.window",
     "common.amqp.codec",
@@ -49,7 +51,6 @@ PURE = {
     "common.producer.routes",
     "common.consumer.pending",
     "common.consumer.prepare",
-    "common.consumer.dead_letters.message",
 }
 KNOWS_ORJSON = {"common.event.document", "common.event.rows", "common.event.schema"}
 IMPURE = {

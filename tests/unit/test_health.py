@@ -11,8 +11,8 @@ from common.consumer.metrics import Counters
 from common.consumer.processes import Board
 from common.errors import HttpError
 from common.health import Health
+from common.http.exchange import Exchange
 from common.http.parser import Limits, Request, RequestParser
-from common.http.server import Exchange
 
 
 class FakeExchange:

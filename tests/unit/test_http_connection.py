@@ -9,18 +9,23 @@ from dataclasses import replace
 import pytest
 
 from common.errors import HttpError
-from common.http.connection import (
-    SPARE_CONNECTIONS,
-    SPARE_SECONDS,
-    STALL_SECONDS,
-    Connection,
-    ServerLimits,
-    ServerState,
-)
+from common.http.connection import Connection, ServerState
 from common.http.exchange import Exchange
 from common.http.parser import Head, Limits, Request
-from common.http.phases import CLOSED, CLOSING, IDLE, LAST_REQUEST_SECONDS, LINGERING, NEXT, Phase, granted
+from common.http.phases import (
+    CLOSED,
+    CLOSING,
+    IDLE,
+    LAST_REQUEST_SECONDS,
+    LINGER_SECONDS,
+    NEXT,
+    Phase,
+    ServerLimits,
+    after_progress,
+)
+from common.http.pool import MOST_LEAVING, SILENT_SECONDS
 from common.http.server import SWEEP_SECONDS, HttpServer
+from common.http.turns import Turns
 from tests.support.transport import FakeTransport
 
 LIMITS = ServerLimits(
@@ -50,15 +55,12 @@ class Server:
         self.soon: list[Callable[[], None]] = []
         self.waiting: list[Exchange] = []
         self.slow_seconds = 0.0
-        self.state = ServerState(limits, self, lambda: self.now, self.soon.append)
+        self.state = ServerState(limits, self, lambda: self.now, Turns(self.soon.append, lambda: self.now))
 
     def check(self, head: Head) -> bytes:
         if head.path == b"/none":
             raise HttpError(404, "no such page")
         return b""
-
-    def is_probe(self, head: Head) -> bool:
-        return head.path == b"/alive"
 
     def handle(self, request: Request, exchange: Exchange) -> None:
         self.now += self.slow_seconds
@@ -70,10 +72,13 @@ class Server:
     def answered(self, exchange: Exchange, status: int) -> None:
         pass
 
-    def connect(self, half_close: bool = True) -> tuple[Connection, FakeTransport]:
-        connection, transport = Connection(self.state), FakeTransport(half_close)
+    def connect(self) -> tuple[Connection, FakeTransport]:
+        connection, transport = Connection(self.state), FakeTransport()
         connection.connection_made(transport)
         return connection, transport
+
+    def lose(self, connection: Connection) -> None:
+        connection.connection_lost(None)
 
     def fill(self) -> list[FakeTransport]:
         """All places are taken, by clients whose answers are due."""
@@ -89,6 +94,10 @@ class Server:
         soon, self.soon[:] = list(self.soon), []
         for call in soon:
             call()
+
+    def run(self) -> None:
+        while self.soon:
+            self.turn()
 
     def sweep(self, seconds: float) -> None:
         self.now += seconds
@@ -170,16 +179,32 @@ def test_a_client_that_takes_nothing_or_a_trickle_is_cut_off(server: Server, tak
 
 
 def test_answers_that_nobody_reads_are_bounded_over_all(server: Server) -> None:
-    connection, transport = server.connect()
-    connection.pause_writing()
+    (first, transport), (second, second_transport) = server.connect(), server.connect()
     transport.unsent = 999_999
-    connection.data_received(GET)
+    first.pause_writing()
     assert not transport.aborted
-    transport.unsent = 1_000_001
-    connection.data_received(LAST_GET)
-    assert transport.aborted
-    connection.connection_lost(None)
-    assert server.state.held_bytes == 0
+    second_transport.unsent = 2
+    second.pause_writing()
+    assert second_transport.aborted
+    server.lose(first)
+    server.lose(second)
+    assert server.state.pool.held_bytes == 0
+
+
+def test_a_client_that_reads_nothing_has_nothing_more_handled(server: Server) -> None:
+    connection, transport = server.connect()
+    connection.data_received(LATER + GET * 50)
+    transport.unsent = 100_000
+    server.waiting.pop().answer(200, b"large")  # with the answers behind it, as many as are handled at once
+    connection.pause_writing()
+    answers = bytes(transport.sent).count(b"HTTP/1.1 ")
+    connection.data_received(GET * 50)
+    server.run()
+    assert bytes(transport.sent).count(b"HTTP/1.1 ") == answers
+    transport.unsent = 0
+    connection.resume_writing()
+    server.run()
+    assert bytes(transport.sent).count(b"HTTP/1.1 ") == 101
 
 
 def test_a_steady_upload_is_not_timed_out(server: Server) -> None:
@@ -201,15 +226,15 @@ def test_bytes_sent_at_once_buy_no_silence(server: Server) -> None:
 
 
 def test_silence_and_a_trickle_are_bounded() -> None:
-    assert granted(110.0, 1_000_000, 105.0, 10.0) == 115.0
-    assert granted(110.0, 16_000, 105.0, 10.0) == 111.0
+    assert after_progress(100.0, 1_000_000, 105.0) == 105.0
+    assert after_progress(100.0, 16_000, 105.0) == 101.0
 
 
 def test_the_newcomer_does_not_pay_for_who_stalls(server: Server) -> None:
     (small, _), (large, transport), (newcomer, new_transport) = server.connect(), server.connect(), server.connect()
     small.data_received(upload(500_000, 100_000))
     large.data_received(upload(900_000, 899_000))
-    server.now += STALL_SECONDS + 0.1
+    server.now += SILENT_SECONDS + 0.1
     newcomer.data_received(upload(600_000, 300_000))
     assert status(transport) == 503
     assert not new_transport.sent
@@ -235,81 +260,29 @@ def test_at_the_limit_the_longest_idle_connection_leaves(server: Server) -> None
     assert not transport.sent
 
 
-ALIVE = b"GET /alive HTTP/1.1\r\nHost: h\r\n\r\n"
-
-
-@pytest.mark.parametrize(
-    ("sent", "answer"),
-    [
-        (ALIVE, 200),
-        (GET, 503),
-        (LATER, 503),
-        (upload(500_000), 503),
-        (upload(5, 5), 503),
-        (ALIVE[:-2] + b"Content-Length: 500000\r\n\r\n", 503),
-        (ALIVE[:-2] + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 503),
-        (b"\0", 400),
-    ],
-    ids=["probe", "page", "event", "upload", "whole upload", "probe with content", "probe in chunks", "garbage"],
-)
-def test_beyond_the_limit_only_a_probe_is_answered(server: Server, sent: bytes, answer: int) -> None:
-    """However it is cut, and once; those within the limit stay."""
+def test_a_newcomer_without_a_place_gets_503_at_once(server: Server) -> None:
+    """It can still send what it was about to: those that were refused are read for a while, so many of them."""
     others = server.fill()
-    for cut in (len(sent), 1, len(sent) - 1):
-        connection, transport = server.connect()
-        for piece in (sent[:cut], sent[cut:] + ALIVE):
-            if piece and connection.phase < CLOSING:
-                connection.data_received(piece)
-        assert status(transport) == answer
-        assert bytes(transport.sent).count(b"HTTP/1.1 ") == bytes(transport.sent).count(b"Connection: close") == 1
-        assert connection.held_bytes == 0
-    assert len(server.waiting) == len(others)
+    crowd = [server.connect() for _ in range(MOST_LEAVING + 2)]
+    for connection, transport in crowd:
+        assert bytes(transport.sent).count(b"HTTP/1.1 503 ") == bytes(transport.sent).count(b"Connection: close") == 1
+        if not transport.aborted:
+            connection.data_received(GET)
+    assert [transport.aborted for _, transport in crowd] == [True] * 2 + [False] * MOST_LEAVING
+    assert not server.waiting[len(others) :]
     assert not any(each.closing for each in others)
+    server.sweep(LINGER_SECONDS + 0.1)
+    assert all(transport.aborted for _, transport in crowd)
 
 
-def test_beyond_the_limit_nobody_stays(server: Server) -> None:
-    """Neither who is silent, nor who drips, nor who was refused and still sends."""
+def test_a_free_place_is_given_to_the_next(server: Server) -> None:
     server.fill()
-    (_, silent), (slow, dripping), (refused, lingering) = server.connect(), server.connect(), server.connect()
-    refused.data_received(upload(7_000_000))
-    for _ in range(3):
-        slow.data_received(ALIVE[:1] if slow.phase is IDLE else b"x")
-        refused.data_received(b"x" * 100_000)
-        server.sweep(SPARE_SECONDS / 2)
-    assert not server.soon
-    assert [status(each) for each in (silent, dripping, lingering)] == [503] * 3
-    assert silent.closing
-    assert dripping.closing
-    assert not silent.aborted
-    assert lingering.aborted
-    for connection in list(server.state.spare):
-        connection.connection_lost(None)
-    assert len(server.state.connections) == server.state.limits.connections
-
-
-def test_beyond_the_limit_the_oldest_makes_room(server: Server) -> None:
-    """But first, what came with it is read."""
-    server.fill()
-    crowd = [server.connect() for _ in range(2 * SPARE_CONNECTIONS)]
-    crowd[0][0].data_received(ALIVE)
-    server.turn()
-    assert [status(transport) for _, transport in crowd[:SPARE_CONNECTIONS]] == [200] + [503] * (SPARE_CONNECTIONS - 1)
-    assert all(transport.closing for _, transport in crowd[:SPARE_CONNECTIONS])
-    assert not any(transport.sent for _, transport in crowd[SPARE_CONNECTIONS:])
-
-
-def test_places_that_become_free_are_given_to_all(server: Server) -> None:
-    server.fill()
-    spare, transport = server.connect()
-    for connection in list(server.state.connections):
-        if connection is not spare:
-            connection.connection_lost(None)
-            break
-    connection, newer = server.connect()
+    refused, _ = server.connect()
+    server.lose(next(each for each in server.state.pool.members if each is not refused))
+    connection, transport = server.connect()
     connection.data_received(GET)
-    assert status(newer) == 200
-    assert not newer.closing
-    assert not transport.sent
+    assert status(transport) == 200
+    assert not transport.closing
 
 
 def test_who_was_refused_and_only_lingers_gives_its_place_up_first(server: Server) -> None:
@@ -324,25 +297,21 @@ def test_who_was_refused_and_only_lingers_gives_its_place_up_first(server: Serve
     assert not any(each.closing for _, each in others)
 
 
-def test_who_gave_its_place_up_is_not_read_for_long(server: Server) -> None:
-    """A head in pieces: refused in favour of another, it lingers beyond the limit."""
+def test_half_a_head_loses_its_place_with_an_answer(server: Server) -> None:
     others = [server.connect() for _ in range(3)]
     for connection, _ in others:
         connection.data_received(GET[:3])
-    server.now += 3
+        server.now += 1
     newcomer, transport = server.connect()
     newcomer.data_received(GET)
     assert status(transport) == 200
-    assert sorted(bool(each.sent) for _, each in others) == [False, False, True]
-    server.sweep(SPARE_SECONDS + 0.1)
-    assert sum(each.aborted for _, each in others) == 1
+    assert [bool(each.sent) for _, each in others] == [True, False, False]
+    assert status(others[0][1]) == 408
 
 
-@pytest.mark.parametrize("half_close", [True, False])
-def test_a_refused_upload_is_read_to_its_end(half_close: bool) -> None:
-    """However large it is: a reset would destroy the refusal. TLS has no half-close, and is not closed either."""
-    server = Server()
-    connection, transport = server.connect(half_close)
+def test_a_refused_upload_is_read_to_its_end(server: Server) -> None:
+    """However large it is: a reset would destroy the refusal."""
+    connection, transport = server.connect()
     connection.data_received(b"POST /none HTTP/1.1\r\nHost: h\r\nContent-Length: 7000000\r\n\r\n")
     assert status(transport) == 404
     for _ in range(70):
@@ -379,6 +348,25 @@ def test_a_stop_lets_a_body_come_in_and_bounds_silence(server: Server) -> None:
     whole.data_received(b"x" * 900)
     assert status(transport) == 200
     assert status(half_transport) == 503
+
+
+def test_a_stop_ends_a_pipeline_with_connection_close(server: Server) -> None:
+    """All that was read is answered, however fast more comes. What comes behind it is read and dropped."""
+    connection, transport = server.connect()
+    connection.data_received(LATER * 20 + GET[:5])
+    server.state.drain()
+    while server.waiting:
+        server.waiting.pop(0).answer(200, b"")
+        if transport.reading:
+            connection.data_received(GET[5:] + GET * 9 + GET[:5])
+    answers = bytes(transport.sent).split(b"HTTP/1.1 200 OK")[1:]
+    assert len(answers) == 21
+    assert [b"Connection: close" in each for each in answers] == [False] * 20 + [True]
+    assert transport.ended
+    assert not transport.closing
+    connection.data_received(GET * 9)
+    server.sweep(LAST_REQUEST_SECONDS + 0.1)
+    assert transport.aborted
 
 
 def test_who_connects_during_a_stop_is_answered(server: Server) -> None:
@@ -435,8 +423,7 @@ def test_a_phase_that_cannot_follow_is_a_bug(server: Server) -> None:
     connection.data_received(LAST_GET)
     assert connection.phase is CLOSING
     with pytest.raises(RuntimeError, match="CLOSING to IDLE"):
-        connection._enter(IDLE)
-    assert LINGERING in Phase
+        connection._enter(IDLE, server.now)
     assert transport.closing
 
 
@@ -448,22 +435,22 @@ def test_what_an_exchange_holds_counts_until_its_answer(server: Server) -> None:
         exchange = server.waiting.pop()
         exchange.hold(600_000)
         exchange.hold(400_000)
-        assert server.state.held_bytes == 400_000
+        assert server.state.pool.held_bytes == 400_000
         if leaves:
             connection.connection_lost(None)
         exchange.answer(200, b"")
-        assert server.state.held_bytes == 0
+        assert server.state.pool.held_bytes == 0
 
 
 def test_who_waits_for_a_turn_does_not_count_as_stalled(server: Server) -> None:
     """It is our delay, not the client's: its connection is not closed in favour of another."""
     (waiting, transport), (slow, _) = server.connect(), server.connect()
-    server.slow_seconds = STALL_SECONDS
+    server.slow_seconds = SILENT_SECONDS
     slow.data_received(GET)
     waiting.data_received(GET)
-    server.now += STALL_SECONDS + 0.1
-    assert slow.is_stalled(server.now)
-    assert not waiting.is_stalled(server.now)
+    server.now += SILENT_SECONDS + 0.1
+    assert slow.silent_seconds(server.now) > SILENT_SECONDS
+    assert not waiting.silent_seconds(server.now)
     server.turn()
     assert status(transport) == 200
 

@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import HttpError
-from common.http.connection import Connection, ServerLimits, ServerState
+from common.http.connection import Connection, ServerState
 from common.http.exchange import Exchange
 from common.http.parser import Head, Limits, Request
+from common.http.phases import ServerLimits
+from common.http.turns import Turns
 from tests.support.transport import FakeTransport
 
 LIMITS = ServerLimits(
@@ -32,6 +34,9 @@ class Clock:
     def __init__(self) -> None:
         self.now = 100.0
 
+    def get(self) -> float:
+        return self.now
+
 
 class Recorder:
     """Keeps its exchanges to answer them when it is told; answers /now and /slow, refuses /refused, breaks at /bug."""
@@ -48,9 +53,6 @@ class Recorder:
         if head.path == b"/refused":
             raise HttpError(404, "no such page")
         return b""
-
-    def is_probe(self, head: Head) -> bool:
-        return False
 
     def handle(self, request: Request, exchange: Exchange) -> None:
         self.handled.append(request.head.query)
@@ -105,7 +107,8 @@ class Client:
         self.clock = Clock()
         self.application = Recorder(self.clock)
         self.soon: list[Callable[[], None]] = []
-        self.state = ServerState(limits, self.application, lambda: self.clock.now, self.soon.append)
+        now = self.clock.get
+        self.state = ServerState(limits, self.application, now, Turns(self.soon.append, now))
         self.transport = FakeTransport()
         self.connection = Connection(self.state)
         self.connection.connection_made(self.transport)
@@ -174,8 +177,8 @@ class Client:
         for exchange in self.application.waiting:
             exchange.answer(200, b"too late")  # goes nowhere
         self.step("turn", 0)
-        assert not self.state.connections
-        assert self.state.held_bytes == 0
+        assert not self.state.pool.members
+        assert self.state.pool.held_bytes == 0
 
 
 def in_order(client: Client) -> list[tuple[int, bytes, bytes]]:
@@ -200,7 +203,7 @@ def play(
     for what, size in steps:
         client.step(what, size)
         in_order(client)
-        assert client.connection.held_bytes == client.state.held_bytes
+        assert client.connection.held_bytes == client.state.pool.held_bytes
     client.finish()
     check(client)
     client.lose()

@@ -76,7 +76,7 @@ ACCEPTED = [
         request(b"m-Search! / HTTP/1.1", b"Host: x"),
         {"method": b"m-Search!"},
     ),
-    case("9112-2.2 empty lines before a request line", b"\r\n" * 8 + get(b"/"), {"path": b"/"}),
+    case("9112-2.2 empty lines before a request line", b"\r\n" * 100 + get(b"/"), {"path": b"/"}),
     case("9112-2.3 HTTP/1.0", request(b"GET / HTTP/1.0"), {"http10": True, "keep_alive": False}),
     case(
         "9110-6.2 minor version above 1 is 1",
@@ -190,7 +190,6 @@ CONTROLS = [byte for byte in range(32) if byte not in b"\t\r\n"] + [127]
 REFUSED = [
     # name, status, stream
     # Request line
-    case("9112-2.2 more empty lines than any client sends", 400, b"\r\n" * 9 + GET),
     case("9112-2.2 white space before a request line", 400, b" " + GET),
     case("9112-2.2 bare LF before a request line", 400, b"\n" + GET),
     case("9112-2.2 bare LF ends a request line", 400, b"GET / HTTP/1.1\nHost: x\r\n\r\n"),
@@ -413,8 +412,7 @@ def test_a_bare_lf_after_content_that_ends_in_cr_is_refused() -> None:
         assert read(single_bytes(first + rest), ROOMY) == outcome
 
 
-def test_rfc_9112_2_2_empty_lines_are_counted_for_each_request() -> None:
-    """Rfc 9112 section 2 2 empty lines between requests are counted for each."""
+def test_rfc_9112_2_2_empty_lines_stand_before_any_request() -> None:
     assert len(read_in_every_way((b"\r\n" * 4 + GET) * 5).requests) == 5
 
 
@@ -700,11 +698,6 @@ def test_rfc_9110_section_8_6_no_content_has_no_length() -> None:
     )
 
 
-def test_rfc_9112_4_an_unknown_reason_keeps_the_space() -> None:
-    """Rfc 9112 section 4 a status without a known reason keeps the space."""
-    assert response(299).startswith(b"HTTP/1.1 299 \r\n")
-
-
 @pytest.mark.parametrize("status", [200, 204, 400, 404, 413, 431, 503, 505])
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 @pytest.mark.parametrize("keep_alive", [False, True])
@@ -739,18 +732,3 @@ def test_continue_is_an_interim_response() -> None:
     event = client.next_event()
     assert isinstance(event, h11.InformationalResponse)
     assert event.status_code == 100
-
-
-def test_a_call_reads_a_bounded_number_of_chunks() -> None:
-    """What is left waits for the next call, whatever the pieces: so a connection can give the loop back."""
-    parser = RequestParser(Limits(chunk_overhead_bytes=100_000))
-    parser.receive_data(chunked(b"1\r\na\r\n" * 2500 + LAST) + GET)
-    assert parser.next_request() is None
-    assert parser.has_more
-    assert parser.next_request() is None
-    assert parser.has_more
-    found = parser.next_request()
-    assert found is not None
-    assert found.body == b"a" * 2500
-    assert parser.next_request() is not None
-    assert not parser.has_more

@@ -1,19 +1,27 @@
-"""A server on real sockets: what its stop, and its replacement, mean for the clients that come at that moment."""
+"""A server on real sockets, with TLS and without: its limits, its time-outs, and its stop."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
+import os
+import resource
 import socket
 import ssl
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import trustme
+import uvloop
 
-from common.http.exchange import Exchange
+from common.http.exchange import Application, Exchange
 from common.http.parser import Head, Limits, Request
-from common.http.server import HttpServer, ServerLimits
-from common.workers import reserve_port
+from common.http.phases import ServerLimits
+from common.http.pool import SILENT_SECONDS
+from common.http.server import HttpServer
 
 LIMITS = ServerLimits(
     request=Limits(),
@@ -25,6 +33,9 @@ LIMITS = ServerLimits(
     idle_seconds=5.0,
     write_seconds=20.0,
 )
+GET = b"GET / HTTP/1.1\r\nHost: h\r\n\r\n"
+LAST_GET = b"GET / HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n"
+POST = b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 100000\r\n\r\n" + bytes(100_000)
 
 
 class Hello:
@@ -33,9 +44,6 @@ class Hello:
     def check(self, head: Head) -> bytes:
         return b""
 
-    def is_probe(self, head: Head) -> bool:
-        return False
-
     def handle(self, request: Request, exchange: Exchange) -> None:
         exchange.answer(200, b"hello")
 
@@ -43,53 +51,246 @@ class Hello:
         pass
 
 
-async def get(client: socket.socket) -> bytes:
-    """Send a request and read to the end of the connection."""
-    loop, answer = asyncio.get_running_loop(), b""
-    await loop.sock_sendall(client, b"GET / HTTP/1.1\r\nHost: h\r\n\r\n")
-    while piece := await loop.sock_recv(client, 1000):
-        answer += piece
-    return answer
+class Large(Hello):
+    """An application that answers with much, and counts how often."""
+
+    handled = 0
+
+    def handle(self, request: Request, exchange: Exchange) -> None:
+        self.handled += 1
+        exchange.answer(200, b"x" * 100_000)
+
+
+@contextlib.asynccontextmanager
+async def serving(
+    application: Application | None = None, tls: ssl.SSLContext | None = None, **limits: Any
+) -> AsyncIterator[tuple[HttpServer, int]]:
+    """A server and its port."""
+    server = HttpServer(replace(LIMITS, **limits), application or Hello())
+    try:
+        yield server, await server.listen("127.0.0.1", 0, tls)
+    finally:
+        server.abort()
+
+
+async def until(what: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not what():
+            await asyncio.sleep(0.002)
+
+
+async def connect(port: int) -> socket.socket:
+    client = socket.socket()
+    client.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(client, ("127.0.0.1", port))
+    return client
+
+
+async def exchange(port: int, sent: bytes, tls: ssl.SSLContext | None = None) -> bytes:
+    """Send all, then read to the end of the connection, as a client in another thread does."""
+
+    def run() -> bytes:
+        with socket.create_connection(("127.0.0.1", port), 10) as plain:
+            client = plain if tls is None else tls.wrap_socket(plain)
+            client.sendall(sent)
+            with client:
+                return b"".join(iter(lambda: client.recv(65536), b""))
+
+    return await asyncio.to_thread(run)
+
+
+def on_uvloop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """Run a test on the loop that the processes use."""
+
+    @functools.wraps(test)
+    def run(**fixtures: Any) -> None:
+        uvloop.run(test(**fixtures))
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def authority() -> trustme.CA:
+    return trustme.CA()
 
 
 @pytest.fixture
-def client() -> Iterator[socket.socket]:
-    with socket.socket() as client:
-        client.setblocking(False)
-        yield client
-
-
-async def test_a_stop_refuses_who_comes_and_resets_nobody(client: socket.socket) -> None:
-    """A client that was connected when its listener closed could be reset with its request on the way."""
-    server = HttpServer(LIMITS, Hello())
-    port = await server.listen("127.0.0.1", 0)
-    with socket.create_connection(("127.0.0.1", port)) as early:  # in the queue, not accepted yet
-        early.setblocking(False)
-        stop = asyncio.create_task(server.stop_listening())
-        await asyncio.sleep(0)
-        with pytest.raises(ConnectionRefusedError):
-            await asyncio.get_running_loop().sock_connect(client, ("127.0.0.1", port))
-        assert (await get(early)).startswith(b"HTTP/1.1 200")
-    await stop
-    await server.drained()
-    server.abort()
-
-
-@pytest.fixture
-def tls() -> ssl.SSLContext:
+def tls(authority: trustme.CA) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    trustme.CA().issue_cert("h").configure_cert(context)
+    authority.issue_cert("h").configure_cert(context)
     return context
 
 
-async def test_a_stop_answers_a_client_in_its_tls_handshake(tls: ssl.SSLContext) -> None:
+@pytest.fixture
+def trusting() -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
+
+
+@pytest.mark.parametrize(
+    ("sent", "answer"),
+    [(b"GET / HTTP/1.1\r\nHo", b"HTTP/1.1 408 "), (POST[:-1], b"HTTP/1.1 408 "), (b"", b""), (GET, b"HTTP/1.1 200 ")],
+    ids=["head", "body", "never a byte", "idle after an answer"],
+)
+@on_uvloop
+async def test_a_client_that_stalls_is_closed_in_time(sent: bytes, answer: bytes) -> None:
+    async with serving(head_seconds=0.2, body_seconds=0.2, idle_seconds=0.5) as (_, port):
+        got = await exchange(port, sent)
+    assert got.startswith(answer)
+    assert got.count(b"HTTP/1.1") == (1 if answer else 0)
+
+
+@on_uvloop
+async def test_a_head_that_drips_is_not_granted_more_time() -> None:
+    async with serving(head_seconds=0.3) as (_, port):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET / HTTP/1.1\r\n")
+        answer = asyncio.create_task(reader.read())
+        async with asyncio.timeout(10):
+            while not answer.done():
+                writer.write(b"X: y\r\n")
+                await asyncio.sleep(0.02)
+        assert answer.result().startswith(b"HTTP/1.1 408 ")
+        writer.close()
+
+
+@on_uvloop
+async def test_a_client_that_reads_nothing_is_bounded_and_cut_off() -> None:
+    """What it asks for is not handled, beyond one depth of the pipeline; then it has its time to read."""
+    application = Large()
+    async with serving(application, write_seconds=0.3) as (server, port):
+        client = await connect(port)
+        await asyncio.get_running_loop().sock_sendall(client, GET * 1500)
+        await until(lambda: server.state.pool.held_bytes > 0)
+        assert server.state.pool.held_bytes <= (LIMITS.pipelined + 2) * 100_000
+        await until(lambda: not server.connections)
+        assert application.handled < 100
+        assert server.state.pool.held_bytes == 0
+        client.close()
+
+
+@pytest.mark.parametrize("has_tls", [False, True])
+@on_uvloop
+async def test_refusals_reach_clients_that_send_first(
+    has_tls: bool, tls: ssl.SSLContext, trusting: ssl.SSLContext
+) -> None:
+    """What follows the last request is dropped, without a reset."""
+    request = b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 9000000\r\n\r\n" + bytes(9_000_000)
+    async with serving(tls=tls if has_tls else None) as (server, port):
+        for sent, status in ((request, b"413"), (GET[:-2] + b"Connection: close\r\n\r\n" + request, b"200")):
+            answer = await exchange(port, sent, trusting if has_tls else None)
+            assert answer.startswith(b"HTTP/1.1 " + status)
+            assert b"Connection: close" in answer
+        await until(lambda: not server.connections)
+
+
+@on_uvloop
+async def test_tls_carries_requests_and_answers_of_any_size(tls: ssl.SSLContext, trusting: ssl.SSLContext) -> None:
+    async with serving(Large(), tls) as (server, port):
+        answer = await exchange(port, POST * 9 + GET[:-2] + b"Connection: close\r\n\r\n", trusting)
+        assert answer.count(b"HTTP/1.1 200 ") == 10
+        assert len(answer) > 1_000_000
+        assert not await exchange(port, GET)  # without TLS
+        await until(lambda: not server.connections)
+        assert server.state.pool.held_bytes == 0
+
+
+@on_uvloop
+async def test_silent_handshakes_take_no_place_for_long(tls: ssl.SSLContext, trusting: ssl.SSLContext) -> None:
+    """They count from the accept on, and the longest silent one leaves for a newcomer."""
+    async with serving(tls=tls) as (server, port):
+        crowd = [await connect(port) for _ in range(LIMITS.connections)]
+        await until(lambda: len(server.connections) == LIMITS.connections)
+        await asyncio.sleep(SILENT_SECONDS)
+        assert (await exchange(port, LAST_GET, trusting)).startswith(b"HTTP/1.1 200 ")
+        assert await asyncio.get_running_loop().sock_recv(crowd[0], 1) == b""
+        for client in crowd:
+            client.close()
+
+
+@on_uvloop
+async def test_handshakes_hold_a_bounded_memory(tls: ssl.SSLContext, trusting: ssl.SSLContext) -> None:
+    """As large as a ClientHello can be, and never whole."""
+    hello = b"\x16\x03\x01\x3f\xff\x01\x00\x3f\xf0\x03\x03" + bytes(15_000)
+    async with serving(tls=tls, connections=1000) as (server, port):
+        crowd = [await connect(port) for _ in range(60)]
+        for client in crowd:
+            await asyncio.get_running_loop().sock_sendall(client, hello)
+        await until(lambda: 0 < len(server.connections) < 60)
+        assert 0 < server.state.pool.held_bytes <= LIMITS.buffered_bytes
+        await asyncio.sleep(SILENT_SECONDS)
+        assert (await exchange(port, LAST_GET, trusting)).startswith(b"HTTP/1.1 200 ")
+        for client in crowd:
+            client.close()
+
+
+@on_uvloop
+async def test_without_a_descriptor_one_line_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    """And an idle client leaves, so that the next one finds a descriptor."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    async with serving(idle_seconds=60.0) as (server, port):
+        idle = await connect(port)
+        await until(lambda: len(server.connections) == 1)
+        await asyncio.sleep(SILENT_SECONDS)
+        os.close(free := os.dup(0))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+        try:
+            await until(lambda: not server.connections)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        idle.close()
+    assert [record.getMessage() for record in caplog.records] == ["clients are refused: Too many open files"]
+
+
+@on_uvloop
+async def test_clients_without_a_place_are_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    async with serving(connections=1) as (_, port):
+        first = await connect(port)
+        for _ in range(3):
+            assert (await exchange(port, b"")).startswith(b"HTTP/1.1 503 ")
+        await until(lambda: bool(caplog.records))
+        first.close()
+    assert [record.getMessage() for record in caplog.records] == ["clients are refused: all 1 connections are in use"]
+
+
+@on_uvloop
+async def test_a_stop_refuses_who_comes_and_answers_who_is_there() -> None:
+    async with serving() as (server, port):
+        early = await connect(port)
+        await server.stop_listening()
+        with pytest.raises(ConnectionRefusedError):
+            await exchange(port, b"")
+        loop = asyncio.get_running_loop()
+        await loop.sock_sendall(early, GET)
+        assert b"Connection: close" in await loop.sock_recv(early, 1000)
+        await server.drained()
+        early.close()
+
+
+@on_uvloop
+async def test_a_stop_leaves_the_queue_of_a_held_socket() -> None:
+    """The next process answers who is in it."""
+    with socket.create_server(("127.0.0.1", 0)) as held:
+        first, second = servers = [HttpServer(LIMITS, Hello()) for _ in range(2)]
+        for server in servers:
+            await server.listen("", 0, inherited=socket.socket(fileno=os.dup(held.fileno())))
+            if server is first:
+                await first.stop_listening()
+                client = await connect(held.getsockname()[1])
+        await asyncio.get_running_loop().sock_sendall(client, GET)
+        assert (await asyncio.get_running_loop().sock_recv(client, 1000)).startswith(b"HTTP/1.1 200 ")
+        client.close()
+        second.abort()
+
+
+@on_uvloop
+async def test_a_stop_answers_a_client_in_its_tls_handshake(tls: ssl.SSLContext, trusting: ssl.SSLContext) -> None:
     """Its connection was not counted yet, so the process ended and cut it off."""
     server = HttpServer(LIMITS, Hello())
     port = await server.listen("127.0.0.1", 0, tls)
     incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    client = context.wrap_bio(incoming, outgoing)
+    client = trusting.wrap_bio(incoming, outgoing)
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     with pytest.raises(ssl.SSLWantReadError):
         client.do_handshake()
@@ -103,13 +304,18 @@ async def test_a_stop_answers_a_client_in_its_tls_handshake(tls: ssl.SSLContext)
     client.write(b"GET / HTTP/1.1\r\nHost: h\r\n\r\n")
     writer.write(outgoing.read())
     async with asyncio.timeout(5):
-        incoming.write(await reader.read(10_000))
-        assert client.read(1000).startswith(b"HTTP/1.1 200")
+        answer = b""
+        while not answer:
+            incoming.write(await reader.read(10_000))
+            with contextlib.suppress(ssl.SSLWantReadError):
+                answer = client.read(1000)
+        assert answer.startswith(b"HTTP/1.1 200")
         writer.close()
         await drained
     server.abort()
 
 
+@on_uvloop
 async def test_clients_that_never_begin_tls_delay_a_stop_by_a_second_in_all(tls: ssl.SSLContext) -> None:
     """It waited 10 s for each that was in the queue, one after the other."""
     server = HttpServer(LIMITS, Hello())
@@ -122,38 +328,3 @@ async def test_clients_that_never_begin_tls_delay_a_stop_by_a_second_in_all(tls:
     server.abort()
     for each in silent:
         each.close()
-
-
-async def test_clients_that_come_in_a_replacement_go_to_the_new_one() -> None:
-    """Then the old one can stop without any that it would have to turn away; afterwards all of them share again."""
-    port = reserve_port("127.0.0.1", 0)
-    old, staying, new = servers = [HttpServer(LIMITS, Hello()) for _ in range(3)]
-    loop, clients = asyncio.get_running_loop(), list[socket.socket]()
-
-    async def connect(count: int) -> None:
-        for _ in range(count):
-            clients.append(socket.socket())
-            clients[-1].setblocking(False)
-            await loop.sock_connect(clients[-1], port.getsockname())
-        async with asyncio.timeout(10):
-            while sum(len(server.connections) for server in servers) < len(clients):
-                await asyncio.sleep(0.001)
-
-    try:
-        for server in (old, staying):
-            await server.listen("127.0.0.1", port.getsockname()[1], processes=2)
-        await connect(40)
-        before = len(old.connections), len(staying.connections)
-        assert min(before) > 0
-        await new.listen("127.0.0.1", port.getsockname()[1], processes=2)
-        await connect(20)
-        assert [len(server.connections) for server in servers] == [*before, 20]
-        await old.stop_listening()
-        await connect(40)
-        assert len(staying.connections) > before[1]
-        assert len(new.connections) > 20
-    finally:
-        for server in servers:
-            server.abort()
-        for each in (port, *clients):
-            each.close()

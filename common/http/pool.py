@@ -1,0 +1,105 @@
+"""The bounds that the connections of a server keep together: places and memory. Pure.
+
+The pool decides whose connections end, and returns them. The caller ends them.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Generic, Protocol, TypeVar
+
+from common.http.phases import HANDSHAKE, HEAD, IDLE, LINGERING, Phase
+
+# A client without progress for this long can lose its place or its memory to another. A lost packet delays for less.
+SILENT_SECONDS = 1.0
+# Looking at all of 16,000 connections takes about 5 ms, too long to do for each newcomer.
+LOOK_SECONDS = 0.1
+# Connections that gave up their place and still read their answer. Beyond it, the first of them is cut off.
+MOST_LEAVING = 64
+
+_WITHOUT_A_REQUEST = frozenset({LINGERING, HANDSHAKE, IDLE, HEAD})
+
+
+class Member(Protocol):
+    """What the pool sees of a connection."""
+
+    phase: Phase
+    held_bytes: int  # of memory, for its client
+
+    def __hash__(self) -> int: ...
+
+    def silent_seconds(self, now: float) -> float:
+        """Return for how long the client has neither sent nor taken anything; 0 while it is not the client's turn."""
+
+
+M = TypeVar("M", bound=Member)
+
+
+class Pool(Generic[M]):
+    """The connections of a server. `held_bytes` is the memory of all, with what requests hold until their answer."""
+
+    def __init__(self, places: int, memory_bytes: int) -> None:
+        self.members: set[M] = set()
+        self.held_bytes = 0
+        self.refused = 0  # newcomers without a place, until the server looks
+        self._places = places
+        self._memory_bytes = memory_bytes
+        self._leaving: dict[M, None] = {}  # in the order in which they gave up their places
+        self._silent: deque[M] = deque()  # at the last look: first who only lingers, then the longest silent
+        self._next_look = 0.0
+
+    def join(self, newcomer: M, now: float) -> list[M]:
+        """Add a connection. Return whose connections end for it: the longest silent, or else the newcomer's own."""
+        self.members.add(newcomer)
+        if len(self.members) - len(self._leaving) <= self._places:
+            return []
+        leaver = self.longest_silent(now) or newcomer
+        self.refused += leaver is newcomer
+        self._leaving[leaver] = None
+        if len(self._leaving) <= MOST_LEAVING:
+            return [leaver]
+        first = next(iter(self._leaving))
+        self._leaving[first] = self._leaving.pop(first)  # now the last, as it counts until it has ended
+        return [leaver, first]
+
+    def leave(self, member: M) -> None:
+        """Remove a connection that has ended."""
+        self.members.discard(member)
+        self._leaving.pop(member, None)
+        self.held_bytes -= member.held_bytes
+
+    def longest_silent(self, now: float) -> M | None:
+        """Return the connection without a request whose client has been silent longest, if any has been for long."""
+        while member := self._next_silent(now):
+            if member.phase in _WITHOUT_A_REQUEST and member not in self._leaving:
+                return member
+        return None
+
+    def over_memory(self, asker: M, now: float) -> list[M]:
+        """Return whose connections give up their memory: silent ones, the longest first, and the asker as the last.
+
+        Empty while all together hold no more than they can.
+        """
+        giving: list[M] = []
+        excess_bytes = self.held_bytes - self._memory_bytes
+        while excess_bytes > 0:
+            member = self._next_silent(now) or asker
+            if member.held_bytes or member is asker:
+                giving.append(member)
+                excess_bytes -= member.held_bytes
+            if member is asker:
+                break
+        return giving
+
+    def _next_silent(self, now: float) -> M | None:
+        """Return the next of those that were found silent, and look for them unless the last look was a moment ago."""
+        if now >= self._next_look:
+            self._next_look = now + LOOK_SECONDS
+            silent = [each for each in self.members if each.silent_seconds(now) >= SILENT_SECONDS]
+            silent.sort(key=lambda each: (each.phase is not LINGERING, -each.silent_seconds(now)))
+            self._silent = deque(silent)
+        while self._silent:
+            member = self._silent.popleft()
+            if member in self.members and member.silent_seconds(now) >= SILENT_SECONDS:
+                return member
+        return None
