@@ -2,14 +2,14 @@
 
 The way of a message, from the socket to the row and the ack:
 
-    FastLane.data_received     common/amqp/lane.py            deliveries out of the byte stream
-    Worker.deliveries          common/consumer/worker.py      to those that wait
-    Pending.add                common/consumer/pending.py     until a batch is due
-    Worker._run                common/consumer/worker.py      batch after batch
-    prepare_batch              common/consumer/prepare.py     decoded, without known ids, as rows or as dead letters
-    dead_letters.append        common/consumer/dead_letters.py   what is no event: write, fsync
-    Store.append               common/storage/store.py        rows: write, fsync, journal
-    Worker._ack                common/consumer/worker.py      one ack for the batch
+    FastLane.data_received     common/amqp/lane.py                deliveries out of the byte stream
+    Worker.deliveries          common/consumer/worker.py          to those that wait
+    Pending.add                common/consumer/pending.py         until a batch is due
+    Worker._run                common/consumer/worker.py          batch after batch
+    prepare_batch              common/consumer/prepare.py         decoded, without known ids, as rows or as dead letters
+    append                     common/consumer/dead_letters.py    what is no event: write, fsync
+    Store.append               common/storage/store.py            rows: write, fsync, journal
+    Worker._ack                common/consumer/worker.py          one ack for the batch
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ specification; what RabbitMQ adds (confirms, nack, blocked) is in its extension 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from struct import Struct
 from typing import Any, NamedTuple
 
@@ -60,7 +60,7 @@ class Confirm(NamedTuple):
 
 
 class Notice(NamedTuple):
-    """A cold frame that concerns the fast lane too: "blocked", "unblocked", "closed", "cancelled" or "returned"."""
+    """A frame that concerns the fast lane: "lost" with the reason; "blocked" with the reason, "" for no longer."""
 
     kind: str
     text: str
@@ -111,7 +111,9 @@ class FrameDecoder:
             kind, channel, size = _FRAME.unpack_from(data, position)
             end = position + size + _OVERHEAD
             if end > size_of_data:
-                self._check_size(kind, channel, size + _OVERHEAD)
+                most = _MOST_HEADER_BYTES if kind == _HEADER and channel == HOT_CHANNEL else self.frame_max
+                if size + _OVERHEAD > most and self.frame_max:
+                    raise FrameError(f"a frame of {size + _OVERHEAD} bytes, but frame_max is {self.frame_max}")
                 break
             if data[end - 1] != 0xCE:
                 raise FrameError("a frame without its end octet")
@@ -127,12 +129,6 @@ class FrameDecoder:
             cold.append(data[cold_from:position])
         self._rest = data[position:]
         return b"".join(cold)
-
-    def _check_size(self, kind: int, channel: int, size: int) -> None:
-        """Raise FrameError for a frame that is not worth waiting for."""
-        is_header = kind == _HEADER and channel == HOT_CHANNEL
-        if self.frame_max and size > (max(self.frame_max, _MOST_HEADER_BYTES) if is_header else self.frame_max):
-            raise FrameError(f"a frame of {size} bytes, but frame_max is {self.frame_max}")
 
     def _hot(self, kind: int, data: bytes, start: int, end: int) -> int:
         """Take a frame with its payload from `start` if it is hot. Return where the next one begins; 0 if it is cold.
@@ -160,7 +156,7 @@ class FrameDecoder:
         elif content is not None:
             raise FrameError("a method frame inside a message")
         else:
-            self.notices.append(Notice("returned", _short_string(data, start + 6)))
+            self.notices.append(Notice("lost", f"returned: {_short_string(data, start + 6)}"))
             self._content = _Content(None)
         return end
 
@@ -206,13 +202,13 @@ class FrameDecoder:
     def _notice(self, channel: int, data: bytes, start: int) -> None:
         method = data[start : start + 4]
         if channel == 0 and method == _BLOCKED:
-            self.notices.append(Notice("blocked", _short_string(data, start + 4)))
+            self.notices.append(Notice("blocked", _short_string(data, start + 4) or "no reason given"))
         elif channel == 0 and method == _UNBLOCKED:
-            self.notices.append(Notice("unblocked", ""))
+            self.notices.append(Notice("blocked", ""))
         elif (channel == 0 and method == _CONNECTION_CLOSE) or (channel == HOT_CHANNEL and method == _CHANNEL_CLOSE):
-            self.notices.append(Notice("closed", _short_string(data, start + 6)))
+            self.notices.append(Notice("lost", f"closed: {_short_string(data, start + 6)}"))
         elif channel == HOT_CHANNEL and method == _CANCEL:
-            self.notices.append(Notice("cancelled", "the broker cancelled the consumer"))
+            self.notices.append(Notice("lost", "the broker cancelled the consumer"))
 
 
 def _short_string(data: bytes, at: int) -> str:
@@ -266,8 +262,3 @@ def packed_seconds(seconds: int) -> bytes:
 def ack_frame(delivery_tag: int, multiple: bool) -> bytes:
     """Return a Basic.Ack frame."""
     return _ACK.pack(_METHOD, HOT_CHANNEL, 13, 60, 80, delivery_tag, multiple, 0xCE)
-
-
-def ack_frames(tags: Iterable[tuple[int, bool]]) -> bytes:
-    """Return Basic.Ack frames for (delivery_tag, multiple) pairs."""
-    return b"".join([ack_frame(tag, multiple) for tag, multiple in tags])

@@ -24,7 +24,7 @@ from pamqp.commands import Basic
 from pamqp.header import ContentHeader
 
 from common.amqp.address import masked_url
-from common.amqp.link import CONNECTION_ERRORS, cancelled, closed, explain, open_link
+from common.amqp.link import CONNECTION_ERRORS, cancelled, explain, open_link
 from common.amqp.topology import QUEUE_ARGUMENTS, dead_letter_queue, declare
 from common.config import ConsumerSettings
 from common.consumer import dead_letters
@@ -254,7 +254,6 @@ async def _connection(url: str) -> AsyncIterator[AbstractConnection]:
         raise StartupError(f"lost the broker at {masked_url(url)}: {why}") from None
     finally:
         await link.close()
-        await closed()
 
 
 @contextmanager

@@ -53,7 +53,7 @@ _WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x20
 
 
 def _parse_number(text: str) -> float:
-    """Parse a float as pydantic does: by Rust's grammar, which in ASCII is Python's but for underscores."""
+    """Parse a float as pydantic does: by Rust's grammar, which in ASCII is Python's except for underscores."""
     if len(text) <= MAX_NUMBER_CHARS:
         text = text.strip(_WHITE_SPACE)
         if text.isascii() and text.isprintable() and "__" not in text and "_" not in (text[:1], text[-1:]):

@@ -1,4 +1,4 @@
-"""The producer's API: what each request means, its answer, and what is counted. Knows no socket and no broker.
+"""The producer's API: what each request means, its answer, and what is counted. Independent of sockets and the broker.
 
 `Api` is the HTTP server's application. An accepted event goes to its partition's publisher, whose confirm answers the
 exchange.

@@ -1,4 +1,4 @@
-"""POST /process/batch: events published as the window has room, and one result for each. Knows no socket."""
+"""POST /process/batch: events published as the window has room, and one result for each. Independent of sockets."""
 
 from __future__ import annotations
 

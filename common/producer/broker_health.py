@@ -19,7 +19,7 @@ NACKS_FIRST_SECONDS, NACKS_MOST_SECONDS = 2.0, 30.0
 _NACKED = "the broker refuses every event (nack): the queue is full, limited by a policy, or has no leader"
 
 
-# Reasons why no event can be accepted, each with what a client is told; the first that holds counts.
+# Reasons why no event can be accepted, each with the text for a client; the first that holds counts.
 _TROUBLES = {
     "shutting_down": "the server is shutting down",
     "broker_away": "the broker is away",

@@ -1,6 +1,6 @@
 """The way of a valid event to the broker: its id, its partition, its metrics, and its outcome in HTTP.
 
-Shared by single events (api.py) and batches (batch.py). Knows no socket.
+Shared by single events (api.py) and batches (batch.py). Independent of sockets.
 """
 
 from __future__ import annotations

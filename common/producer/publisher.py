@@ -1,6 +1,6 @@
 """The publisher of one queue, which owns each event in flight until its confirm, nack or time-out.
 
-Nothing here knows HTTP or sockets: a lane sends bytes, and a publication is told its outcome. The events of one turn of
+Independent of HTTP and sockets: a lane sends bytes, and a publication receives its outcome. The events of one turn of
 the event loop go out together, several in one message. Events in flight on a lost link are held and published again on
 the next, with the same ids. The consumer drops the duplicate.
 """

@@ -22,9 +22,10 @@ from typing import Any
 import consumer
 from common.consumer import prepare
 from common.consumer.worker import Worker
-from common.storage import compress, journal, state, store
+from common.storage import journal, rotation, store
 from common.storage.csv_file import CsvFile
 from common.storage.journal import Journal
+from common.storage.recovery import FileState
 from common.storage.repair import adopt
 from common.storage.store import Store
 
@@ -102,7 +103,7 @@ ROTATING: dict[str, Arm] = {
     "new-file-to-commit": _after(store, "adopt"),
     "new-file-commit": _after(Store, "_start_file"),
     "in-gzip": _before(gzip.GzipFile, "write"),
-    "gzip-to-unlink": _after(compress, "sync_directory"),
+    "gzip-to-unlink": _after(rotation, "sync_directory"),
 }
 """What a rotation passes (one of them a start, too)."""
 
@@ -144,7 +145,7 @@ def _no_dedup() -> None:
 
 
 def _no_cut() -> None:
-    def apply(steps: object, file: CsvFile, journal: Journal, notes: list[str]) -> state.FileState:
+    def apply(plan: object, file: CsvFile, journal: Journal, notes: list[str]) -> FileState:
         return adopt(file, notes)
 
     CsvFile.rows_end = lambda self, start=0: self.size()  # type: ignore[method-assign]

@@ -19,7 +19,7 @@ import pytest
 from aiormq.abc import AbstractChannel, DeliveredMessage
 from pamqp.commands import Basic
 
-from common.amqp.topology import DEAD_LETTER_ARGUMENTS, QUEUE_ARGUMENTS
+from common.amqp.topology import QUEUE_ARGUMENTS
 from common.config import ConsumerSettings
 from common.consumer import replay
 from common.consumer.dead_letters import append
@@ -183,7 +183,9 @@ def settings(broker: RabbitMQ, queue_name: str, tmp_path: Path) -> ConsumerSetti
 async def dead_letter_in_1_0(url: str, queue_name: str, count: int) -> None:
     async with channel(url) as opened:
         dead = f"{queue_name}.dead"
-        await opened.queue_declare(dead, durable=True, arguments=dict(DEAD_LETTER_ARGUMENTS))
+        await opened.queue_declare(
+            dead, durable=True, arguments={"x-queue-type": "quorum", "x-delivery-limit": 2**31 - 1}
+        )
         headers: dict[str, Any] = {"x-predlog-reason": "why", "x-predlog-queue": queue_name, "camera": 7}
         for number in range(count):
             properties = Basic.Properties(message_id=f"{number:032x}", delivery_mode=2, headers=headers)

@@ -280,8 +280,7 @@ async def test_no_200_after_the_end_of_a_drain_is_a_lie(producer: Start, broker:
         host, port = posting.url.removeprefix("http://").split(":")
         reader, writer = await asyncio.open_connection(host, int(port))
         writer.write(64 * request)
-        in_flight = functools.partial(asyncio.to_thread, posting.metric, "predlog_unconfirmed")
-        while await in_flight() < 32:  # the others wait in the parser
+        while await asyncio.to_thread(posting.metric, "predlog_unconfirmed") < 32:  # the others wait in the parser
             pass
         proxy.drops = True
         posting.process.terminate()
@@ -306,12 +305,10 @@ async def test_the_health_port_answers_until_the_end(producer: Start, broker: Ra
         await asyncio.to_thread(posting.wait_until_ready)
         proxy.answers_pass.clear()
         answer = asyncio.create_task(asyncio.to_thread(call, posting, "POST", "/process", json.dumps(EVENT).encode()))
-        sent = functools.partial(asyncio.to_thread, health.metric, "predlog_unconfirmed")
-        await polling.until("an event is in flight", sent)
+        await polling.until("an event waits", lambda: asyncio.to_thread(health.metric, "predlog_unconfirmed"))
         posting.process.terminate()
-        told = functools.partial(asyncio.to_thread, health.not_ready)
-        await polling.until("it stops", told)
-        assert await told() == "the server is shutting down"
+        await polling.until("it stops", lambda: asyncio.to_thread(health.not_ready))
+        assert await asyncio.to_thread(health.not_ready) == "the server is shutting down"
         await polling.until("it has stopped listening", lambda: asyncio.to_thread(posting.not_ready))
         assert (await asyncio.to_thread(call, health, "GET", "/healthz"))[0] == 200
         proxy.answers_pass.set()

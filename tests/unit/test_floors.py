@@ -41,7 +41,6 @@ PURE = {
     "common.http.coding",
     "common.http.tokens",
     "common.storage.recovery",
-    "common.storage.state",
     "common.amqp.address",
     "common.amqp.window",
     "common.amqp.codec",
