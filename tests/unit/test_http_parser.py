@@ -17,9 +17,9 @@ import pytest
 from _pytest.mark.structures import ParameterSet
 
 from common.errors import HttpError
-from common.http.parser import Head, Limits, Request, RequestParser
 from common.http.connection import CONTINUE
 from common.http.exchange import Client, Exchange
+from common.http.parser import Head, Limits, Request, RequestParser
 from tests.fuzz.http1_oracle import Outcome, read, single_bytes
 from tests.support.least import least
 
