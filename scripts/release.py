@@ -24,6 +24,7 @@ PLACES = {
     "deploy/compose/compose.cluster.yaml": r"^ +image: predlog(?::(.*))?$",
     "deploy/kubernetes/kustomization.yaml": r"^ +newTag: (.*)$",
 }
+EMPTY_UNRELEASED = re.compile(r"^## \[Unreleased\]\s+(?=## )", re.MULTILINE)
 HEADING = re.compile(r"^## \[(.+?)\](?: - (\S+))?$", re.MULTILINE)
 
 
@@ -71,7 +72,7 @@ def wrong_places(root: Path, version: str) -> list[str]:
 
 def wrong_changelog(changelog: str, version: str, today: date) -> list[str]:
     """One line if the newest section is not that of the version, or has no date up to today."""
-    newest = HEADING.search(changelog)
+    newest = HEADING.search(EMPTY_UNRELEASED.sub("", changelog))
     name, day = newest.groups() if newest else (None, None)
     if name != version:
         return [f"CHANGELOG.md begins with [{name}] instead of [{version}]"]

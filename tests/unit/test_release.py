@@ -11,9 +11,7 @@ from common import __version__
 from scripts.release import PLACES, ROOT, section, wrong_changelog, wrong_places
 
 TODAY = date(2026, 11, 29)
-CHANGELOG = """# Changelog
-
-## [2.1.0] - 2026-11-29
+CHANGELOG = """## [2.1.0] - 2026-11-29
 
 - New.
 
@@ -50,7 +48,8 @@ def test_a_place_with_another_version_is_one_line(tmp_path: Path, place: str) ->
         (CHANGELOG.replace("29", "28"), []),
         (CHANGELOG.replace("29", "30"), ["CHANGELOG.md dates 2.1.0 2026-11-30 instead of a day up to 2026-11-29"]),
         (CHANGELOG.replace(" - 2026-11-29", ""), ["CHANGELOG.md dates 2.1.0 None instead of a day up to 2026-11-29"]),
-        ("## [Unreleased]\n\n" + CHANGELOG, ["CHANGELOG.md begins with [Unreleased] instead of [2.1.0]"]),
+        ("## [Unreleased]\n\n" + CHANGELOG, []),
+        ("## [Unreleased]\n\n- More.\n\n" + CHANGELOG, ["CHANGELOG.md begins with [Unreleased] instead of [2.1.0]"]),
         ("", ["CHANGELOG.md begins with [None] instead of [2.1.0]"]),
     ],
 )
