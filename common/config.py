@@ -9,17 +9,16 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from contextlib import suppress
+from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 from common import __version__
-from common.amqp.address import AddressError, check_host, masked_url, parse_address
+from common.amqp.address import AddressError, is_host, masked_url, parse_address
 from common.errors import SettingError
 from common.http.parser import Limits
 
 DEFAULT_AMQP_URL = "amqp://guest:guest@localhost:5672/"
-LOG_LEVELS = ("debug", "info", "warning", "error")
-LOG_FORMATS = ("text", "json")
 SECRETS = ("amqp_url", "api_token")
 # Settings of 1.0 that are constants now. A variable or flag that is still set is reported, and has no effect.
 FORMER = (
@@ -35,8 +34,8 @@ _LIMITS = Limits()
 _MOST = 2**40  # the largest whole number; a test starts and drains with it
 
 
-def _setting(default: Any, text: str, *, low: float = 0, high: float = _MOST, choices: tuple[str, ...] = ()) -> Any:
-    return field(default=default, metadata={"help": text, "low": low, "high": high, "choices": choices})
+def _setting(default: Any, text: str, *, low: float = 0, high: float = _MOST) -> Any:
+    return field(default=default, metadata={"help": text, "low": low, "high": high})
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +51,8 @@ class Settings:
     rabbitmq_host: str = _setting("", "broker host, used when AMQP_URL is not set")
     partitions: int = _setting(1, "queues that events are spread over, each with a CSV of its own", low=1, high=1024)
     queue_name: str = _setting("predictions", "queue of events")
-    log_level: str = _setting(
-        "info", "least severe level that is logged: debug, info, warning or error", choices=LOG_LEVELS
-    )
-    log_format: str = _setting("text", "text for people, json for machines", choices=LOG_FORMATS)
+    log_level: str = _setting("info", "least severe level that is logged: debug, info, warning or error")
+    log_format: str = _setting("text", "text for people, json for machines")
     shutdown_timeout_ms: int = _setting(10_000, "how long a stop may take to finish accepted work, ms")
     health_port: int = _setting(0, "port of /healthz, /readyz and /metrics alone (0: off)", high=65535)
     health_host: str = _setting("127.0.0.1", "address of the health port")
@@ -82,7 +79,7 @@ class ProducerSettings(Settings):
     cors_origins: str = _setting("", "origins whose pages may POST, separated by commas (empty: none but our own)")
     api_token: str = _setting("", "bearer token(s) for POST, separated by commas (empty: no authentication)")
     api_token_file: str = _setting("", "file with the value of API_TOKEN (SIGHUP reads it again)")
-    protect_pages: bool = _setting(False, "1: /metrics, /docs and /openapi.json want the token too")
+    protect_pages: bool = _setting(False, "1: /metrics, /docs and /openapi.json also need the token")
     tls_cert: str = _setting("", "PEM file of the certificate chain: serve HTTPS (SIGHUP reloads it)")
     tls_key: str = _setting("", "PEM file of the certificate's private key")
 
@@ -93,7 +90,7 @@ class ConsumerSettings(Settings):
 
     partition: str = _setting("", "partitions to serve: empty for all, or like 2, 0-3 or 0,4")
     csv_file: str = _setting("data/data.csv", "the CSV file; its journal and lock are in the same folder")
-    prefetch_count: int = _setting(2000, "messages that the broker may send ahead of their acks", low=1, high=65535)
+    prefetch_count: int = _setting(500, "messages that the broker may send ahead of their acks", low=1, high=65535)
     batch_max_rows: int = _setting(5000, "rows that make a batch full", low=1)
     flush_interval_ms: int = _setting(50, "longest wait of a row for its batch, ms", high=600_000)
     low_prob_threshold: float = _setting(0.25, "predictions below it get the tag low_prob", low=-1e308, high=1e308)
@@ -110,40 +107,54 @@ class ConsumerSettings(Settings):
 
 S = TypeVar("S", bound=Settings)
 
-# The alphabet is that of pamqp, narrower than RabbitMQ's. AMQP allows 255 bytes; ".1023.dead" takes 10 of them.
-_QUEUE_NAME = re.compile(r"[a-zA-Z0-9\-_.:@#,/+ ]+")
-_MOST_QUEUE_NAME_CHARS = 245
-_HOST_ITEM = re.compile(r"[a-zA-Z0-9.\-]+|\[[0-9a-fA-F:.]+\]")
-_ORIGIN_ITEM = re.compile(r"https?://(?:[a-zA-Z0-9.\-]+|\[[0-9a-fA-F:.]+\])(?::[0-9]{1,5})?")
-_FORMS = {"ALLOWED_HOSTS": "host names without a port", "CORS_ORIGINS": "origins such as https://dash.example:8443"}
-
 _TRUE, _FALSE = frozenset({"1", "true", "yes", "on"}), frozenset({"", "0", "false", "no", "off"})
 
+_HOST = r"[a-zA-Z0-9.\-]+|\[[0-9a-fA-F:.]+\]"
+_ORIGIN = rf"https?://(?:{_HOST})(?::[0-9]{{1,5}})?"
+_FORMS = {  # the pattern of a text, and in words
+    # The alphabet is that of pamqp, narrower than RabbitMQ's. AMQP allows 255 bytes; ".1023.dead" takes 10 of them.
+    "queue_name": (r"[\w\-.:@#,/+ ]{1,245}", "1 to 245 of these characters: A-Z a-z 0-9 - _ . : @ # , / + and space"),
+    "log_level": ("(?i:debug|info|warning|error)", "debug, info, warning or error"),
+    "log_format": ("(?i:text|json)", "text or json"),
+    "allowed_hosts": (f"(?:(?:{_HOST})?(?:,|$))*", "host names without a port, separated by commas"),
+    "cors_origins": (f"(?:(?:{_ORIGIN})?(?:,|$))*", "origins such as https://dash.example:8443, separated by commas"),
+    "api_token": ("(?=.*[^,])[!-~]+", "visible ASCII characters, several tokens separated by commas"),
+}
 
-def _convert(name: str, kind: type, text: str, meta: Mapping[str, Any]) -> Any:
-    """Convert `text` to `kind` within the field's bounds. Raise SettingError with one line that names the variable."""
 
-    def bad(wanted: str) -> SettingError:
-        return SettingError(f"{name.upper()} is {text!r}, but must be {wanted}")
+def _fault(name: str, text: str) -> str:
+    """Return what is wrong with the text of a setting, as words that follow its name; "" if nothing is."""
+    if name == "amqp_url":
+        try:
+            parse_address(text)
+        except AddressError as error:
+            return str(error)
+    if name.endswith("_host") and not is_host(text):
+        return "must be an address, such as 0.0.0.0 or ::, or a host name, without a port"
+    pattern, wanted = _FORMS.get(name, ("(?s:.*)", ""))
+    return "" if re.fullmatch(pattern, text, re.ASCII) else f"must be {wanted}"
 
-    if kind is bool:
-        if text.lower() not in _TRUE | _FALSE:
-            raise bad("1 or 0")
-        return text.lower() in _TRUE
-    if kind is str:
-        if meta["choices"] and text.lower() not in meta["choices"]:
-            raise bad("one of " + ", ".join(meta["choices"]))
-        return text.lower() if meta["choices"] else text
-    try:
-        value = kind(text)
-    except ValueError:
-        raise bad("a whole number" if kind is int else "a number") from None
-    if not meta["low"] <= value <= meta["high"]:  # nan is not either
-        raise bad(f"from {meta['low']} to {meta['high']}")
+
+def _convert(item: Field[Any], text: str) -> Any:
+    """Return the value of a setting. Raise SettingError with one line that names the variable."""
+    default: Any = item.default
+    value: Any = text
+    low, high = item.metadata["low"], item.metadata["high"]
+    if isinstance(default, str):
+        fault = _fault(item.name, text)
+    elif isinstance(default, bool):
+        value = text.lower() in _TRUE
+        fault = "" if value or text.lower() in _FALSE else "must be 1 or 0"
+    else:
+        kind = "number" if isinstance(default, float) else "whole number"
+        fault = f"must be a {kind} from {low} to {high}"
+        with suppress(ValueError):
+            value = type(default)(text)
+            fault = "" if low <= value <= high else fault  # nan is not
+    if fault:
+        shown = "" if item.name in SECRETS else f"is {text!r}, but "
+        raise SettingError(f"{item.name.upper()} {shown}{fault}")
     return value
-
-
-_KINDS: dict[str, type] = {"str": str, "int": int, "float": float, "bool": bool}
 
 
 def parser_for(cls: type[Settings], prog: str, description: str) -> argparse.ArgumentParser:
@@ -160,7 +171,7 @@ def parser_for(cls: type[Settings], prog: str, description: str) -> argparse.Arg
         if item.name != "amqp_url":
             shown = int(item.default) if isinstance(item.default, bool) else item.default
             text += f" (default {shown if shown != '' else 'none'})"
-        switch: dict[str, Any] = {"nargs": "?", "const": "1"} if item.type == "bool" else {}
+        switch: dict[str, Any] = {"nargs": "?", "const": "1"} if isinstance(item.default, bool) else {}
         flag = "--" + item.name.replace("_", "-")
         parser.add_argument(flag, metavar="VALUE", help=text.replace("%", "%%"), **switch)
     for name in FORMER:
@@ -181,33 +192,17 @@ def load(cls: type[S], flags: argparse.Namespace, environ: Mapping[str, str], re
     """
     values: dict[str, Any] = {}
     for item in fields(cls):
-        text = getattr(flags, item.name)
-        if text is None:
-            text = environ.get(item.name.upper())
-        if text:
-            values[item.name] = _convert(item.name, _KINDS[str(item.type)], text, item.metadata)
+        flag = getattr(flags, item.name)
+        if text := environ.get(item.name.upper(), "") if flag is None else flag:
+            values[item.name] = _convert(item, text)
     if "dedup_window" in values:
         values["dedup_window"] = max(values["dedup_window"], LEAST_DEDUP_WINDOW)
-    for name in ("http_host", "health_host", "rabbitmq_host"):
-        _check_host(name.upper(), values.get(name, ""))
     for name in SECRETS:
-        if values.get(name) and values.get(f"{name}_file"):
+        if name in values and f"{name}_file" in values:
             raise SettingError(f"{name.upper()} and {name.upper()}_FILE are both set: set one of them")
-    if not values.get("amqp_url"):
-        host = values.get("rabbitmq_host") or "localhost"
+    if "amqp_url" not in values:
+        host = values.get("rabbitmq_host", "localhost")
         values["amqp_url"] = f"amqp://guest:guest@{f'[{host}]' if ':' in host else host}:5672/"
-    _check_secret("amqp_url", values["amqp_url"])
-    _check_secret("api_token", values.get("api_token", ""))
-    queue_name = values.get("queue_name", "predictions")
-    if len(queue_name) > _MOST_QUEUE_NAME_CHARS or not _QUEUE_NAME.fullmatch(queue_name):
-        raise SettingError(
-            f"QUEUE_NAME must be 1 to {_MOST_QUEUE_NAME_CHARS} characters: "
-            "letters A-Z and a-z, digits, - _ . : @ # , / + and space"
-        )
-    for name, form in (("ALLOWED_HOSTS", _HOST_ITEM), ("CORS_ORIGINS", _ORIGIN_ITEM)):
-        for text in filter(None, values.get(name.lower(), "").split(",")):
-            if not form.fullmatch(text):
-                raise SettingError(f"{name} holds {text!r}, but must be {_FORMS[name]}, separated by commas")
     if bool(values.get("tls_cert")) != bool(values.get("tls_key")):
         raise SettingError("TLS_CERT and TLS_KEY go together: set both, or none")
     if values.get("protect_pages") and not (values.get("api_token") or values.get("api_token_file")):
@@ -218,46 +213,14 @@ def load(cls: type[S], flags: argparse.Namespace, environ: Mapping[str, str], re
 def read_again(settings: S, read_file: Callable[[str], str]) -> S:
     """Return the settings with the secrets that are now in their files. Raise SettingError if one cannot be used."""
     found: dict[str, Any] = {}
-    for name in SECRETS:
-        path = getattr(settings, f"{name}_file", "")
-        if not path:
-            continue
-        where = f"{name.upper()}_FILE is {path!r}, but"
-        try:
-            text = read_file(path).rstrip("\r\n")
-        except (OSError, ValueError) as error:  # ValueError: it is not UTF-8, or the path has a NUL in it
-            why = getattr(error, "strerror", None) or "it is no text in UTF-8"
-            raise SettingError(f"{where} that file cannot be read: {why}") from None
-        if not text:
-            raise SettingError(f"{where} that file is empty")
-        try:
-            _check_secret(name, text)
-        except SettingError as error:
-            raise SettingError(f"{where} in that file, {error}") from None
-        found[name] = text
+    for item in fields(settings):
+        if item.name in SECRETS and (path := getattr(settings, f"{item.name}_file")):
+            try:
+                found[item.name] = _convert(item, read_file(path).rstrip("\r\n"))
+            except (OSError, ValueError, SettingError) as error:  # ValueError: it is not UTF-8, or a path with a NUL
+                why = getattr(error, "strerror", None) or error
+                raise SettingError(f"{item.name.upper()}_FILE is {path!r}, which is of no use: {why}") from None
     return replace(settings, **found)
-
-
-def _check_host(name: str, host: str) -> None:
-    if host == "*":
-        raise SettingError(f"{name} is '*', but must be an address: use 0.0.0.0 or ::")
-    try:
-        check_host(host)
-    except AddressError as error:
-        raise SettingError(f"{name} is {host!r}, but {error}") from None
-
-
-def _check_secret(name: str, text: str) -> None:
-    """Raise SettingError, without any part of `text`, if it cannot be the value of AMQP_URL or API_TOKEN."""
-    if name == "amqp_url":
-        try:
-            parse_address(text)
-        except AddressError as error:
-            raise SettingError(f"AMQP_URL {error}") from None
-    elif not all(33 <= ord(character) <= 126 for character in text):
-        raise SettingError("API_TOKEN must be visible ASCII characters, several tokens separated by commas")
-    elif text and not text.strip(","):
-        raise SettingError("API_TOKEN has commas, but no token: set one, or leave it empty")
 
 
 def describe(settings: Settings) -> str:

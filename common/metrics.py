@@ -18,8 +18,7 @@ LATENCY_SECONDS = (
 )
 BATCH_ROWS = (1.0, 10.0, 50.0, 100.0, 250.0, 500.0, 1000.0, 2500.0, 5000.0, 10000.0, 50000.0)
 
-_HELP_ESCAPES = str.maketrans({"\\": r"\\", "\n": r"\n"})
-_LABEL_ESCAPES = _HELP_ESCAPES | str.maketrans({'"': r"\""})
+_ESCAPES = str.maketrans({"\\": r"\\", "\n": r"\n", '"': r"\""})  # in the value of a label
 
 Merge = Callable[[Iterable[float]], float]
 
@@ -29,10 +28,8 @@ class _Family:
     help: str
     type: str
     merge: Merge
-    bounds: tuple[float, ...] = ()
-    """Of a histogram only."""
-    samples: dict[str, int] = field(default_factory=dict)
-    """The first index of each label set, by its text: `{route="/process"}`, or nothing."""
+    bounds: tuple[float, ...] = ()  # of a histogram only
+    samples: dict[str, int] = field(default_factory=dict)  # first index, by label set: `{route="/process"}`, or nothing
 
 
 class Metrics:
@@ -74,11 +71,9 @@ class Metrics:
         What `values` already holds was counted by a dead predecessor of this process. Counters continue from there,
         since Prometheus reads a total that falls as a restart of all processes. Gauges start again.
         """
-        if len(values) != self.size:
-            raise ValueError(f"{len(values)} floats for {self.size} metrics")
         gauges = {i for f in self._families.values() if f.type == "gauge" for i in f.samples.values()}
-        for i, value in enumerate(self.values):
-            values[i] = value if i in gauges else value + values[i]
+        for i, (value, before) in enumerate(zip(self.values, values, strict=True)):
+            values[i] = value if i in gauges else value + before
         self.values = values
 
     def render(self, all_values: Sequence[Sequence[float]] = ()) -> bytes:
@@ -87,7 +82,7 @@ class Metrics:
         columns = list(zip(*(all_values or (self.values,)), strict=True))
         lines: list[str] = []
         for name, family in self._families.items():
-            lines += f"# HELP {name} {family.help.translate(_HELP_ESCAPES)}", f"# TYPE {name} {family.type}"
+            lines += f"# HELP {name} {family.help}", f"# TYPE {name} {family.type}"
             for labels, start in family.samples.items():
                 if not family.bounds:
                     lines.append(f"{name}{labels} {_number(family.merge(columns[start]))}")
@@ -101,9 +96,9 @@ class Metrics:
 
     def _register(self, name: str, labels: dict[str, str], family: _Family, floats: int) -> int:
         known = self._families.setdefault(name, family)
-        text = ",".join(f'{key}="{value.translate(_LABEL_ESCAPES)}"' for key, value in sorted(labels.items()))
+        text = ",".join(f'{key}="{value.translate(_ESCAPES)}"' for key, value in sorted(labels.items()))
         text = text and f"{{{text}}}"
-        if (known.help, known.type, known.merge) != (family.help, family.type, family.merge) or text in known.samples:
+        if (known.type, known.merge) != (family.type, family.merge) or text in known.samples:
             raise ValueError(f"{name}{text} is registered already, or as something else")
         known.samples[text] = start = len(self.values)
         self.values += array("d", bytes(8 * floats))
@@ -111,30 +106,32 @@ class Metrics:
 
 
 class Histogram:
-    """Counts by bucket, not cumulative, and then the sum, from index `start` in the values of its Metrics."""
+    """Counts by bucket, not cumulative, and then the sum, from index `start` in the values of its Metrics.
+
+    `observe` takes one value, in the unit that the metric's name ends with. To sort many at once into their buckets
+    costs a fifth of sorting each as it comes.
+    """
 
     __slots__ = ("_bounds", "_noted", "_start", "observe")
 
     def __init__(self, start: int, bounds: tuple[float, ...]) -> None:
-        self._bounds = bounds
+        self._bounds = (*bounds, inf)
         self._start = start
         self._noted: list[float] = []
-        # Takes one value, in the unit that the metric's name ends with. Sorting many at once into their buckets costs a
-        # fifth of sorting each as it comes.
         self.observe: Callable[[float], None] = self._noted.append
 
     def settle(self, values: MutableSequence[float]) -> None:
         """Count in `values` what was observed since the last time."""
-        noted, at, below = self._noted, self._start, 0
-        if not noted:
+        if not self._noted:
             return
-        noted.sort()
-        for bound in (*self._bounds, inf):
-            upto = bisect_right(noted, bound)
+        self._noted.sort()
+        below = 0
+        for at, bound in enumerate(self._bounds, self._start):
+            upto = bisect_right(self._noted, bound)
             values[at] += upto - below
-            at, below = at + 1, upto
-        values[at] += sum(noted)
-        noted.clear()
+            below = upto
+        values[self._start + len(self._bounds)] += sum(self._noted)
+        self._noted.clear()
 
 
 def _number(value: float) -> str:

@@ -17,59 +17,52 @@ from typing import Any
 import uvloop
 
 from common.errors import Fatal, StartupError
-from common.logs import JsonFormatter, escaped
+from common.logs import escaped
 
 log = logging.getLogger("predlog")
 
-COLLECT_SECONDS = 0.1
-NEW_LEAST = 10_000  # objects that make a collection worth it
-NEW_MOST = 30_000  # objects that one may look at: 8 ms
-FULL_SECONDS = 60.0  # at least, between two collections of everything
-QUIET_SHARE = 0.03  # of one CPU
+TICK_SECONDS = 0.1
+COLLECT_SECONDS = 10.0  # between two collections, unless NEW_OBJECTS come sooner
+NEW_OBJECTS = 10_000
+MOST_OBJECTS = 40_000  # that one looks at: 10 ms
 
 _FIRST_INHERITED = 3  # SD_LISTEN_FDS_START
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # M_… of glibc's malloc.h
 
 
 class Collector:
-    """The garbage collector, in steps that hold up the event loop for some milliseconds each.
+    """The garbage collector, which holds up the event loop for some 10 ms at most.
 
-    Events are many small objects that form no cycle, so that a collection finds nothing among them, and it takes a
-    quarter of a microsecond for each. Python's own rules let hundreds of thousands gather and look at all of them at
-    once; they differ between its versions (3.14.0 to 3.14.4 collect in increments). So Python never begins one: this
-    looks at what is new if that is not too much, and at everything in a moment in which the process has little to do:
-    with 8,000 connections for 120 ms, and for a thousandth of the time at most.
+    Events and connections are many small objects that form no cycle. Python's own rules, which differ between its
+    versions, let hundreds of thousands gather and look at all of them at once. So Python never begins a collection, and
+    what is too much for one is frozen: it is never looked at again, and freed as soon as nothing refers to it. What
+    stays for ever is a cycle that was in use at that moment, such as that of a connection to the broker.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         gc.disable()
-        gc.freeze()  # what was imported lives as long as the process: without it, a full collection is 15 ms shorter
+        gc.freeze()  # what was imported lives as long as the process
         self._loop = loop
-        self._longest = 0.0
-        self._cpu = 0.0
-        self._full_at = loop.time() + FULL_SECONDS
+        self._due = self._longest_seconds = 0.0
         self.tick()
 
     def tick(self) -> None:
-        new, cpu = gc.get_count()[0], time.process_time()
-        is_quiet, self._cpu = cpu - self._cpu < QUIET_SHARE * COLLECT_SECONDS, cpu
-        if new > NEW_MOST:  # a large batch: to the old objects, unseen
-            gc.freeze()
-            gc.unfreeze()
-        elif new > NEW_LEAST:
-            self._collect(0)
-        elif is_quiet and self._loop.time() > self._full_at:
-            self._full_at = self._loop.time() + max(FULL_SECONDS, 1000 * self._collect(2))
-        self._loop.call_later(COLLECT_SECONDS, self.tick)
+        new, now = gc.get_count()[0], self._loop.time()
+        if new > NEW_OBJECTS or now > self._due:
+            self._due = now + COLLECT_SECONDS
+            if new > MOST_OBJECTS or len(gc.get_objects()) > MOST_OBJECTS:
+                gc.freeze()
+            else:
+                self._collect()
+        self._loop.call_later(TICK_SECONDS, self.tick)
 
-    def _collect(self, generation: int) -> float:
+    def _collect(self) -> None:
         began = time.perf_counter()
-        gc.collect(generation)
+        gc.collect()
         seconds = time.perf_counter() - began
-        if seconds > self._longest:
-            self._longest = seconds
-            log.debug("a garbage collection took %.1f ms, the longest so far", seconds * 1000)
-        return seconds
+        if seconds > self._longest_seconds:
+            self._longest_seconds = seconds
+            log.debug("the longest garbage collection so far took %.1f ms", 1000 * seconds)
 
 
 def run(prog: str, main: Callable[[], Coroutine[Any, Any, int | None]]) -> int:
@@ -107,10 +100,10 @@ def keep_freed_memory() -> None:
 
 def fail(prog: str, error: Fatal) -> int:
     """Print or log on one line why the process ends; return its exit code."""
-    if any(isinstance(handler.formatter, JsonFormatter) for handler in logging.getLogger().handlers):
+    if any(getattr(handler.formatter, "in_json", False) for handler in logging.getLogger().handlers):
         log.critical("%s", error)
-        return error.exit_code
-    print(f"{prog}: {escaped(str(error))}", file=sys.stderr, flush=True)
+    else:
+        print(f"{prog}: {escaped(str(error))}", file=sys.stderr, flush=True)
     return error.exit_code
 
 
@@ -134,15 +127,13 @@ def inherited_socket(environ: Mapping[str, str], pid: int) -> socket.socket | No
     """
     if environ.get("LISTEN_PID") != str(pid) or environ.get("LISTEN_FDS", "0") == "0":
         return None
-    if environ["LISTEN_FDS"] != "1":
-        raise StartupError(f"LISTEN_FDS is {environ['LISTEN_FDS']}, but must be 1: see the .socket unit")
     try:
         found = socket.socket(fileno=_FIRST_INHERITED)
-        listens = found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-    except OSError as error:
-        raise StartupError(f"LISTEN_FDS is set, but file descriptor 3 is not a socket: {error.strerror}") from None
-    if not listens or found.family not in (socket.AF_INET, socket.AF_INET6):
-        raise StartupError("LISTEN_FDS is set, but file descriptor 3 is not a listening TCP socket")
+        is_listening = found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    except OSError:
+        is_listening = False
+    if environ["LISTEN_FDS"] != "1" or not is_listening or found.family not in (socket.AF_INET, socket.AF_INET6):
+        raise StartupError("LISTEN_FDS must be 1, and file descriptor 3 a listening TCP socket: see the .socket unit")
     found.set_inheritable(False)
     return found
 
@@ -150,24 +141,21 @@ def inherited_socket(environ: Mapping[str, str], pid: int) -> socket.socket | No
 def on_stop(alive_fd: int | None = None) -> asyncio.Event:
     """Return an event that is set by SIGTERM, SIGINT, and the end of the supervisor (`alive_fd` becomes readable).
 
-    A second SIGINT ends the process at once.
+    From then on, SIGINT ends the process at once.
     """
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
 
-    def interrupted() -> None:
-        if stop.is_set():
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            signal.raise_signal(signal.SIGINT)
+    def begin_stop() -> None:
         stop.set()
-
-    def orphaned(fd: int) -> None:
-        loop.remove_reader(fd)
-        stop.set()
+        loop.remove_signal_handler(signal.SIGINT)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # the next one ends the process at once
+        if alive_fd is not None:
+            loop.remove_reader(alive_fd)
 
     if alive_fd is not None:
-        loop.add_reader(alive_fd, orphaned, alive_fd)
-    loop.add_signal_handler(signal.SIGTERM, stop.set)
-    loop.add_signal_handler(signal.SIGINT, interrupted)
+        loop.add_reader(alive_fd, begin_stop)
+    loop.add_signal_handler(signal.SIGTERM, begin_stop)
+    loop.add_signal_handler(signal.SIGINT, begin_stop)
     return stop
 
 
@@ -176,10 +164,8 @@ async def end(*tasks: asyncio.Task[Any]) -> None:
     for task in tasks:
         task.cancel()
     for result in await asyncio.gather(*tasks, return_exceptions=True):
-        if isinstance(result, Fatal) and result is not sys.exception():
-            log.error("%s", result)
-        elif isinstance(result, Exception) and result is not sys.exception():
-            log.error("a fault in predlog has ended a task", exc_info=result)
+        if isinstance(result, Exception) and result is not sys.exception():
+            log.error("a task has ended: %s", result, exc_info=None if isinstance(result, Fatal) else result)
 
 
 async def first_of(stop: asyncio.Event, *tasks: asyncio.Task[Any]) -> None:

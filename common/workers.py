@@ -19,7 +19,7 @@ from common.errors import StartupError
 
 log = logging.getLogger("predlog.workers")
 
-RESTART_SECONDS = 0.5
+RESTART_SECONDS = 0.5  # a worker that replaces another waits so long first
 EARLY_SECONDS = 10.0  # a worker that fails this soon after the start has a cause that a restart does not fix
 KILL_GRACE_SECONDS = 2.0
 IDLE_SECONDS = 60.0  # between two looks when nothing happens
@@ -70,6 +70,8 @@ def supervise(count: int, work: Callable[[int, int, bool], int], shutdown_second
             workers[pid] = index
             return
         os.close(alive_write)
+        if replaces:
+            time.sleep(RESTART_SECONDS)
         signal.pthread_sigmask(signal.SIG_SETMASK, old_mask)
         code = 1
         try:
@@ -85,10 +87,8 @@ def supervise(count: int, work: Callable[[int, int, bool], int], shutdown_second
     for index in range(count):
         fork(index, replaces=False)
     exit_code, kill_at = 0, math.inf  # finite once a stop has begun
-    due: list[tuple[float, int]] = []  # restarts, each as (time, index)
-    while workers or due:
-        wake_at = min(kill_at, time.monotonic() + IDLE_SECONDS, *(when for when, _ in due))
-        info = signal.sigtimedwait(_SIGNALS, max(0.0, wake_at - time.monotonic()))
+    while workers:
+        info = signal.sigtimedwait(_SIGNALS, max(0.0, min(kill_at - time.monotonic(), IDLE_SECONDS)))
         signum, now, stopping = info.si_signo if info else 0, time.monotonic(), kill_at < math.inf
         stops = signum in (signal.SIGTERM, signal.SIGINT)
         for pid, index, code in _reap(workers):
@@ -99,20 +99,16 @@ def supervise(count: int, work: Callable[[int, int, bool], int], shutdown_second
             else:
                 how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
                 log.error("worker %d (pid %d) ended %s; starting another", index, pid, how)
-                due.append((now + RESTART_SECONDS, index))
+                fork(index, replaces=True)
         if signum == signal.SIGHUP:
             _tell(workers, signal.SIGHUP)
         if stops and not stopping:
             kill_at = now + shutdown_seconds + KILL_GRACE_SECONDS
-            due.clear()
             _tell(workers, signal.SIGTERM)
         elif workers and (now >= kill_at or (stopping and signum == signal.SIGINT)):
             log.error("%d worker(s) did not stop in time; killed", len(workers))
             _tell(workers, signal.SIGKILL)
             kill_at, exit_code = now + IDLE_SECONDS, exit_code or 1
-        for when, index in [item for item in due if item[0] <= now]:
-            due.remove((when, index))
-            fork(index, replaces=True)
     return exit_code
 
 

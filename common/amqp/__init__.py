@@ -1,1 +1,1 @@
-"""RabbitMQ over aiormq: frames, connections, queues. Knows no HTTP, no CSV, and nothing of what is in a message."""
+"""RabbitMQ over aiormq: frames, connections, queues. Independent of HTTP, CSV, and what is in a message."""

@@ -6,7 +6,7 @@ specification; what RabbitMQ adds (confirms, nack, blocked) is in its extension 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from struct import Struct
 from typing import Any, NamedTuple
 
@@ -60,7 +60,7 @@ class Confirm(NamedTuple):
 
 
 class Notice(NamedTuple):
-    """A cold frame that concerns the fast lane too: "blocked", "unblocked", "closed", "cancelled" or "returned"."""
+    """A frame that concerns the fast lane: "lost" with the reason; "blocked" with the reason, "" for no longer."""
 
     kind: str
     text: str
@@ -111,7 +111,9 @@ class FrameDecoder:
             kind, channel, size = _FRAME.unpack_from(data, position)
             end = position + size + _OVERHEAD
             if end > size_of_data:
-                self._check_size(kind, channel, size + _OVERHEAD)
+                most = _MOST_HEADER_BYTES if kind == _HEADER and channel == HOT_CHANNEL else self.frame_max
+                if size + _OVERHEAD > most and self.frame_max:
+                    raise FrameError(f"a frame of {size + _OVERHEAD} bytes, but frame_max is {self.frame_max}")
                 break
             if data[end - 1] != 0xCE:
                 raise FrameError("a frame without its end octet")
@@ -127,12 +129,6 @@ class FrameDecoder:
             cold.append(data[cold_from:position])
         self._rest = data[position:]
         return b"".join(cold)
-
-    def _check_size(self, kind: int, channel: int, size: int) -> None:
-        """Raise FrameError for a frame that is not worth waiting for."""
-        is_header = kind == _HEADER and channel == HOT_CHANNEL
-        if self.frame_max and size > (max(self.frame_max, _MOST_HEADER_BYTES) if is_header else self.frame_max):
-            raise FrameError(f"a frame of {size} bytes, but frame_max is {self.frame_max}")
 
     def _hot(self, kind: int, data: bytes, start: int, end: int) -> int:
         """Take a frame with its payload from `start` if it is hot. Return where the next one begins; 0 if it is cold.
@@ -160,7 +156,7 @@ class FrameDecoder:
         elif content is not None:
             raise FrameError("a method frame inside a message")
         else:
-            self.notices.append(Notice("returned", _short_string(data, start + 6)))
+            self.notices.append(Notice("lost", f"returned: {_short_string(data, start + 6)}"))
             self._content = _Content(None)
         return end
 
@@ -206,29 +202,17 @@ class FrameDecoder:
     def _notice(self, channel: int, data: bytes, start: int) -> None:
         method = data[start : start + 4]
         if channel == 0 and method == _BLOCKED:
-            self.notices.append(Notice("blocked", _short_string(data, start + 4)))
+            self.notices.append(Notice("blocked", _short_string(data, start + 4) or "no reason given"))
         elif channel == 0 and method == _UNBLOCKED:
-            self.notices.append(Notice("unblocked", ""))
+            self.notices.append(Notice("blocked", ""))
         elif (channel == 0 and method == _CONNECTION_CLOSE) or (channel == HOT_CHANNEL and method == _CHANNEL_CLOSE):
-            self.notices.append(Notice("closed", _short_string(data, start + 6)))
+            self.notices.append(Notice("lost", f"closed: {_short_string(data, start + 6)}"))
         elif channel == HOT_CHANNEL and method == _CANCEL:
-            self.notices.append(Notice("cancelled", "the broker cancelled the consumer"))
+            self.notices.append(Notice("lost", "the broker cancelled the consumer"))
 
 
 def _short_string(data: bytes, at: int) -> str:
     return data[at + 1 : at + 1 + data[at]].decode("utf-8", "replace")
-
-
-def _publish_method(queue_name: str) -> bytes:
-    """Return a Basic.Publish frame to the default exchange, mandatory."""
-    key = queue_name.encode()
-    publish = b"\x00\x3c\x00\x28\x00\x00\x00" + bytes([len(key)]) + key + b"\x01"
-    return _FRAME.pack(_METHOD, HOT_CHANNEL, len(publish)) + publish + _END
-
-
-def _body_max(frame_max: int) -> int:
-    """Return how many bytes of a body fit in one frame (4.2.3). A `frame_max` of 0 is no limit."""
-    return frame_max - _OVERHEAD if frame_max else 2**31 - 1
 
 
 def _body_frames(body: bytes, body_max: int) -> list[Part]:
@@ -240,14 +224,8 @@ def _body_frames(body: bytes, body_max: int) -> list[Part]:
     return parts
 
 
-def publish_frames(queue_name: str, header: bytes, body: bytes, frame_max: int) -> list[Part]:
-    """Return the frames of one message, in parts. `header` is the payload of its content header frame."""
-    parts: list[Part] = [_publish_method(queue_name), _FRAME.pack(_HEADER, HOT_CHANNEL, len(header)), header, _END]
-    return parts + _body_frames(body, _body_max(frame_max))
-
-
 class PublishEncoder:
-    """The fast form of `publish_frames`, for persistent messages of one content type to one queue."""
+    """An encoder of persistent messages of one content type to one queue."""
 
     __slots__ = ("_before_size", "_body_frame", "_body_max", "_head", "_properties")
 
@@ -257,12 +235,14 @@ class PublishEncoder:
         before_id = b"\x90\xc0" + bytes([len(content_type)]) + content_type + b"\x02\x20"
         header_size = 2 + 2 + 8 + len(before_id) + 32 + 8
         header_frame = _FRAME.pack(_HEADER, HOT_CHANNEL, header_size) + b"\x00\x3c\x00\x00"
-        self._before_size = _publish_method(queue_name) + header_frame
+        key = queue_name.encode()  # behind class, method and the name of the default exchange; before `mandatory`
+        publish = b"\x00\x3c\x00\x28\x00\x00\x00" + bytes([len(key)]) + key + b"\x01"
+        self._before_size = _FRAME.pack(_METHOD, HOT_CHANNEL, len(publish)) + publish + _END + header_frame
         self._properties = before_id
         self._body_frame = _END + bytes([_BODY]) + HOT_CHANNEL.to_bytes(2, "big")
         # All up to the body of a message: with body size, message_id, timestamp, and the size of its only body frame.
         self._head = Struct(f">{len(self._before_size)}sQ{len(before_id)}s32s8s{len(self._body_frame)}sI").pack
-        self._body_max = _body_max(frame_max)
+        self._body_max = frame_max - _OVERHEAD if frame_max else 2**31 - 1  # of the body in one frame (4.2.3)
 
     def encode(self, body: bytes, message_id: bytes, timestamp: bytes) -> Sequence[Part]:
         """Return the frames of one message, in parts. `message_id` has 32 bytes, `timestamp` 8 bytes."""
@@ -282,8 +262,3 @@ def packed_seconds(seconds: int) -> bytes:
 def ack_frame(delivery_tag: int, multiple: bool) -> bytes:
     """Return a Basic.Ack frame."""
     return _ACK.pack(_METHOD, HOT_CHANNEL, 13, 60, 80, delivery_tag, multiple, 0xCE)
-
-
-def ack_frames(tags: Iterable[tuple[int, bool]]) -> bytes:
-    """Return Basic.Ack frames for (delivery_tag, multiple) pairs."""
-    return b"".join([ack_frame(tag, multiple) for tag, multiple in tags])

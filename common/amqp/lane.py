@@ -8,9 +8,6 @@ that the lane and aiormq can share the socket.
 from __future__ import annotations
 
 import asyncio
-import os
-import socket
-import ssl
 import struct
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -24,10 +21,9 @@ if TYPE_CHECKING:
     from yarl import URL
 
 
-CONNECT_TIMEOUT_SECONDS = 2.0  # of TCP, and of the name look-up before it
+CONNECT_TIMEOUT_SECONDS = 2.0  # of TCP and TLS, and of the name look-up before them
 HEARTBEAT_FEED_SECONDS = 1.0
 JOINED_BYTES = 4096  # parts that are larger on average cost less to write one by one than to join
-_UNKNOWN_ISSUER = (18, 19, 20, 21)  # OpenSSL's verify codes: a certificate that is self-signed, or by an unknown CA
 
 
 class LaneListener(Protocol):
@@ -89,13 +85,9 @@ class FastLane(asyncio.StreamReaderProtocol):
     def hold_back(self, held: bool) -> None:
         """Stop or resume reading, to bound the deliveries in memory."""
         transport = self._lane_transport
-        if transport is None or held == self._held_back or transport.is_closing():
-            return
-        self._held_back = held
-        if held:
-            transport.pause_reading()
-        else:
-            transport.resume_reading()
+        if transport is not None and held != self._held_back and not transport.is_closing():
+            self._held_back = held
+            (transport.pause_reading if held else transport.resume_reading)()
 
     def keep_alive(self) -> None:
         """Call once a second: aiormq's liveness clock must not take a lane that is held back for a dead broker."""
@@ -116,34 +108,25 @@ class FastLane(asyncio.StreamReaderProtocol):
         if cold:
             self._cold_reader.feed_data(cold)
         if decoder.notices:
-            self._handle_notices()
-        if decoder.confirms:
-            confirms, decoder.confirms = decoder.confirms, []
-            if not self.gone.done():  # the broker acks a returned message too, and all are published again
+            for kind, text in decoder.notices:
+                (self._blocked if kind == "blocked" else self._lose)(text)
+            decoder.notices = []
+        confirms, deliveries = decoder.confirms, decoder.deliveries
+        if not confirms and not deliveries:
+            return
+        is_lost = self.gone.done()  # the broker acks a returned message too, and all are published again
+        if confirms:
+            decoder.confirms = []
+            if not is_lost:
                 self._confirms(confirms)
-            self._feed_heartbeat()
-        if decoder.deliveries:
-            deliveries, decoder.deliveries = decoder.deliveries, []
-            if not self.gone.done():
+        if deliveries:
+            decoder.deliveries = []
+            if not is_lost:
                 self._deliveries(deliveries)
-            self._feed_heartbeat()
-
-    def _feed_heartbeat(self) -> None:
-        # aiormq's liveness clock sees only what it is fed, and a busy broker need not send heartbeats.
         now = self._lane_loop.time()
-        if now >= self._heartbeat_due:
+        if now >= self._heartbeat_due:  # aiormq sees only what it is fed, and a busy broker need not send heartbeats
             self._heartbeat_due = now + HEARTBEAT_FEED_SECONDS
             self._cold_reader.feed_data(HEARTBEAT)
-
-    def _handle_notices(self) -> None:
-        notices, self._decoder.notices = self._decoder.notices, []
-        for kind, text in notices:
-            if kind == "blocked":
-                self._blocked(text or "no reason given")
-            elif kind == "unblocked":
-                self._blocked("")
-            else:
-                self._lose(text if kind == "cancelled" else f"{kind}: {text}")
 
     # The end
 
@@ -177,12 +160,11 @@ class FastLane(asyncio.StreamReaderProtocol):
 class FastLaneFactory(TransportFactory):
     """A factory of the one socket that aiormq reads and writes, to one address, with `lane` under its reader."""
 
-    def __init__(self, listener: LaneListener, family: int, socket_address: tuple[Any, ...]) -> None:
+    def __init__(self, listener: LaneListener, ip: str, port: int) -> None:
         loop = asyncio.get_running_loop()
         self._reader = asyncio.StreamReader(loop=loop)
         self.lane = FastLane(listener, self._reader, loop)
-        self._family = family
-        self._socket_address = socket_address
+        self._ip, self._port = ip, port
 
     async def create(self, url: URL, **kwargs: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         loop = asyncio.get_running_loop()
@@ -192,37 +174,8 @@ class FastLaneFactory(TransportFactory):
             files = ", ".join(url.query[key] for key in ("cafile", "certfile", "keyfile") if key in url.query)
             why = error.strerror or error
             raise StartupError(f"AMQP_URL names a file that cannot be used: {files} ({why})") from None
-        try:
-            connected = await self._connect()
-            server_hostname = url.host if tls is not None else None
+        async with asyncio.timeout(CONNECT_TIMEOUT_SECONDS):  # the kernel would wait for minutes for a dead host
             transport, _ = await loop.create_connection(
-                lambda: self.lane, sock=connected, ssl=tls, server_hostname=server_hostname
+                lambda: self.lane, self._ip, self._port, ssl=tls, server_hostname=url.host if tls else None
             )
-        except TimeoutError:
-            raise
-        except OSError as error:
-            raise ConnectionError(_in_words(error)) from error
         return self._reader, asyncio.StreamWriter(transport, self.lane, self._reader, loop)
-
-    async def _connect(self) -> socket.socket:
-        """Connect over TCP in bounded time. The kernel alone would wait for minutes for a dead host."""
-        connecting = socket.socket(self._family, socket.SOCK_STREAM)
-        try:
-            connecting.setblocking(False)
-            connecting.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            async with asyncio.timeout(CONNECT_TIMEOUT_SECONDS):
-                await asyncio.get_running_loop().sock_connect(connecting, self._socket_address)
-        except BaseException:
-            connecting.close()
-            raise
-        return connecting
-
-
-def _in_words(error: OSError) -> str:
-    """Return why a socket was not connected. asyncio puts the address in place of the system's words."""
-    if isinstance(error, ssl.SSLCertVerificationError):
-        hint = "; name its CA with ?cafile=" if error.verify_code in _UNKNOWN_ISSUER else ""
-        return f"its certificate is refused: {error.verify_message.rstrip('.')}{hint}"
-    if isinstance(error, ssl.SSLError):
-        return "it does not speak TLS" if error.reason == "WRONG_VERSION_NUMBER" else f"TLS failed: {error.reason}"
-    return os.strerror(error.errno) if error.errno else str(error)

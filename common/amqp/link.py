@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import random
 import re
 import socket
-from collections.abc import Callable
+import ssl
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -29,31 +31,23 @@ HANDSHAKE_TIMEOUT_SECONDS = 5.0  # of TCP, TLS and AMQP with one address
 CALL_TIMEOUT_SECONDS = 10.0  # of one call on an open connection
 CLOSE_TIMEOUT_SECONDS = 1.5
 HEARTBEAT_SECONDS = 10  # aiormq takes the broker for dead after three missed ones
-LAST_WORDS_SECONDS = 0.5
 BACKOFF_FIRST_SECONDS, BACKOFF_MOST_SECONDS = 0.1, 3.0
 SETTLED_SECONDS = 5.0  # after a connection that lived this long, the back-off starts again
 REPEAT_SECONDS = 60.0  # before the same trouble is logged again
+_UNKNOWN_ISSUER = (18, 19, 20, 21)  # OpenSSL's verify codes: a certificate that is self-signed, or by an unknown CA
 
 # What aiormq, pamqp and the socket raise when a call on an open connection fails; AMQPError alone does not cover them.
-CONNECTION_ERRORS = (
-    aiormq.AMQPError,
-    PAMQPException,
-    OSError,
-    asyncio.TimeoutError,
-    RuntimeError,
-    asyncio.IncompleteReadError,
-)
-# Waiting does not fix these. At the first connection they end the process with one line. Later they are retried, as an
-# operator may be changing a password or a right.
-_HOPELESS = (
-    StartupError,
-    aiormq.exceptions.ProbableAuthenticationError,
-    aiormq.exceptions.AuthenticationError,
-    aiormq.exceptions.ConnectionNotAllowed,
-    aiormq.exceptions.ChannelAccessRefused,
-)
-# RabbitMQ says NOT_ALLOWED for these too: a limit of the user, the vhost or the node, and a vhost that restarts.
-_PASSES = re.compile(r"limit \(|has reached the maximum|is down$")
+CONNECTION_ERRORS = (aiormq.AMQPError, PAMQPException, OSError, RuntimeError, asyncio.IncompleteReadError)
+# What the broker says when waiting does not help, and what that means. At the first connection it ends the process with
+# one line. Later it is waited for, as an operator can be changing a password or a right.
+_REFUSALS = {
+    "Login was refused": "refused user or password; correct AMQP_URL",
+    "ACCESS_REFUSED|NOT_ALLOWED": "denies access",
+    "inequivalent arg": "says that the queue exists with other arguments; delete it, or set QUEUE_NAME to another name",
+    "PRECONDITION_FAILED|RESOURCE_LOCKED": "does not declare the queue",
+}
+# A limit of the user, the vhost or the node, and a vhost that restarts.
+_PASSES = re.compile(r"NOT_ALLOWED.*(limit \(|has reached the maximum|is down$)")
 
 
 class NoLink(ConnectionError):
@@ -84,30 +78,21 @@ class Link:
         return int(self.connection.connection_tune.frame_max or 0)
 
     async def close(self) -> None:
-        """Close in order if the broker answers in time; else abort."""
-        closing = asyncio.ensure_future(self.connection.close())
-        _closings.add(closing)
-        closing.add_done_callback(_ended)
+        """Close in order if the broker answers in time; else abort. aiormq alone could wait for ever."""
+        closing = quiet_task(self.connection.close())
         try:
             if self.lane.lost is None:
                 await asyncio.wait({closing}, timeout=CLOSE_TIMEOUT_SECONDS)
         finally:
             self.lane.fail("closed")
+        await asyncio.wait({closing}, timeout=CLOSE_TIMEOUT_SECONDS)
 
 
-_closings: set[asyncio.Future[None]] = set()  # the loop itself holds no strong reference to a task
-
-
-def _ended(closing: asyncio.Future[None]) -> None:
-    _closings.discard(closing)
-    if not closing.cancelled() and closing.exception() is not None:
-        log.debug("while closing: %r", closing.exception())
-
-
-async def closed() -> None:
-    """Wait until aiormq's tasks of all closed links have ended, so that asyncio does not report them at the end."""
-    if _closings:
-        await asyncio.wait(_closings, timeout=CLOSE_TIMEOUT_SECONDS)
+def quiet_task(work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+    """Run `work` as a task that asyncio does not report if nobody looks at its exception."""
+    task = asyncio.ensure_future(work)
+    task.add_done_callback(lambda done: done.cancelled() or done.exception())
+    return task
 
 
 def cancelled() -> bool:
@@ -118,24 +103,21 @@ def cancelled() -> bool:
 
 # Opening
 
-_look_ups: dict[str, asyncio.Future[list[Any]]] = {}  # of host names; the last one of each
+_look_ups: dict[str, asyncio.Task[list[Any]]] = {}  # of host names; the last one of each
 
 
-async def _candidates(address: Address) -> list[tuple[Address, int, tuple[Any, ...]]]:
-    """Return `address`, family and socket address for every address of its only host. Raise OSError.
+async def _candidates(address: Address) -> list[tuple[Address, str]]:
+    """Return `address` and an IP address for every IP address of its only host. Raise OSError.
 
     There is one look-up of a name at a time: uvloop has two threads for them, and a name without an answer must not
     occupy both.
     """
-    ((host, port),) = address.hosts
-    look_up = _look_ups.get(host)
-    if look_up is None or look_up.done():
-        asked = asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
-        look_up = _look_ups[host] = asyncio.ensure_future(asked)
-        look_up.add_done_callback(lambda done: done.cancelled() or done.exception())  # else asyncio may log it
+    ((host, _),) = address.hosts
+    if host not in _look_ups or _look_ups[host].done():
+        _look_ups[host] = quiet_task(asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM))
     async with asyncio.timeout(CONNECT_TIMEOUT_SECONDS):
-        found = await asyncio.shield(look_up)
-    return [(address, family, (place[0], port, *place[2:])) for family, _, _, _, place in found]
+        found = await asyncio.shield(_look_ups[host])
+    return [(address, place[0]) for *_, place in found]
 
 
 async def open_link(url: str, name: str, listener: LaneListener, high_water_bytes: int = 2**20) -> Link:
@@ -151,11 +133,11 @@ async def open_link(url: str, name: str, listener: LaneListener, high_water_byte
     errors = [each for each in found if isinstance(each, BaseException)]
     candidates = [one for each in found if not isinstance(each, BaseException) for one in each]
     random.shuffle(candidates)
-    for one, family, socket_address in candidates:
+    for one, ip in candidates:
         try:
-            return await _open_one(one, name, FastLaneFactory(listener, family, socket_address), high_water_bytes)
+            return await _open_one(one, name, FastLaneFactory(listener, ip, one.hosts[0][1]), high_water_bytes)
         except Exception as error:  # aiormq raises many kinds, StopAsyncIteration among them
-            log.debug("%s: no connection to %s", name, socket_address, exc_info=True)
+            log.debug("%s: no connection to %s", name, ip, exc_info=True)
             errors.append(error)
     worst = next(filter(_is_hopeless, errors), errors[-1])
     raise (StartupError if _is_hopeless(worst) else NoLink)(explain(worst, url))
@@ -163,25 +145,19 @@ async def open_link(url: str, name: str, listener: LaneListener, high_water_byte
 
 async def _open_one(address: Address, name: str, factory: FastLaneFactory, high_water_bytes: int) -> Link:
     """Open a link to the only host of `address`."""
-    lane, url = factory.lane, address.url
+    lane = factory.lane
     heartbeat = "" if "heartbeat=" in address.query else f"heartbeat={HEARTBEAT_SECONDS}&"
-    url += f"{'&' if address.query else '?'}{heartbeat}name=predlog-{name}"
+    url = f"{address.url}{'&' if address.query else '?'}{heartbeat}name=predlog-{name}"
     try:
         async with asyncio.timeout(HANDSHAKE_TIMEOUT_SECONDS):
             connection = await aiormq.connect(url, transport_factory=factory)
             channel = await connection.channel(HOT_CHANNEL, publisher_confirms=False)
     except (Exception, asyncio.CancelledError) as error:
-        said = lane.lost
+        telling = _telling(error, lane)
         lane.fail("not opened")
         if cancelled():  # aiormq may turn our cancellation into the error of a loss
             raise asyncio.CancelledError from None
-        if isinstance(error, _HOPELESS):
-            raise
-        if said is not None and "NOT_ALLOWED" in said:  # aiormq reports this answer to connection.open as a frame error
-            raise aiormq.exceptions.ConnectionNotAllowed(said.removeprefix("closed: ")) from error
-        if said is not None or isinstance(error, asyncio.CancelledError):  # aiormq may report a loss as that too
-            raise ConnectionError(said or "the connection was cut while opening") from error
-        raise
+        raise telling from None
     link = Link(connection, channel, lane)
     lane.negotiated(link.frame_max, high_water_bytes)
     connection.closing.add_done_callback(lambda _: lane.fail("connection closed"))
@@ -189,8 +165,27 @@ async def _open_one(address: Address, name: str, factory: FastLaneFactory, high_
     return link
 
 
-def _is_hopeless(error: BaseException | None) -> bool:
-    return isinstance(error, _HOPELESS) and not _PASSES.search(str(error))
+def _telling(error: BaseException, lane: FastLane) -> BaseException:
+    """Return the error that says most about a failure. For a loss, aiormq raises anything, or CancelledError."""
+    if isinstance(error, StartupError):
+        return error
+    if isinstance(error, aiormq.exceptions.AuthenticationError):
+        return StartupError(f"the broker offers no login but {error.args[0]}; correct ?auth= in AMQP_URL")
+    if lane.lost is not None or isinstance(error, asyncio.CancelledError):
+        return ConnectionError((lane.lost or "the connection was cut").removeprefix("closed: "))
+    return error
+
+
+def _refusal(error: BaseException) -> str:
+    """Return in words what the broker refuses; "" if it refuses nothing, or if that passes."""
+    said = str(error)
+    if _PASSES.search(said):
+        return ""
+    return next((words for pattern, words in _REFUSALS.items() if re.search(pattern, said)), "")
+
+
+def _is_hopeless(error: BaseException) -> bool:
+    return isinstance(error, StartupError) or _refusal(error) != ""
 
 
 def explain(error: BaseException, url: str) -> str:
@@ -198,16 +193,24 @@ def explain(error: BaseException, url: str) -> str:
     if isinstance(error, StartupError | NoLink):
         return str(error)
     shown = masked_url(url)
-    if isinstance(error, aiormq.exceptions.ProbableAuthenticationError):
-        return f"the broker at {shown} refused user or password (ACCESS_REFUSED); correct AMQP_URL"
-    if isinstance(error, aiormq.exceptions.AuthenticationError):  # its arguments: what the broker has, what aiormq has
-        return f"the broker at {shown} offers no login but {error.args[0]}; correct ?auth= in AMQP_URL"
-    if isinstance(error, aiormq.exceptions.ConnectionNotAllowed | aiormq.exceptions.ChannelAccessRefused):
-        return f"the broker at {shown} denies access: {error}"
+    if words := _refusal(error):
+        return f"the broker at {shown} {words} ({error})"
     if isinstance(error, asyncio.TimeoutError):
         return f"the broker at {shown} does not answer"
-    said = getattr(error, "strerror", None) or ": ".join(str(part) for part in error.args if part)
-    return f"no broker at {shown} ({said if said and isinstance(error, CONNECTION_ERRORS) else repr(error)})"
+    return f"no broker at {shown} ({_in_words(error)})"
+
+
+def _in_words(error: BaseException) -> str:
+    """Return what an error says. asyncio puts the address in place of the system's words."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        hint = "; name its CA with ?cafile=" if error.verify_code in _UNKNOWN_ISSUER else ""
+        return f"its certificate is refused: {error.verify_message.rstrip('.')}{hint}"
+    if isinstance(error, ssl.SSLError):
+        return "it does not speak TLS" if error.reason == "WRONG_VERSION_NUMBER" else f"TLS failed: {error.reason}"
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno) if error.errno > 0 else error.strerror or repr(error)
+    said = ": ".join(str(part) for part in error.args if part)
+    return said if said and isinstance(error, CONNECTION_ERRORS) else repr(error)
 
 
 # Keeping up
@@ -219,7 +222,7 @@ async def keep_up(url: Callable[[], str], name: str, listener: LinkListener, hig
     `url` is asked before each attempt. Raise StartupError if the first attempt fails for a reason that waiting does not
     fix.
     """
-    attempt, first = 0, True
+    first, pause = True, BACKOFF_FIRST_SECONDS
     logged_at: dict[str, float] = {}  # by the text of a trouble
     loop = asyncio.get_running_loop()
     while True:
@@ -227,19 +230,18 @@ async def keep_up(url: Callable[[], str], name: str, listener: LinkListener, hig
         began, where = loop.time(), url()  # a setting that can change while this runs
         try:
             link = await open_link(where, name, listener, high_water_bytes)
-            await _up(listener, link)
+            await _set_up(listener, link)
             log.info("%s: connected%s to %s", name, "" if first else " again", masked_url(where))
             first, began = False, loop.time()
-            trouble = (
-                f"connection lost: {await asyncio.shield(link.lane.gone)}; nothing in flight is lost; reconnecting"
-            )
+            trouble = f"connection lost: {await asyncio.shield(link.lane.gone)}; reconnecting"
         except (Exception, asyncio.CancelledError) as error:
-            trouble = explain(error, where)
-            if first and _is_hopeless(error):
+            cause = error if link is None else _telling(error, link.lane)
+            trouble = explain(cause, where)
+            if first and _is_hopeless(cause):
                 listener.down(trouble)
                 raise StartupError(trouble) from None
             log.debug("%s: %s", name, trouble, exc_info=True)
-            if not _is_hopeless(error):
+            if not _is_hopeless(cause):
                 trouble += "; waiting for it"
         finally:
             if link is not None:
@@ -249,31 +251,18 @@ async def keep_up(url: Callable[[], str], name: str, listener: LinkListener, hig
         listener.down(trouble)
         now = loop.time()
         if link is not None and now - began >= SETTLED_SECONDS:
-            attempt, logged_at = 0, {}
-        logged_at = {text: at for text, at in logged_at.items() if now - at < REPEAT_SECONDS}
-        if trouble not in logged_at:
+            pause, logged_at = BACKOFF_FIRST_SECONDS, {}
+        if now - logged_at.get(trouble, -REPEAT_SECONDS) >= REPEAT_SECONDS:
             logged_at[trouble] = now
             log.warning("%s: %s", name, trouble)
-        attempt += 1
-        # Jitter, so that processes cut off together do not come back together.
-        await asyncio.sleep(
-            random.uniform(0.5, 1) * min(BACKOFF_MOST_SECONDS, BACKOFF_FIRST_SECONDS * 2 ** min(attempt, 10))
-        )
+        pause = min(2 * pause, BACKOFF_MOST_SECONDS)
+        await asyncio.sleep(random.uniform(0.5, 1) * pause)  # processes cut off together do not come back together
 
 
-async def _up(listener: LinkListener, link: Link) -> None:
+async def _set_up(listener: LinkListener, link: Link) -> None:
     """Let the listener set the link up. A loss meanwhile ends that, even if aiormq does not report it."""
     setting_up = asyncio.create_task(listener.up(link))
-    try:
-        waited: list[asyncio.Future[Any]] = [setting_up, link.lane.gone]
-        await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
-        await asyncio.wait({setting_up}, timeout=LAST_WORDS_SECONDS)  # its error may say more than the loss
-    finally:
-        setting_up.cancel()
-        await asyncio.wait({setting_up})
-        was_cut = setting_up.cancelled()
-        error = ConnectionError("the connection was cut") if was_cut else setting_up.exception()
-    if link.lane.lost is not None and not _is_hopeless(error):
-        raise ConnectionError(link.lane.lost)
-    if error is not None:
-        raise error
+    link.lane.gone.add_done_callback(lambda _: setting_up.cancel())
+    await setting_up
+    if cancelled():  # aiormq can swallow a cancellation
+        raise asyncio.CancelledError

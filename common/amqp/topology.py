@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Mapping
 
-import aiormq
 from aiormq.abc import AbstractChannel
 from pamqp import commands
 from pamqp.frame import marshal
 from pamqp.header import ContentHeader
 
 from common.amqp.codec import HOT_CHANNEL
-from common.amqp.link import CALL_TIMEOUT_SECONDS, Link
-from common.errors import StartupError
+from common.amqp.link import CALL_TIMEOUT_SECONDS, Link, quiet_task
 
 # x-delivery-limit: RabbitMQ 4.x drops a message at its 20th return unless a limit is set, and 3.10 reads -1, which
 # means "no limit" in 4.x, as zero. The largest number that both take keeps a message through any number of reconnects.
@@ -24,7 +21,6 @@ QUEUE_ARGUMENTS: Mapping[str, str | int | bool] = {
     "x-delivery-limit": 2**31 - 1,
     "x-single-active-consumer": True,
 }
-DEAD_LETTER_ARGUMENTS: Mapping[str, str | int | bool] = {"x-queue-type": "quorum", "x-delivery-limit": 2**31 - 1}
 
 
 # A message to a queue that does not exist, and the beginning of confirms.
@@ -36,7 +32,6 @@ _BEFORE_EVENTS = b"".join(
         commands.Confirm.Select(nowait=True),
     )
 )
-_IN_PLACE = re.compile("inequivalent arg|exclusive access")  # a queue of this name, as RabbitMQ names the difference
 
 
 def queue_names(queue_name: str, partitions: int) -> list[str]:
@@ -49,17 +44,9 @@ def dead_letter_queue(queue_name: str) -> str:
 
 
 async def declare(channel: AbstractChannel, queue_name: str, arguments: Mapping[str, str | int | bool]) -> None:
-    """Declare a durable queue. Raise StartupError if the broker refuses, as it does if other arguments are in place."""
-    try:
-        async with asyncio.timeout(CALL_TIMEOUT_SECONDS):
-            await channel.queue_declare(queue_name, durable=True, arguments=dict(arguments))
-    except (aiormq.exceptions.ChannelPreconditionFailed, aiormq.exceptions.ChannelLockedResource) as error:
-        said = str(error.args[0] if error.args else error).removeprefix("PRECONDITION_FAILED - ")
-        if not _IN_PLACE.search(said):  # a limit on queues, for example
-            raise StartupError(f"the broker does not declare queue '{queue_name}': {said}") from None
-        raise StartupError(
-            f"queue '{queue_name}' exists with other arguments: {said}. Delete it, or set QUEUE_NAME to another name"
-        ) from None
+    """Declare a durable queue. The broker closes the channel if one with other arguments is in place."""
+    async with asyncio.timeout(CALL_TIMEOUT_SECONDS):
+        await channel.queue_declare(queue_name, durable=True, arguments=dict(arguments))
 
 
 async def consume(channel: AbstractChannel, queue_name: str) -> str:
@@ -75,19 +62,17 @@ async def begin_publishing(link: Link, blocked: asyncio.Event) -> None:
     """Turn on the confirms of the hot channel, and find out what a client's first event would meet.
 
     Whatever the lane sends afterwards has delivery tags from 1: the message that goes before has none, and is dropped.
-    Raise ChannelAccessRefused if the user may not write to the default exchange. During an alarm the broker sends
+    The broker closes the channel if the user may not write to the default exchange. During an alarm the broker sends
     connection.blocked to connections that publish, for which the listener sets `blocked`, and answers when the alarm is
     over. That is not waited for.
     """
     link.lane.send([_BEFORE_EVENTS])
-    answered = asyncio.ensure_future(link.channel.confirm_delivery())  # once more, for an answer
+    answered = quiet_task(link.channel.confirm_delivery())  # once more, for an answer; cancelled, it closes the channel
     blocking = asyncio.ensure_future(blocked.wait())
     try:
         async with asyncio.timeout(CALL_TIMEOUT_SECONDS):
             await asyncio.wait({answered, blocking}, return_when=asyncio.FIRST_COMPLETED)
     finally:
         blocking.cancel()
-        # It is not cancelled: aiormq would close the channel. Without this, asyncio might log its exception.
-        answered.add_done_callback(lambda done: done.cancelled() or done.exception())
     if answered.done():
         answered.result()

@@ -1,1 +1,1 @@
-"""The consumer: messages into CSV, each exactly once. Knows nothing of the producer."""
+"""The consumer: messages into CSV, each exactly once. Independent of the producer."""

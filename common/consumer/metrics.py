@@ -17,10 +17,10 @@ class Counters:
             "predlog_redeliveries_total", "Messages delivered by the broker not for the first time."
         )
         self.duplicates = m.counter(
-            "predlog_duplicates_total", "Messages dropped because their rows are in the CSV already."
+            "predlog_duplicates_total", "Events dropped because their rows are in the CSV already."
         )
         self.dead_letters = {
-            kind: m.counter("predlog_dead_letters_total", "Messages moved to the dead letters, by reason.", reason=kind)
+            kind: m.counter("predlog_dead_letters_total", "Events that became dead letters, by reason.", reason=kind)
             for kind in POISON_KINDS
         }
         self.rows = m.counter("predlog_rows_total", "Rows committed to the CSV.")
@@ -38,9 +38,7 @@ class Counters:
         self.active = m.gauge("predlog_active", "1 while this consumer owns the CSV, 0 on standby.")
         self.connected = m.gauge("predlog_amqp_connected", "1 while connected to the broker.", min)
         self.stalled = m.gauge("predlog_stalled", "1 while work waits without progress.", max)
-        self.spilled_bytes = m.gauge(
-            "predlog_dead_letters_spilled_bytes", "Size of the file of dead letters that the broker has not taken."
-        )
+        self.dead_letters_bytes = m.gauge("predlog_dead_letters_bytes", "Size of the file of dead letters.")
         self.unserved = m.gauge(
             "predlog_unserved_messages", "Messages in queues of another number of partitions that have no consumer."
         )

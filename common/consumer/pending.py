@@ -1,16 +1,17 @@
-"""The decisions when to store and what to ack. Pure: no clock, no I/O."""
+"""The decision when to store. Pure: no clock, no I/O."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from itertools import accumulate
+from collections.abc import Sequence
 from math import inf
 
-from common.amqp.codec import Delivery
+from common.amqp.codec import NDJSON, Delivery
+from common.amqp.properties import content_type_of
 from common.event.rows import count_rows
 
 FULL_BYTES = 16 * 1024 * 1024  # fills a batch of large events long before it has many rows
 COUNTED_BYTES = 8 * 1024  # rows are counted only up to this size: searching images costs too much
+COUNTED_NDJSON_BYTES = 64 * 1024  # the largest message of several events that our producer sends
 # Group commit: a batch waits for as long as the last one took, so that the disk is busy for half of the time at most.
 # It waits for at least this long, which bounds the batches to 160 a second, with two fsyncs each.
 LEAST_WAIT_SECONDS = 0.006
@@ -21,7 +22,7 @@ class Pending:
 
     def __init__(self, batch_max_rows: int, prefetch_count: int, flush_interval_seconds: float) -> None:
         self.deliveries: list[Delivery] = []
-        self.bytes = 0
+        self.bytes = 0  # of headers and bodies
         self.rows = 0  # exact for small events of our producer
         self.since = inf  # when the oldest of them came; inf if there is none
         self._batch_max_rows = batch_max_rows
@@ -33,10 +34,10 @@ class Pending:
         if not self.deliveries:
             self.since = now
         self.deliveries += deliveries
-        for delivery in deliveries:
-            body = delivery.body
-            self.bytes += len(body)
-            if len(body) <= COUNTED_BYTES:
+        for _, _, header, body in deliveries:
+            size = len(body)
+            self.bytes += len(header) + size
+            if size <= COUNTED_BYTES or (size <= COUNTED_NDJSON_BYTES and content_type_of(header) == NDJSON):
                 self.rows += count_rows(body)
 
     def stored(self, seconds: float) -> None:
@@ -65,19 +66,22 @@ class Pending:
         return max(0.0, self.since + self._wait - now)
 
     def take(self) -> list[Delivery]:
-        """Take all that came while the last batch was stored, or of large events as much as makes a batch full.
+        """Take all that came while the last batch was stored, or as much as makes a batch full if that is too much.
 
-        `prefetch_count` bounds the number. Writing a batch takes several copies, so its bytes are bounded as well.
+        Writing a batch takes several copies, so its bytes and rows are bounded.
         """
-        taken, since = self.deliveries, self.since
-        rest: list[Delivery] = []
-        if self.bytes > 2 * FULL_BYTES:
-            ends = accumulate(len(delivery.body) for delivery in taken)
-            count = next(count for count, end in enumerate(ends, 1) if end >= FULL_BYTES)
-            taken, rest = taken[:count], taken[count:]
+        waiting, since, all_bytes, all_rows = self.deliveries, self.since, self.bytes, self.rows
         self.clear()
-        if rest:
-            self.add(rest, since)
+        if all_bytes <= 2 * FULL_BYTES and all_rows <= 2 * self._batch_max_rows:
+            return waiting
+        for delivery in waiting:
+            self.add((delivery,), since)
+            if self.bytes >= FULL_BYTES or self.rows >= self._batch_max_rows:
+                break
+        taken = self.deliveries
+        self.deliveries = waiting[len(taken) :]
+        self.bytes, self.rows = all_bytes - self.bytes, all_rows - self.rows
+        self.since = since if self.deliveries else inf
         return taken
 
     def clear(self) -> None:
@@ -85,16 +89,3 @@ class Pending:
         self.deliveries = []
         self.bytes = self.rows = 0
         self.since = inf
-
-
-def ack_ranges(stored: Sequence[int], held: Collection[int]) -> list[tuple[int, bool]]:
-    """Return the acks for ascending `stored` delivery tags, as (tag, multiple), that cover no tag in `held`.
-
-    One ack with multiple=True covers every unsettled tag up to its own; tags above the lowest held one are acked one by
-    one. Every lower tag must be stored already, or be in `held`.
-    """
-    lowest_held = min(held, default=None)
-    if lowest_held is None:
-        return [(stored[-1], True)] if stored else []
-    below = [tag for tag in stored if tag < lowest_held]
-    return [(tag, True) for tag in below[-1:]] + [(tag, False) for tag in stored[len(below) :]]

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from io import BytesIO
 from typing import NamedTuple
 
-from common.amqp.codec import Delivery, FrameError
-from common.amqp.properties import message_id_of
+from common.amqp.codec import NDJSON, Delivery, FrameError
+from common.amqp.properties import content_type_of, message_id_of
 from common.errors import InvalidEvent
 from common.event.faults import describe_faults, is_not_json
-from common.event.ids import id_digest
+from common.event.ids import id_digest, line_id
 from common.event.rows import csv_rows
 
 POISON_KINDS = ("not_json", "not_an_event")
 
+# An event as it came: the number of its line, its bytes, its id. The number is 0 for a message with one event.
+Item = tuple[int, bytes, bytes | None]
+
 
 class Poison(NamedTuple):
-    """A message that can never become rows."""
+    """A message that can never become rows, or one line of it."""
 
-    delivery: Delivery
     kind: str  # for metrics: one of POISON_KINDS
-    reason: str  # for a person
+    why: str  # for a person
+    id: bytes | None  # of the event; None if the publisher set none
+    line: int  # in the message, from 1; 0 for the whole message
+    header: bytes  # the payload of the message's content header
+    body: bytes
 
 
 class Prepared(NamedTuple):
@@ -28,35 +35,50 @@ class Prepared(NamedTuple):
 
     data: bytes  # whole CSV rows
     rows: int
-    ids: list[bytes]  # of the messages in `data`, 16 bytes each
-    stored: list[int]  # delivery tags to ack once `data` is safe, ascending, duplicates included
-    duplicates: int
+    ids: list[bytes]  # of the events in `data`, 16 bytes each
+    duplicates: int  # events
     poison: list[Poison]
+    most_events: int  # in one message
 
 
 def prepare_batch(deliveries: Sequence[Delivery], seen: Callable[[bytes], bool], low_prob_threshold: float) -> Prepared:
-    """Decode a batch, drop what is stored already, encode the rest. A message gives all of its rows or none."""
-    parts, stored, poison, fresh = list[str](), [], [], dict[bytes, None]()
-    duplicates = rows = 0
-    for delivery in deliveries:
+    """Decode a batch, drop what is stored already, encode the rest. An event gives all of its rows or none."""
+    parts, poison, fresh = list[str](), list[Poison](), dict[bytes, None]()
+    duplicates = rows = most_events = 0
+    for _, _, header, whole in deliveries:
         try:
-            message_id = message_id_of(delivery.header)
-            texts, count = csv_rows(delivery.body, low_prob_threshold)
-        except InvalidEvent as error:
-            kind = "not_json" if is_not_json(error.faults) else "not_an_event"
-            poison.append(Poison(delivery, kind, describe_faults(error.faults)))
-            continue
+            if content_type_of(header) == NDJSON:
+                items: Iterable[Item] = ndjson_items(whole)
+            else:
+                items = ((0, whole, message_id_of(header)),)
         except FrameError as error:
-            poison.append(Poison(delivery, "not_an_event", str(error)))
+            poison.append(Poison("not_an_event", str(error), None, 0, header, whole))
             continue
-        if message_id is not None:
-            digest = id_digest(message_id)
-            if digest in fresh or seen(digest):
-                duplicates += 1
-                stored.append(delivery.delivery_tag)
+        events = 0
+        for line, body, event_id in items:
+            events += 1
+            try:
+                texts, count = csv_rows(body, low_prob_threshold)
+            except InvalidEvent as error:
+                kind = "not_json" if is_not_json(error.faults) else "not_an_event"
+                poison.append(Poison(kind, describe_faults(error.faults), event_id, line, header, body))
                 continue
-            fresh[digest] = None
-        parts += texts
-        rows += count
-        stored.append(delivery.delivery_tag)
-    return Prepared("".join(parts).encode(), rows, list(fresh), stored, duplicates, poison)
+            if event_id is not None:
+                digest = id_digest(event_id)
+                if digest in fresh or seen(digest):
+                    duplicates += 1
+                    continue
+                fresh[digest] = None
+            parts += texts
+            rows += count
+        if events > most_events:
+            most_events = events
+    return Prepared("".join(parts).encode(), rows, list(fresh), duplicates, poison, most_events)
+
+
+def ndjson_items(body: bytes) -> Iterator[Item]:
+    """Yield the lines of NDJSON that are not blank, without their line ends."""
+    for number, line in enumerate(BytesIO(body), 1):
+        text = line.rstrip(b"\r\n")
+        if text and not text.isspace():
+            yield number, text, line_id(text)

@@ -4,28 +4,43 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
-from common.amqp.link import Link, keep_up
-from common.config import ConsumerSettings
-from common.consumer.dead_letters.mover import DeadLetters
-from common.consumer.dead_letters.spill import Spill
+from common.amqp.link import CALL_TIMEOUT_SECONDS, cancelled, keep_up
+from common.config import ConsumerSettings, read_again
+from common.consumer import leftovers
 from common.consumer.metrics import Counters
-from common.consumer.unserved import Unserved
-from common.consumer.worker import RETRY_FIRST_SECONDS, RETRY_MOST_SECONDS, T, Worker
-from common.errors import DiskTrouble
+from common.consumer.worker import RETRY_SECONDS, Worker
+from common.errors import DiskTrouble, SettingError
 from common.health import HEALTH_LIMITS, Health
 from common.http.server import HttpServer
-from common.process import end, first_of
+from common.process import end, first_of, on_stop, read_file
 from common.storage.lock import Lock
 from common.storage.store import Store
 
 log = logging.getLogger("predlog.consumer")
 
-STANDBY_POLL_SECONDS = 0.25
+STANDBY = "standby: another consumer owns the CSV"
 TICK_SECONDS = 1.0
+LOOK_AGAIN_SECONDS = 60.0  # for messages left over, while there are some
+
+
+async def serve(make_service: Callable[[], ConsumerService], alive_fd: int | None = None) -> None:
+    """Run one consumer until a signal, then drain."""
+    stop = on_stop(alive_fd)
+    service = make_service()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, service.reload)
+    try:
+        await service.start()
+        await first_of(stop, service.running)
+        await service.drain()
+    finally:
+        await service.close()
+    log.info("stopped")
 
 
 class ConsumerService:
@@ -33,6 +48,7 @@ class ConsumerService:
 
     `name` is what the broker shows. `report` is called once a second with why the service is not ready, or "". With
     `base_queue_name`, the name without a partition's number, it also looks for messages left by another PARTITIONS.
+    Everything that touches the disk runs in one thread, so that the health port answers when the disk does not.
     """
 
     def __init__(
@@ -47,17 +63,14 @@ class ConsumerService:
         self._counters = counters
         self._name = name
         self._report = report
-        self._unserved = Unserved(base_queue_name, settings.partitions, self._link) if base_queue_name else None
-        self._server = HttpServer(HEALTH_LIMITS, Health(self.not_ready, self.metrics))
+        self._base_queue_name = base_queue_name
+        self._server = HttpServer(HEALTH_LIMITS, Health(self.not_ready, counters.metrics.render))
         self._lock = Lock(settings.csv_file)
         self._thread = ThreadPoolExecutor(1, "store")
-        self._stop = asyncio.Event()
         self._store: Store | None = None
-        self._spill: Spill | None = None
         self._worker: Worker | None = None
         self._no_worker = "starting"  # the reason, while there is no worker
         self._tasks: list[asyncio.Task[None]] = []
-        self.health_port = 0
 
     async def start(self) -> None:
         """Open the health port, and begin to consume, or to wait as a standby."""
@@ -65,129 +78,116 @@ class ConsumerService:
         values[counters.start_time] = time.time()
         values[counters.store_ok] = 1.0  # a standby has no trouble
         if self._settings.health_port:
-            self.health_port = await self._server.listen(self._settings.health_host, self._settings.health_port)
+            await self._server.listen(self._settings.health_host, self._settings.health_port)
+        self.reload()  # a process that replaces another one has the settings of the first start
         self.running = self._task(self._run())
 
     async def drain(self) -> None:
         """Take nothing new; store and ack what is in memory, for at most SHUTDOWN_TIMEOUT_MS."""
-        self._stop.set()
-        await asyncio.wait([self.running], timeout=self._settings.shutdown_timeout_ms / 1000)
         if self._worker is None:
             return
         log.info("stopping")
         try:
-            await asyncio.wait_for(self._worker.drain(self._batches), self._settings.shutdown_timeout_ms / 1000)
+            await asyncio.wait_for(self._worker.drain(), self._settings.shutdown_timeout_ms / 1000)
         except TimeoutError:
             log.warning("not everything could be stored in time; the broker keeps it")
 
     async def close(self) -> None:
         """End everything, drained or not."""
-        self._stop.set()
         await end(*self._tasks)
-        if self._worker is not None:
-            await self._worker.close()
-        for part in (self._spill, self._store):  # after what their thread still does
-            if part is not None:
-                await asyncio.get_running_loop().run_in_executor(self._thread, part.close)
+        release = self._lock.release if self._store is None else self._store.close  # after what the thread still does
+        await asyncio.get_running_loop().run_in_executor(self._thread, release)
         self._thread.shutdown(wait=False)
         self._server.abort()
-        self._lock.release()
 
-    def reopen(self) -> None:
-        """Open the CSV again, after it was moved. A standby has none."""
+    def reload(self) -> None:
+        """Read the secrets again, and open the CSV again, after it was moved. A standby has none."""
+        try:
+            self._settings = read_again(self._settings, read_file)
+        except SettingError as error:
+            log.error("%s; the one before stays", error)
         if self._worker is not None:
             self._worker.reopen()
 
     def not_ready(self) -> str:
-        """Return why no event would reach the CSV now; "" when it would."""
-        if self._worker is None:
-            return self._no_worker
-        return self._worker.not_ready() or (self._unserved.reason() if self._unserved is not None else "")
-
-    def metrics(self) -> bytes:
-        """Return the metrics as text, with current gauges."""
-        if self._worker is not None:
-            self._worker.tick()
-        return self._counters.metrics.render()
+        """Return why no event would reach the CSV now; "" when it would. The text is valid Unicode, unlike a path."""
+        reason = self._no_worker if self._worker is None else self._worker.not_ready()
+        return reason.encode("utf-8", "backslashreplace").decode()
 
     async def _run(self) -> None:
-        loop, settings = asyncio.get_running_loop(), self._settings
-        self._task(self._tick())
-        if not await self._past_trouble(self._own):
-            return
-        arguments = (
-            settings.csv_file,
-            settings.dedup_window,
-            settings.prefetch_count,
-            log,
-            settings.rotate_gzip,
-            self._lock,
-        )
-        self._store = await self._past_trouble(lambda: loop.run_in_executor(self._thread, Store.open, *arguments))
-        if self._store is None or self._stop.is_set():
-            return
-        self._spill = await loop.run_in_executor(self._thread, Spill, f"{self._store.path}.dead-letters")
-        mover = DeadLetters(settings.amqp_url, settings.queue_name)
-        self._worker = worker = Worker(settings, self._store, self._thread, self._counters, mover, self._spill)
+        await asyncio.gather(self._task(self._tick()), self._task(self._work()))
+
+    async def _work(self) -> None:
+        """Own the CSV, recover it, and consume."""
+        self._store = await self._opened()
+        self._worker = worker = Worker(self._settings, self._store, self._thread, self._counters)
+        self._tasks.append(worker.running)
         self._counters.metrics.values[self._counters.active] = 1.0
-        log.info("rows go to %s", settings.csv_file)
-        self._batches = self._task(worker.run())
-        link = keep_up(lambda: settings.amqp_url, self._name, worker)
-        watching = [self._task(worker.watch())]
-        if self._unserved is not None:
-            watching.append(self._task(self._unserved.watch()))
-        await first_of(self._stop, self._batches, self._task(link), *watching)
+        log.info("rows go to %s", self._settings.csv_file)
+        link = keep_up(lambda: self._settings.amqp_url, self._name, worker)
+        beside = link, worker.watch(), self._look_for_leftovers(worker.started)
+        await asyncio.gather(worker.running, *map(self._task, beside))
 
-    def _link(self) -> Link | None:
-        return None if self._worker is None else self._worker.link
-
-    async def _own(self) -> bool:
-        """Wait as a standby until this process owns the CSV. Return False if stopped before."""
-        waiting = False
-        while not self._lock.acquire():
-            self._no_worker = "standby: another consumer owns the CSV"
-            if not waiting:
-                log.info("standby: another consumer owns the CSV; taking over when it ends")
-            waiting = True
-            if await self._stopped_within(STANDBY_POLL_SECONDS):
-                return False
-        if waiting:
-            log.info("taking over")
-        return True
-
-    async def _past_trouble(self, call: Callable[[], Awaitable[T]]) -> T | None:
-        """Retry `call` through disk trouble; return its result, or None if stopped before."""
-        delay, in_trouble = RETRY_FIRST_SECONDS, False
+    async def _opened(self) -> Store:
+        """Wait as a standby until this process owns the CSV, and recover it. Retry through disk trouble."""
+        loop, values, counters = asyncio.get_running_loop(), self._counters.metrics.values, self._counters
+        owned = False
         while True:
             try:
-                return await call()
+                owned = owned or await loop.run_in_executor(self._thread, self._lock.acquire)
+                if owned:
+                    return await loop.run_in_executor(self._thread, self._open)
+                if self._no_worker != STANDBY:
+                    log.info("%s; taking over when it ends", STANDBY)
+                self._no_worker = STANDBY
             except DiskTrouble as error:
-                if not in_trouble:
+                if values[counters.store_ok]:
                     log.error("cannot store: %s; retrying", error)
-                in_trouble = True
+                values[counters.store_ok] = 0.0
                 self._no_worker = f"cannot store: {error}"
-                self._counters.metrics.values[self._counters.store_ok] = 0.0
-            if await self._stopped_within(delay):
-                return None
-            delay = min(2 * delay, RETRY_MOST_SECONDS)
+            await asyncio.sleep(RETRY_SECONDS)
 
-    async def _stopped_within(self, seconds: float) -> bool:
-        try:
-            await asyncio.wait_for(self._stop.wait(), seconds)
-        except TimeoutError:
-            return False
-        return True
+    def _open(self) -> Store:
+        its = self._settings
+        return Store.open(
+            *(its.csv_file, its.dedup_window, its.prefetch_count, log, its.rotate_gzip, self._lock, its.rotate_keep)
+        )
 
     async def _tick(self) -> None:
         while True:
             if self._worker is not None:
                 self._worker.tick()
-            if self._unserved is not None:
-                self._counters.metrics.values[self._counters.unserved] = self._unserved.messages
             self._report(self.not_ready())
             await asyncio.sleep(TICK_SECONDS)
 
-    def _task(self, work: Awaitable[None]) -> asyncio.Task[None]:
-        task: asyncio.Task[None] = asyncio.ensure_future(work)
+    async def _look_for_leftovers(self, started: asyncio.Event) -> None:
+        """Log which queues have messages that no consumer takes, and count these; again while there are some."""
+        its, found = self._settings, dict[str, int]()
+        await started.wait()
+        while True:
+            before = found
+            try:
+                async with asyncio.timeout(3 * CALL_TIMEOUT_SECONDS):
+                    url = self._settings.amqp_url
+                    found = await leftovers.look(url, its.queue_name, its.partitions, self._base_queue_name)
+            except (Exception, asyncio.CancelledError) as error:
+                if cancelled():
+                    raise
+                log.debug("while looking for messages left over: %r", error)
+            self._counters.metrics.values[self._counters.unserved] = sum(found.values())
+            if not found:
+                return
+            if found.keys() != before.keys():
+                queues = ", ".join(f"{messages} in '{name}'" for name, messages in found.items())
+                log.warning(
+                    "messages wait in queues that no consumer serves with PARTITIONS=%d: %s; see docs/scaling.md on "
+                    "changing PARTITIONS; --replay-dead-letters empties a queue that ends in .dead",
+                    its.partitions,
+                    queues,
+                )
+            await asyncio.sleep(LOOK_AGAIN_SECONDS)
+
+    def _task(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
         self._tasks.append(task)
         return task

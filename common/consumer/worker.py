@@ -1,28 +1,28 @@
 """The consumer's loop: deliveries in, batches into the store, acks out.
 
 The event loop owns everything here. The store has a thread of its own, one call at a time: prepare a batch, which
-reads the ids that the journal remembers; append it; rotate; reopen. The event loop only reads the committed bytes
-and the period of the store.
+reads the ids that the journal remembers; append it, with its dead letters; rotate; reopen. The event loop only reads
+the committed bytes and the period of the store.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from math import inf
+from typing import TypeVar
 
-from common.amqp.codec import Confirm, Delivery, ack_frames
-from common.amqp.link import CALL_TIMEOUT_SECONDS, CLOSE_TIMEOUT_SECONDS, CONNECTION_ERRORS, Link, cancelled
-from common.amqp.topology import DEAD_LETTER_ARGUMENTS, QUEUE_ARGUMENTS, consume, dead_letter_queue, declare
+from common.amqp.codec import Confirm, Delivery, ack_frame
+from common.amqp.link import CALL_TIMEOUT_SECONDS, CONNECTION_ERRORS, Link, cancelled
+from common.amqp.topology import QUEUE_ARGUMENTS, consume, declare
 from common.config import ConsumerSettings
-from common.consumer.dead_letters.mover import DeadLetters
-from common.consumer.dead_letters.outgoing import Outgoing
-from common.consumer.dead_letters.spill import Spill
+from common.consumer import dead_letters
 from common.consumer.metrics import Counters
-from common.consumer.pending import Pending, ack_ranges
-from common.consumer.prepare import Prepared, prepare_batch
+from common.consumer.pending import Pending
+from common.consumer.prepare import Poison, Prepared, prepare_batch
 from common.storage.store import Store, Timing
 
 log = logging.getLogger("predlog.consumer")
@@ -30,71 +30,72 @@ log = logging.getLogger("predlog.consumer")
 T = TypeVar("T")
 
 HELD_BACK_BYTES = 64 * 1024 * 1024  # of deliveries in memory; beyond it the broker's socket is not read
-TRICKLE_BYTES, TRICKLE_SECONDS = 16 * 1024, 0.05  # what is less, and for as long at most, may wait in the socket
-RETRY_FIRST_SECONDS, RETRY_MOST_SECONDS = 0.1, 5.0
-TROUBLE_POLL_SECONDS = 0.25
+RETRY_SECONDS = 0.5  # in disk trouble
 IDLE_SECONDS = 1.0
 STALL_SECONDS = 10.0  # after so long without progress, waiting work is reported as stalled
+LATE_SECONDS = 2.0  # after so long without a tick, this process itself was late
+WINDOW_SECONDS = 3600.0  # between two lines of the log about ids that are forgotten too soon
+MOST_EVENTS = 1000  # in a message, for which the remembered ids are enough whatever is delivered again
 
 
 class Worker:
-    """The listener of a link, and the loop (`run`) that stores its deliveries batch by batch and acks them."""
+    """The listener of a link, and the loop that stores its deliveries batch by batch and acks them.
+
+    Make it while the event loop runs. `running` is its loop as a task, which ends early only by an error.
+    """
 
     def __init__(
-        self,
-        settings: ConsumerSettings,
-        store: Store,
-        thread: ThreadPoolExecutor,
-        counters: Counters,
-        mover: DeadLetters,
-        spill: Spill,
+        self, settings: ConsumerSettings, store: Store, thread: ThreadPoolExecutor, counters: Counters
     ) -> None:
+        self.started = asyncio.Event()  # set once there was a link
         self._settings = settings
         self._store = store
         self._thread = thread
         self._counters = counters
         self._loop = asyncio.get_running_loop()
-        self._pending = Pending(settings.batch_max_rows, settings.prefetch_count, settings.flush_interval_ms / 1000)
-        self._outgoing = Outgoing(mover, spill, self._in_thread, self._acknowledge, counters)
+        # The link
         self._link: Link | None = None
-        self._consumer_tag = ""
-        self._down = "not connected yet"  # the reason while there is no link; "" while there is
-        self._trouble = ""  # the reason while batches cannot be stored
-        self._stalled = ""  # the reason while waiting work makes no progress
-        self._storing: tuple[int, float] | None = None  # messages in the batch being stored, and when the oldest came
-        self._calls: dict[asyncio.Future[Any], float] = {}  # waiting for the store's thread, and since when
-        self._delivered_at = self._loop.time()
-        self._fruitless_looks = 0  # checks that found messages in the queue, since the last delivery
+        self._delivered_at = 0.0
+        self._fruitless_looks = 0  # that found messages in the queue, since the last delivery
+        # The batches
+        self._pending = Pending(settings.batch_max_rows, settings.prefetch_count, settings.flush_interval_ms / 1000)
+        self._storing: tuple[int, float] = 0, inf  # messages in the batch being stored, and when the oldest came
         self._wake = asyncio.Event()
         self._draining = False
         self._reopen_due = False
         self._rotation_failed = False
-
-    @property
-    def link(self) -> Link | None:
-        """The link that delivers now."""
-        return self._link
+        # Of the store's thread
+        self._prepared: Prepared | None = None  # the batch being stored
+        self._unsaved: list[Poison] = []  # of that batch
+        self._disk_since = inf  # when the disk began the present step
+        # Why it is not ready; "" while all is well
+        self._down = "not connected yet"
+        self._trouble = ""
+        self._stalled = ""
+        # Of the ticks
+        self._ticked_at = self._on_time_since = time.monotonic()
+        self._letters, self._last_why = 0, ""  # that the log has not mentioned
+        self._window_line_at = -inf
+        self.running = asyncio.create_task(self._run())
 
     # The link
 
     async def up(self, link: Link) -> None:
-        """Set up a new connection: queues, prefetch, consume."""
+        """Set up a new connection: queue, prefetch, consume."""
         settings = self._settings
         await declare(link.channel, settings.queue_name, QUEUE_ARGUMENTS)
-        await declare(link.channel, dead_letter_queue(settings.queue_name), DEAD_LETTER_ARGUMENTS)
         # RabbitMQ cuts a link that is not read for 30 s. During disk trouble a new link consumes nothing until it ends.
         while self._trouble and not self._draining:
             self._down = ""  # there is a link
-            await asyncio.sleep(TROUBLE_POLL_SECONDS)
+            await asyncio.sleep(RETRY_SECONDS)
         if self._draining:
             return  # take nothing new; the link is only kept up
         async with asyncio.timeout(CALL_TIMEOUT_SECONDS):
             await link.channel.basic_qos(prefetch_count=settings.prefetch_count)
             self._link, self._down = link, ""
+            self.started.set()
             self._delivered_at = self._loop.time()
-            self._consumer_tag = await consume(link.channel, settings.queue_name)
-        if self._draining:  # it began during the call
-            await link.channel.basic_cancel(self._consumer_tag, nowait=True)
+            await consume(link.channel, settings.queue_name)
 
     def down(self, reason: str) -> None:
         """Forget what is not stored yet, since it is delivered again. Acks for the lost link are void."""
@@ -102,9 +103,11 @@ class Worker:
             self._counters.metrics.values[self._counters.reconnects] += 1.0
         self._link, self._down = None, reason
         self._pending.clear()
-        self._outgoing.forget()
 
     def deliveries(self, deliveries: list[Delivery]) -> None:
+        """Let them wait for the next batch. What comes during a drain stays unacked: the broker keeps it."""
+        if self._draining:
+            return
         values, counters, pending = self._counters.metrics.values, self._counters, self._pending
         values[counters.deliveries] += len(deliveries)
         if deliveries[0].redelivered or deliveries[-1].redelivered:
@@ -126,126 +129,106 @@ class Worker:
 
     # The loop
 
-    async def run(self) -> None:
+    async def _run(self) -> None:
         """Store batch after batch, until drained."""
         while await self._batch_is_due():
             link, since, deliveries = self._link, self._pending.since, self._pending.take()
             if link is not None and self._pending.bytes <= HELD_BACK_BYTES:
                 link.lane.hold_back(False)
             self._storing = len(deliveries), since
-            prepared, outcome = await self._in_thread(self._prepare_and_append, deliveries)
-            if outcome is not None:
-                await self._store_until_done(prepared, outcome)
-            self._storing = None
-            self._counters.metrics.values[self._counters.duplicates] += prepared.duplicates
-            if link is self._link:  # else it is delivered again, and these tags mean other messages
-                for each in prepared.poison:
-                    log.warning("a message that is not an event goes to the dead letters: %s", each.reason)
-                self._outgoing.take(prepared.poison)
-                self._ack(link, prepared.stored)
+            await self._store_batch(deliveries)
+            self._storing = 0, inf
+            self._ack(link, deliveries[-1].delivery_tag)
+
+    def _ack(self, link: Link | None, delivery_tag: int) -> None:
+        """Ack all up to `delivery_tag`, unless the link is lost: then all is delivered again, under other tags."""
+        if link is not None and link is self._link and link.lane.lost is None:
+            link.lane.send([ack_frame(delivery_tag, multiple=True)])
 
     async def _batch_is_due(self) -> bool:
         """Wait for the next batch. Return False when drained."""
         while True:
             await self._between_batches()
             wait = self._pending.due_in(self._loop.time())
-            if wait == 0.0 or (self._draining and wait is not None):
-                return True
-            if self._draining:
-                return False
-            await (self._wait(IDLE_SECONDS) if wait is None else self._gather(wait))
-
-    async def _gather(self, seconds: float) -> None:
-        """Let a batch grow. A trickle waits in the socket meanwhile, and is read at once: each read costs a wake-up."""
-        link = self._link
-        if link is None or self._pending.bytes > TRICKLE_BYTES or seconds > TRICKLE_SECONDS:
-            await self._wait(seconds)
-            return
-        link.lane.hold_back(True)
-        try:
-            await self._wait(seconds)
-        finally:
-            link.lane.hold_back(False)
-        await asyncio.sleep(0)  # the event loop reads
-
-    async def _wait(self, seconds: float) -> None:
-        """Wait until woken, for so long at most."""
-        self._wake.clear()
-        timer = self._loop.call_later(seconds, self._wake.set)
-        try:
-            await self._wake.wait()
-        finally:
-            timer.cancel()
+            if wait == 0.0 or self._draining:
+                return wait is not None
+            self._wake.clear()
+            timer = self._loop.call_later(IDLE_SECONDS if wait is None else wait, self._wake.set)
+            try:
+                await self._wake.wait()
+            finally:
+                timer.cancel()
 
     async def _between_batches(self) -> None:
-        """Do what must not happen while a batch is stored: rotate, reopen, put dead letters into their file."""
+        """Do what must not happen while a batch is stored: rotate, reopen."""
         settings, store = self._settings, self._store
         try:
             if 0 < settings.rotate_bytes <= store.committed_bytes or store.period_due(settings.rotate_interval):
-                await self._in_thread(store.rotate)
+                await self._in_thread(self._on_disk, store.rotate)
             if self._reopen_due:
                 self._reopen_due = False
-                await self._in_thread(store.reopen)
-            if self._outgoing.overdue():
-                await self._outgoing.spill()
+                await self._in_thread(self._on_disk, store.reopen)
             self._rotation_failed = False
         except OSError as error:
             if not self._rotation_failed:
                 log.error("cannot begin a new file: %s: %s; retrying", error.filename, error.strerror)
             self._rotation_failed = True
 
-    def _prepare_and_append(self, deliveries: Sequence[Delivery]) -> tuple[Prepared, Timing | OSError | None]:
-        """Prepare and append a batch, both in one call of the store's thread. None: there was nothing to append."""
-        prepared = prepare_batch(deliveries, self._store.seen, self._settings.low_prob_threshold)
-        return prepared, self._append(prepared) if prepared.ids or prepared.data else None
-
-    def _append(self, prepared: Prepared) -> Timing | OSError:
-        """Try to append a batch, in the store's thread."""
-        try:
-            return self._store.append(prepared.data, prepared.ids)
-        except OSError as error:
-            return error
-
-    async def _store_until_done(self, prepared: Prepared, outcome: Timing | OSError) -> None:
-        """Settle the first try to append a batch.
-
-        In disk trouble (full, I/O error) wait and retry: nothing is acked before it is safe.
-        """
-        counters, delay = self._counters, RETRY_FIRST_SECONDS
-        while isinstance(outcome, OSError):
-            counters.metrics.values[counters.store_failures] += 1.0
-            trouble = f"{outcome.filename}: {outcome.strerror}"
-            if not self._trouble:
-                log.error("cannot store: %s; nothing is acked, retrying", trouble)
-            self._trouble = trouble
-            await asyncio.sleep(delay)
-            delay = min(2 * delay, RETRY_MOST_SECONDS)
-            outcome = await self._in_thread(self._append, prepared)
+    async def _store_batch(self, deliveries: Sequence[Delivery]) -> None:
+        """Prepare and store a batch. In disk trouble (full, I/O error) wait and retry until all of it is safe."""
+        values, counters = self._counters.metrics.values, self._counters
+        while True:
+            try:
+                prepared, timing = await self._in_thread(self._prepare_and_append, deliveries)
+                break
+            except OSError as error:
+                values[counters.store_failures] += 1.0
+                trouble = f"{error.filename}: {error.strerror}"
+                if not self._trouble:
+                    log.error("cannot store: %s; nothing is acked, retrying", trouble)
+                self._trouble = trouble
+            await asyncio.sleep(RETRY_SECONDS)
         if self._trouble:
             log.info("storing again")
             self._trouble = ""
-        self._pending.stored(sum(outcome))
-        counters.metrics.values[counters.rows] += prepared.rows
-        counters.batch_rows.observe(prepared.rows)
-        counters.write_seconds.observe(outcome.write_seconds)
-        counters.fsync_seconds.observe(outcome.fsync_seconds)
-        counters.commit_seconds.observe(outcome.commit_seconds)
+        values[counters.duplicates] += prepared.duplicates
+        for each in prepared.poison:
+            values[counters.dead_letters[each.kind]] += 1.0
+            self._letters, self._last_why = self._letters + 1, each.why
+        if timing is not None:
+            self._pending.stored(sum(timing))
+            values[counters.rows] += prepared.rows
+            counters.batch_rows.observe(prepared.rows)
+            counters.write_seconds.observe(timing.write_seconds)
+            counters.fsync_seconds.observe(timing.fsync_seconds)
+            counters.commit_seconds.observe(timing.commit_seconds)
 
     async def _in_thread(self, call: Callable[..., T], *args: object) -> T:
-        future = self._loop.run_in_executor(self._thread, call, *args)
-        self._calls[future] = self._loop.time()
+        return await self._loop.run_in_executor(self._thread, call, *args)
+
+    # In the store's thread
+
+    def _prepare_and_append(self, deliveries: Sequence[Delivery]) -> tuple[Prepared, Timing | None]:
+        """Make a batch durable, dead letters first. After an OSError, continue where it stopped. None: without rows."""
+        store, batch = self._store, self._prepared
+        if batch is None:
+            batch = self._prepared = prepare_batch(deliveries, store.seen, self._settings.low_prob_threshold)
+            self._unsaved = batch.poison
+            store.expect_again(self._settings.prefetch_count * min(batch.most_events, MOST_EVENTS))
+        if self._unsaved:
+            self._on_disk(lambda: dead_letters.append(store.path, self._unsaved))
+            self._unsaved = []
+        has_rows = batch.ids or batch.data
+        timing = self._on_disk(lambda: store.append(batch.data, batch.ids)) if has_rows else None
+        self._prepared = None
+        return batch, timing
+
+    def _on_disk(self, call: Callable[[], T]) -> T:
+        self._disk_since = time.monotonic()
         try:
-            return await future
+            return call()
         finally:
-            del self._calls[future]
-
-    def _ack(self, link: Link | None, tags: Sequence[int]) -> None:
-        """Ack on the link that delivered, if it is still the current one."""
-        if link is not None and link is self._link and link.lane.lost is None:
-            link.lane.send([ack_frames(ack_ranges(tags, self._outgoing.held))])
-
-    def _acknowledge(self, tags: Sequence[int]) -> None:
-        self._ack(self._link, tags)
+            self._disk_since = inf
 
     # Watching
 
@@ -253,39 +236,52 @@ class Worker:
         """Return why no event would reach the CSV now, or what needs an operator; "" when all is well."""
         if self._trouble:
             return f"cannot store: {self._trouble}"
-        if self._stalled:
-            return self._stalled
-        return f"no broker: {self._down}" if self._down else self._outgoing.trouble()
+        return self._stalled or (self._down and f"no broker: {self._down}")
 
     def tick(self) -> None:
-        """Set the gauges, note a stall, and keep a held-back link alive. Call it once a second."""
+        """Set the gauges, log what is due, and keep a held-back link alive. Call it once a second."""
         values, counters, now = self._counters.metrics.values, self._counters, self._loop.time()
         if self._link is not None:
             self._link.lane.keep_alive()
-        self._note_stall(now)
+        self._note_stall()
+        self._log_what_is_due(now)
         counters.metrics.settle()
-        since = [now, self._pending.since]
-        if self._outgoing.oldest_since is not None:
-            since.append(self._outgoing.oldest_since)
-        storing = 0
-        if self._storing is not None:
-            storing = self._storing[0]
-            since.append(self._storing[1])
-        values[counters.unacked] = len(self._pending.deliveries) + len(self._outgoing.held) + storing
-        values[counters.oldest_unacked] = now - min(since)
+        storing, storing_since = self._storing
+        values[counters.unacked] = len(self._pending.deliveries) + storing
+        values[counters.oldest_unacked] = now - min(now, self._pending.since, storing_since)
         values[counters.csv_bytes] = self._store.committed_bytes
         values[counters.store_ok] = not self._trouble
         values[counters.connected] = not self._down
         values[counters.stalled] = bool(self._stalled)
-        values[counters.spilled_bytes] = self._outgoing.spilled_bytes
 
-    def _note_stall(self, now: float) -> None:
-        stalled = ""
-        silent_seconds = now - next(iter(self._calls.values()), now)
-        if silent_seconds > STALL_SECONDS:
-            stalled = f"stalled: the disk has not answered for {silent_seconds:.0f} s"
+    def _log_what_is_due(self, now: float) -> None:
+        """Log how many dead letters there were since the last call, and hourly that ids leave the window too soon."""
+        if self._letters:
+            path = dead_letters.file_of(self._store.path)
+            log.warning("%d dead letter(s) went to %s; the last: %s", self._letters, path, self._last_why)
+            self._letters = 0
+        seconds = self._store.window_seconds
+        if seconds is not None and seconds < self._settings.dedup_warn_seconds and now >= self._window_line_at:
+            log.warning(
+                "message ids are forgotten after %.0f s: a client's retry that comes later makes a second row; "
+                "set DEDUP_WINDOW higher",
+                seconds,
+            )
+            self._window_line_at = now + WINDOW_SECONDS
+
+    def _note_stall(self) -> None:
+        now, stalled = time.monotonic(), ""
+        if now - self._ticked_at > LATE_SECONDS:  # this process did not run, so it cannot say how long the disk took
+            self._on_time_since = now
+        self._ticked_at = now
+        disk_seconds = now - max(self._disk_since, self._on_time_since)
+        if disk_seconds > STALL_SECONDS:
+            stalled = f"stalled: the disk has not answered for {disk_seconds:.0f} s"
         elif self._fruitless_looks >= 2:
-            stalled = f"stalled: messages wait in '{self._settings.queue_name}', and the broker delivers none"
+            stalled = (
+                f"stalled: messages wait in '{self._settings.queue_name}', and the broker delivers none; if a node is "
+                "lost, see consumer_disconnected_timeout in docs/operations.md"
+            )
         if stalled and not self._stalled:
             log.error("%s", stalled)
         elif self._stalled and not stalled:
@@ -293,37 +289,31 @@ class Worker:
         self._stalled = stalled
 
     async def watch(self) -> None:
-        """Check the queue when nothing was delivered for a while; if messages wait there twice, connect again.
+        """Look at the size of the dead letters, and at the queue when nothing was delivered for a while.
 
-        Possible causes are acks that the broker lost, a consumer that it forgot, or another active consumer of the
-        queue. A new connection fixes the first two. With a second consumer it is not tried.
+        If messages wait twice, connect again, which helps if the broker lost acks or forgot this consumer. It is not
+        tried if there is another consumer, which is the active one.
         """
         while True:
+            letters_bytes = await self._in_thread(dead_letters.size_of, self._store.path)
+            self._counters.metrics.values[self._counters.dead_letters_bytes] = letters_bytes
             await asyncio.sleep(STALL_SECONDS / 2)
             link, since = self._link, self._delivered_at
-            if link is None or self._draining or self._pending.deliveries or self._storing is not None:
-                continue
-            if len(self._outgoing.held) >= self._settings.prefetch_count:
-                continue  # the prefetch is used up; Outgoing reports it
-            if self._loop.time() - since < STALL_SECONDS / 2:
+            is_busy = self._draining or self._pending.deliveries or self._storing[0]
+            if link is None or is_busy or self._loop.time() - since < STALL_SECONDS / 2:
                 continue
             try:
                 async with asyncio.timeout(CALL_TIMEOUT_SECONDS):
                     queue = await link.channel.queue_declare(self._settings.queue_name, passive=True)
-            except asyncio.CancelledError:
+            except (*CONNECTION_ERRORS, asyncio.CancelledError):  # aiormq may report a loss as that, too
                 if cancelled():
                     raise
-                continue
-            except TimeoutError:
                 link.lane.fail("the broker does not answer")
                 continue
-            except CONNECTION_ERRORS:
-                continue  # the link is lost; keep_up reports it
             if link is not self._link or since != self._delivered_at:
                 continue
             self._fruitless_looks = self._fruitless_looks + 1 if queue.message_count else 0
             if self._fruitless_looks >= 2 and (queue.consumer_count or 0) < 2:
-                self._note_stall(self._loop.time())
                 link.lane.fail("messages wait, and the broker delivers none")
 
     # The end
@@ -333,21 +323,9 @@ class Worker:
         self._reopen_due = True
         self._wake.set()
 
-    async def drain(self, running: asyncio.Task[None]) -> None:
-        """Take no more deliveries; store and ack what is in memory, and dead-letter poison."""
-        link, self._draining = self._link, True
-        if link is not None and link.lane.lost is None:
-            try:
-                # nowait: the answer would come behind all deliveries in flight, and not at all while held back.
-                async with asyncio.timeout(CLOSE_TIMEOUT_SECONDS):
-                    await link.channel.basic_cancel(self._consumer_tag, nowait=True)
-            except (Exception, asyncio.CancelledError) as error:
-                if cancelled():
-                    raise
-                log.debug("while cancelling: %r", error)
+    async def drain(self) -> None:
+        """Take no more deliveries; store and ack what is in memory."""
+        self._draining = True
         self._wake.set()
-        await running
-        await self._outgoing.settled()
-
-    async def close(self) -> None:
-        await self._outgoing.close()
+        await self.running
+        self._log_what_is_due(self._loop.time())

@@ -92,7 +92,7 @@ def _rows(event: Event, low_prob_threshold: float) -> str:
 
 
 def _quote(text: str, delimiter: str) -> str:
-    """Quote a cell as csv.writer's QUOTE_MINIMAL does in Python 3.11 to 3.13 (but for a row of one empty cell)."""
+    """Quote a cell as csv.writer's QUOTE_MINIMAL does in Python 3.11 to 3.13 (except for a row of one empty cell)."""
     if delimiter in text or '"' in text or "\n" in text or "\r" in text:
         return '"' + text.replace('"', '""') + '"'
     return text

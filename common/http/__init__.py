@@ -1,1 +1,1 @@
-"""An HTTP/1.1 server: parser, responses, header fields, connections. Knows no event and no broker."""
+"""An HTTP/1.1 server: parser, responses, header fields, connections. Independent of events and brokers."""

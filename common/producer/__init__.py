@@ -1,1 +1,1 @@
-"""The producer: events over HTTP, each published with a confirm. Knows nothing of the consumer."""
+"""The producer: events over HTTP, each published with a confirm. Independent of the consumer."""

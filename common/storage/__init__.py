@@ -1,1 +1,1 @@
-"""The CSV and its journal, which make rows durable exactly once. Knows no broker, and of events only the header."""
+"""The CSV and its journal, which make rows durable exactly once. Independent of the broker, and of events."""

@@ -14,7 +14,10 @@ import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 
+from common.event.rows import CSV_HEADER
 from common.storage.files import BLOCK_BYTES, free_name, naming, open_regular, sync_directory, write_all
+
+CHUNK_BYTES = 64 << 10  # of the committed end, whose checksum identifies the file
 
 
 class CsvFile:
@@ -26,11 +29,9 @@ class CsvFile:
         self._fd = open_regular(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, mode)
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             self.close()
-            if isinstance(error, BlockingIOError):
-                raise OSError(errno.EBUSY, "is in use by another consumer", path) from error
-            raise
+            raise OSError(errno.EBUSY, "is in use by another consumer", path) from error
         status = os.fstat(self._fd)
         self.device = status.st_dev
         self.inode = status.st_ino
@@ -45,6 +46,12 @@ class CsvFile:
         """Return the size and the permission bits."""
         status = os.fstat(self._fd)
         return status.st_size, stat.S_IMODE(status.st_mode)
+
+    def check_header(self) -> None:
+        """Raise OSError for a file that does not begin with our header, as far as it goes: it is not predlog's."""
+        if not CSV_HEADER.startswith(b"".join(self.read(0, len(CSV_HEADER)))):
+            text = f"does not begin with the line {CSV_HEADER.decode().strip()!r} and CRLF: move it away"
+            raise OSError(errno.EINVAL, text, self.path)
 
     def is_at(self, path: str) -> bool:
         """Tell whether `path` leads to this file: nothing was renamed, removed or replaced."""
@@ -73,7 +80,9 @@ class CsvFile:
 
     def rows_end(self, start: int = 0) -> int:
         """Find the offset behind the last whole row; `start` is behind one, or 0."""
-        return start + rows_end(self.read(start))
+        with open(self._fd, "rb", BLOCK_BYTES, closefd=False) as file:
+            file.seek(start)
+            return start + rows_end(file)
 
     def set_aside(self, start: int, csv_path: str = "") -> str:
         """Move the bytes from `start` on to a new file, synced before the cut; return its path.
@@ -92,9 +101,8 @@ class CsvFile:
             os.rename(part, aside)
             sync_directory(aside)
         except OSError:
-            for name in (part, aside):
-                with suppress(OSError):
-                    os.unlink(name)
+            with suppress(OSError):  # the disk may be full
+                os.unlink(part)
             raise
         self.cut(start)
         return aside
@@ -117,22 +125,12 @@ def crc32(blocks: Iterable[bytes]) -> int:
     return checksum
 
 
-def rows_end(blocks: Iterable[bytes]) -> int:
+def rows_end(lines: Iterable[bytes]) -> int:
     """Find the offset behind the last whole row: behind the last CRLF with an even number of quotes before it."""
     end = offset = quotes = 0
-    last_cr = b""  # a CR at the end of a block, until its LF is seen
-    for block in blocks:
-        block = last_cr + block
-        last_cr = block[-1:] if block.endswith(b"\r") else b""
-        at = len(block) - len(last_cr)
-        quotes += block.count(b'"')
-        before = quotes
-        after = at
-        while (crlf := block.rfind(b"\r\n", 0, after)) >= 0:
-            before -= block.count(b'"', crlf, after)
-            if before % 2 == 0:
-                end = offset + crlf + 2
-                break
-            after = crlf
-        offset += at
+    for line in lines:
+        offset += len(line)
+        quotes += line.count(b'"')
+        if quotes % 2 == 0 and line.endswith(b"\r\n"):
+            end = offset
     return end

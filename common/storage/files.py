@@ -1,4 +1,4 @@
-"""Durable files, folders and lines, their names, and their errors in words. Knows nothing of what is in a line."""
+"""Durable files, folders and lines, their names, and their errors in words. Independent of what is in a line."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from contextlib import contextmanager, suppress
 from common.errors import DiskTrouble, StartupError
 
 BLOCK_BYTES = 1 << 20
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-_NOT_REGULAR = "is not a regular file: move it away, or set CSV_FILE to another place"
-_MAY_END = (*NO_SPACE, errno.EIO, errno.EBUSY)  # EBUSY: another consumer has the file and may end
+_MAY_END = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBUSY)  # EBUSY: another consumer has the file and may end
 
 
 @contextmanager
@@ -33,31 +31,24 @@ def open_regular(path: str, flags: int, mode: int | None = None) -> int:
 
     With O_CREAT, a file that is made has exactly `mode`; None is 0644 without what the umask forbids.
     """
-    flags |= os.O_NONBLOCK
-    if flags & os.O_CREAT:
-        with suppress(FileExistsError):
-            fd = os.open(path, flags | os.O_EXCL, 0o644 if mode is None else mode)
-            if mode is not None:
-                os.fchmod(fd, mode)
-            return fd
     try:
-        fd = os.open(path, flags & ~os.O_CREAT)
-    except OSError as error:
-        if error.errno in (errno.EISDIR, errno.ENXIO):  # a folder; a socket, or a FIFO without a reader
-            raise OSError(errno.EINVAL, _NOT_REGULAR, path) from error
-        raise
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise OSError(errno.EINVAL, _NOT_REGULAR, path)
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            text = "is not a regular file: move it away, or set CSV_FILE to another place"
+            raise OSError(errno.EINVAL, text, path)
+        mode = None
+    except FileNotFoundError:
+        pass
+    fd = os.open(path, flags | os.O_NONBLOCK, 0o644 if mode is None else mode)
+    if mode is not None:
+        os.fchmod(fd, mode)
     return fd
 
 
 def mode_of(path: str) -> int | None:
     """Return the permission bits of a file; None if it cannot be looked at."""
-    try:
+    with suppress(OSError):
         return stat.S_IMODE(os.stat(path).st_mode)
-    except OSError:
-        return None
+    return None
 
 
 def write_all(fd: int, data: bytes | bytearray) -> None:

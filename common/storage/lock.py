@@ -5,8 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 
-from common.errors import StartupError
-from common.storage.files import explain_os_error, make_directory, mode_of, open_regular, startup_error
+from common.storage.files import make_directory, mode_of, open_regular, startup_error
 
 
 class Lock:
@@ -27,18 +26,14 @@ class Lock:
         """
         try:
             make_directory(os.path.dirname(self.path))
-            fd = open_regular(self.path, os.O_RDWR | os.O_CREAT, mode_of(self._csv_path))
-        except OSError as error:
-            raise startup_error(error, self.path) from error
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._fd = open_regular(self.path, os.O_RDWR | os.O_CREAT, mode_of(self._csv_path))
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            os.close(fd)
+            self.release()
             return False
         except OSError as error:
-            os.close(fd)
-            raise StartupError(explain_os_error(error, self.path)) from error
-        self._fd = fd
+            self.release()
+            raise startup_error(error, self.path) from error
         return True
 
     def release(self) -> None:

@@ -1,20 +1,91 @@
-"""The committed rows of a CSV for readers: without a lock, beside a running consumer or without one."""
+"""The mark, `<csv>.committed`, which the journal writes, and the reader of the rows up to there.
+
+The mark is the committed length as one line of JSON, rewritten in place after each commit and not synced. It may be
+older than the journal, and is never ahead of it. Readers need no lock and no consumer. For the journal the mark
+distinguishes an end that is gone (truncated, or an old copy put back) from a last commit that never happened.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import time
+import zlib
 from collections.abc import Iterator
+from contextlib import suppress
+from typing import NamedTuple
 
 from common.errors import StartupError
-from common.storage.committed import read_mark
-from common.storage.csv_file import crc32, read
-from common.storage.files import explain_os_error, open_regular
-from common.storage.journal import read_journal
-from common.storage.records import JournalCorrupt, Reading
+from common.storage.csv_file import read
+from common.storage.files import explain_os_error, naming, open_regular
 
+_LINE_BYTES = 160
 _PATIENCE_SECONDS = 2.0  # a rotation is over by then, even on a slow disk
 _POLL_SECONDS = 0.02
+
+
+class Mark(NamedTuple):
+    inode: int
+    committed_bytes: int
+    generation: int
+
+
+NOTHING = Mark(0, 0, 0)
+
+
+class MarkFile:
+    """The mark on disk. `last` is the furthest that it can say."""
+
+    def __init__(self, csv_path: str) -> None:
+        self.last = NOTHING
+        self._csv_path = csv_path
+        self._path = f"{csv_path}.committed"
+        self._fd = -1
+
+    def load(self) -> Mark:
+        """Return what the last run wrote. Raise OSError."""
+        self.last = read_mark(self._csv_path)
+        return self.last
+
+    def write(self, mark: Mark) -> None:
+        """Write the mark. Raise OSError."""
+        self.last = mark  # a failed write may have reached the disk
+        text = b'{"inode": %d, "committed_bytes": %d, "generation": %d' % mark
+        line = b'%b, "crc32": %d}' % (text, zlib.crc32(text))
+        with naming(self._path):
+            os.pwrite(self._open(), line.ljust(_LINE_BYTES - 1) + b"\n", 0)
+
+    def clear(self) -> None:
+        """Let the mark say nothing, durably. Raise OSError."""
+        with naming(self._path):
+            os.ftruncate(self._open(), 0)
+            os.fsync(self._fd)
+        self.last = NOTHING
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _open(self) -> int:
+        if self._fd < 0:
+            self._fd = open_regular(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        return self._fd
+
+
+def read_mark(csv_path: str) -> Mark:
+    """Return the mark of a CSV; NOTHING if it is missing or torn. Raise OSError."""
+    path = f"{csv_path}.committed"
+    with (
+        suppress(FileNotFoundError, ValueError, KeyError, TypeError),
+        open(open_regular(path, os.O_RDONLY), "rb") as file,
+        naming(path),
+    ):
+        line = file.readline()
+        record = json.loads(line)
+        if record["crc32"] == zlib.crc32(line.rpartition(b', "crc32"')[0]):
+            return Mark(record["inode"], record["committed_bytes"], record["generation"])
+    return NOTHING
 
 
 def committed_rows(csv_path: str) -> Iterator[bytes]:
@@ -25,54 +96,28 @@ def committed_rows(csv_path: str) -> Iterator[bytes]:
     """
     path = os.path.realpath(csv_path)
     try:
-        fd, end = _open(path)
-        try:
-            start = 0
-            for block in read(fd, 0, end):
+        fd, left = _open(path)
+        with open(fd, "rb"):
+            for block in read(fd, 0, left):
                 yield block
-                start += len(block)
-        finally:
-            os.close(fd)
+                left -= len(block)
     except OSError as error:
         raise StartupError(explain_os_error(error, path)) from error
-    if start < end:
+    if left:
         raise StartupError(f"{path}: another program truncated it while it was read")
 
 
 def _open(path: str) -> tuple[int, int]:
-    """Open a CSV; return its descriptor and its committed length. Wait for a rotation to end."""
+    """Open a CSV; return its descriptor and its committed length. Wait for a rotation to end. Raise OSError."""
     deadline = time.monotonic() + _PATIENCE_SECONDS
-    while True:
-        last_try = time.monotonic() > deadline
-        try:
+    while time.monotonic() < deadline:
+        mark = read_mark(path)
+        with suppress(FileNotFoundError):
             fd = open_regular(path, os.O_RDONLY)
-        except FileNotFoundError:
-            if last_try or not os.path.exists(f"{path}.journal"):
-                raise
-        else:
-            if (end := _committed_bytes(path, fd, last_try)) is not None:
-                return fd, end
+            # Another program may have truncated it.
+            if os.fstat(fd).st_ino == mark.inode and os.pread(fd, 2, mark.committed_bytes - 2) == b"\r\n":
+                return fd, mark.committed_bytes
             os.close(fd)
-            if last_try:
-                raise StartupError(
-                    f"{path}: neither {path}.committed nor {path}.journal says how much of it is committed: "
-                    "start the consumer, or read the file itself"
-                )
         time.sleep(_POLL_SECONDS)
-
-
-def _committed_bytes(path: str, fd: int, last_try: bool) -> int | None:
-    """Return the committed length by the mark, or by the journal when no mark comes; None if neither knows the file."""
-    status, mark = os.fstat(fd), read_mark(path)
-    if mark is not None and mark.inode == status.st_ino and os.pread(fd, 2, mark.committed_bytes - 2) == b"\r\n":
-        return mark.committed_bytes
-    if mark is not None and not last_try:
-        return None
-    reading = Reading(f"{path}.journal", 0, 0)
-    try:
-        read_journal(reading)
-        state = reading.last_commit()
-    except (FileNotFoundError, JournalCorrupt):
-        return None
-    intact = crc32(read(fd, state.chunk_offset, state.committed_bytes)) == state.chunk_crc32
-    return state.committed_bytes if intact and status.st_size >= state.committed_bytes else None
+    os.stat(path)  # raises when there is no CSV
+    raise StartupError(f"{path}: how much of it is committed is not known; start the consumer, or read the file itself")

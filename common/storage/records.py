@@ -1,7 +1,7 @@
 """The lines of the journal, written and read, without I/O.
 
-Each line is a checksum and one JSON record: a commit with its ids, or a fence. In a file that was written as a whole,
-lines before the last one only carry ids.
+Each line is a checksum and one JSON record. The first one has the version, and the generation of the run that wrote
+the file. Lines of ids follow, then commits with their ids. A fence begins a later run.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from common.errors import StartupError
 from common.storage.files import checked, with_checksum
-from common.storage.state import FileState
+from common.storage.recovery import FileState
 
 ID_BYTES = 16
 VERSION = 2  # of the format; version 1 is that of predlog 1.0.0, whose lines have no version
@@ -25,19 +25,17 @@ class JournalCorrupt(Exception):
     """A journal that exists, and does not say what was committed."""
 
 
-def commit_line(
-    state: FileState, ids: bytes | bytearray, clean: bool, prefetch_count: int, generation: int | None = None
-) -> bytes:
-    """Return the line of a commit; the first one of a file has the `generation` of its run."""
-    record: dict[str, Any] = {} if generation is None else {"version": VERSION, "generation": generation}
-    record |= {"file": state._asdict(), "clean": clean, "prefetch_count": prefetch_count}
+def first_line(generation: int) -> bytes:
+    return with_checksum(b'{"version":%d,"generation":%d}' % (VERSION, generation))
+
+
+def ids_line(ids: bytes | bytearray) -> bytes:
+    return with_checksum(b'{"ids":"%b"}' % ids.hex().encode())
+
+
+def commit_line(state: FileState, ids: bytes, clean: bool, prefetch_count: int) -> bytes:
+    record = {"file": state._asdict(), "clean": clean, "prefetch_count": prefetch_count}
     return with_checksum(b'%b,"ids":"%b"}' % (_to_json(record)[:-1].encode(), ids.hex().encode()))
-
-
-def ids_line(state: FileState, ids: bytes | bytearray, prefetch_count: int, generation: int | None) -> bytes:
-    """Return a line of ids before a commit. It speaks of no byte, so that a journal that ends here cuts no row."""
-    nothing = state._replace(committed_bytes=0, chunk_offset=0, chunk_crc32=0)
-    return commit_line(nothing, ids, True, prefetch_count, generation)
 
 
 def fence_line(generation: int) -> bytes:
@@ -90,16 +88,18 @@ class Reading:
             )
         if self._fenced:
             return  # a commit behind the fence
-        state, ids = FileState(**record["file"]), bytes.fromhex(record["ids"])
-        if not 0 <= state.chunk_offset <= state.committed_bytes or len(ids) % ID_BYTES:
-            raise ValueError("impossible numbers")
         if self._damaged:
             raise JournalCorrupt("a damaged line")
-        self._state, self.clean = state, bool(record["clean"])
         self.generation = int(record.get("generation", self.generation))
-        self.prefetch_count = max(self.prefetch_count, int(record["prefetch_count"]))
-        self.ids += ids
-        del self.ids[: max(0, len(self.ids) - ID_BYTES * window(self._dedup_window, self.prefetch_count))]
+        self.ids += bytes.fromhex(record.get("ids", ""))
+        if "file" in record:
+            state = FileState(**record["file"])
+            if not 0 <= state.chunk_offset <= state.committed_bytes or len(self.ids) % ID_BYTES:
+                raise ValueError("impossible numbers")
+            self.prefetch_count = max(self.prefetch_count, int(record["prefetch_count"]))
+            del self.ids[: max(0, len(self.ids) - ID_BYTES * window(self._dedup_window, self.prefetch_count))]
+            if state.committed_bytes:  # 0 in older lines that only carry ids
+                self._state, self.clean = state, bool(record["clean"])
 
 
 def window(dedup_window: int, prefetch_count: int) -> int:

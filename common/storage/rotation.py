@@ -1,4 +1,4 @@
-"""Rotated files: when a CSV becomes one, their names, and which of them are removed.
+"""Rotated files: when a CSV becomes one, their names, their compression, and which of them are removed.
 
 Those of `data.csv` are `data-<UTC time>.csv`, and `….csv.gz` once they are compressed. No other file that predlog makes
 matches `data-*.csv*`. The names are in order of rotation, whatever the clock does.
@@ -6,14 +6,19 @@ matches `data-*.csv*`. The names are in order of rotation, whatever the clock do
 
 from __future__ import annotations
 
+import gzip
+import logging
 import os
 import re
+import shutil
+import threading
 from contextlib import suppress
 from typing import NamedTuple
 
-from common.storage.files import utc_now
+from common.storage.files import BLOCK_BYTES, explain_os_error, mode_of, open_regular, sync_directory, utc_now
 
 DAY_SECONDS = 86_400
+_tending = threading.Lock()
 
 
 class Rotated(NamedTuple):
@@ -26,13 +31,11 @@ class Rotated(NamedTuple):
 
 
 def period_due(first_row_at: float, now: float, interval_seconds: int) -> bool:
-    """Tell whether `now` belongs to a later period than the first row of a CSV. Times are Unix times.
+    """Tell whether `now` belongs to another period than the first row of a CSV. Times are Unix times; 0 s is never.
 
-    Periods are counted from UTC midnight, those longer than a day from the Unix epoch. When the clock was set back by
-    more than an interval, the first row belongs to a period that is far in the future, and a new file is due as well.
+    Periods are counted from UTC midnight, those longer than a day from the Unix epoch.
     """
-    first, current = period_start(first_row_at, interval_seconds), period_start(now, interval_seconds)
-    return not first - interval_seconds <= current <= first
+    return interval_seconds > 0 and period_start(now, interval_seconds) != period_start(first_row_at, interval_seconds)
 
 
 def period_start(at: float, interval_seconds: int) -> float:
@@ -63,11 +66,42 @@ def new_name(csv_path: str) -> str:
 
 
 def remove_oldest(csv_path: str, keep: int) -> list[str]:
-    """Remove all but the latest `keep` rotated files; return their paths. Raise OSError."""
+    """Remove all but the latest `keep` rotated files, or none for 0; return their paths. Raise OSError."""
     files = rotated_files(csv_path)
     kept = list(dict.fromkeys(file[:2] for file in files))[-keep:]
     removed = [file.path for file in files if file[:2] not in kept]
     for path in removed:
-        with suppress(FileNotFoundError):
-            os.unlink(path)
+        os.unlink(path)
     return removed
+
+
+def tend(csv_path: str, keep: int, compresses: bool, log: logging.Logger) -> None:
+    """Remove all but the latest `keep` rotated files (0: none), and compress the others."""
+    part = f"{csv_path}.gz.part"
+    with _tending:
+        try:
+            for path in remove_oldest(csv_path, keep):
+                log.info("%s: removed, since the latest %d rotated files are kept", path, keep)
+            for file in rotated_files(csv_path):
+                if compresses and not file.compressed:
+                    compress(file.path, part)
+        except OSError as error:
+            with suppress(OSError):
+                os.unlink(part)  # rows may need its space
+            log.warning("%s; it is tried again after the next rotation or start", explain_os_error(error, csv_path))
+
+
+def compress(path: str, part: str) -> None:
+    """Replace the file `path` by `path`.gz, of the same mode, by way of the file `part`. Raise OSError.
+
+    The plain file is removed only when the whole .gz is on disk under its name. After a kill it can be run again.
+    """
+    part_fd = open_regular(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode_of(path))
+    with open(part_fd, "wb") as target, open(open_regular(path, os.O_RDONLY), "rb") as plain:
+        with gzip.GzipFile(os.path.basename(path), "wb", 6, target) as zipped:
+            shutil.copyfileobj(plain, zipped, BLOCK_BYTES)
+        target.flush()
+        os.fsync(part_fd)
+    os.rename(part, f"{path}.gz")
+    sync_directory(path)
+    os.unlink(path)

@@ -11,25 +11,25 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import re
 import time
 import zlib
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
+from glob import escape, glob
+from threading import Thread
 from typing import NamedTuple
 
 from common.errors import TakenOver
 from common.event.rows import CSV_HEADER
 from common.storage import rotation
-from common.storage.compress import Compressor
-from common.storage.csv_file import CsvFile
-from common.storage.files import NO_SPACE, explain_os_error, make_directory, mode_of, startup_error
+from common.storage.csv_file import CHUNK_BYTES, CsvFile
+from common.storage.files import explain_os_error, make_directory, mode_of, startup_error
 from common.storage.journal import Journal
 from common.storage.lock import Lock
 from common.storage.records import ID_BYTES
-from common.storage.recovery import decide
-from common.storage.repair import adopt, apply, is_intact, load, look
-from common.storage.state import CHUNK_BYTES, FileState
+from common.storage.recovery import FileFacts, FileState, LastRun, decide
+from common.storage.repair import adopt, apply, is_intact
 
 
 class Timing(NamedTuple):
@@ -40,49 +40,20 @@ class Timing(NamedTuple):
     commit_seconds: float
 
 
-class _Stopwatch:
-    def __init__(self) -> None:
-        self._at = time.perf_counter()
-
-    def lap(self) -> float:
-        """Return the seconds since the last lap."""
-        before, self._at = self._at, time.perf_counter()
-        return self._at - before
-
-
-class _Uncommitted(NamedTuple):
-    """Rows that are on disk, and stay, since their commit may be on disk too: it is repeated until it succeeds."""
-
-    data: bytes
-    state: FileState  # what the journal must say
-
-
+@dataclass(eq=False)
 class Store:
     """A CSV and its journal. Made by Store.open()."""
 
-    def __init__(
-        self,
-        csv_path: str,
-        file: CsvFile,
-        state: FileState,
-        journal: Journal,
-        log: logging.Logger,
-        rotate_gzip: bool,
-        lock: Lock | None,
-        rotate_keep: int,
-    ) -> None:
-        """Take over what Store.open() has recovered."""
-        self._csv_path = csv_path  # as configured: it may be a link, which may be re-pointed
-        self._other_target = ""  # where the link leads instead, once that was logged
-        self._file = file
-        self._state = state  # what the journal says
-        self._uncommitted: _Uncommitted | None = None
-        self._journal = journal
-        self._log = log
-        self._rotate_gzip = rotate_gzip
-        self._lock = lock
-        self._rotate_keep = rotate_keep
-        self._compressor = Compressor(_gzip_part(file.path), log)
+    _csv_path: str  # as configured: it may be a link
+    _file: CsvFile
+    _state: FileState  # what the journal says
+    _journal: Journal
+    _log: logging.Logger
+    _rotate_gzip: bool
+    _lock: Lock | None
+    _rotate_keep: int
+    # Rows that are on disk, and stay, since their commit may be on disk too: it is repeated until it succeeds.
+    _uncommitted: tuple[bytes, FileState] | None = None
 
     @classmethod
     def open(
@@ -102,10 +73,9 @@ class Store:
         not predlog's or cannot be written.
         """
         path = os.path.realpath(csv_path)
-        journal = Journal(path, dedup_window, prefetch_count, log)
+        journal = Journal(path, dedup_window, prefetch_count)
         notes: list[str] = []
         try:
-            rotated = rotation.rotated_files(path)
             file, state = _recover(path, journal, notes)
         except OSError as error:
             journal.close()
@@ -114,12 +84,7 @@ class Store:
         notes.append(f"continues after {state.committed_bytes} bytes, with {len(journal)} message ids remembered")
         log.log(level, "%s: %s", path, "; ".join(notes))
         store = cls(csv_path, file, state, journal, log, rotate_gzip, lock, rotate_keep)
-        removed = store._remove_oldest()
-        compressed = {each.path for each in rotated if each.compressed}
-        for each in rotated:  # left plain by an earlier run, perhaps next to its .gz
-            left = not each.compressed and each.path not in removed
-            if left and (rotate_gzip or f"{each.path}.gz" in compressed):
-                store._compressor.put(each.path)
+        store._tend_rotated()
         return store
 
     @property
@@ -137,21 +102,20 @@ class Store:
 
     @property
     def window_seconds(self) -> float | None:
-        """How long the ids of the last full window took to come; None until this run has committed so many.
-
-        Known to an eighth of the window, so a retry that comes later than this may not be recognised.
-        """
+        """How long the ids of the last full window took to come; None until this run has committed so many."""
         return self._journal.window_seconds
 
     def period_due(self, rotate_interval_seconds: int) -> bool:
-        """Tell whether there are rows of an earlier period than the current one (rotation.py); 0 is off."""
-        if not (rotate_interval_seconds and self.has_rows):
-            return False
-        return rotation.period_due(self._state.started_at, time.time(), rotate_interval_seconds)
+        """Tell whether there are rows of another period than the current one (rotation.py); 0 is off."""
+        return self.has_rows and rotation.period_due(self._state.started_at, time.time(), rotate_interval_seconds)
 
     def seen(self, id: bytes) -> bool:
         """Tell whether the message with this id (16 bytes) is committed, within the window."""
         return self._journal.seen(id)
+
+    def expect_again(self, events: int) -> None:
+        """Keep the ids of so many events that the broker can deliver again, and of as many that come meanwhile."""
+        self._journal.expect_again(events)
 
     def append(self, data: bytes, ids: Sequence[bytes]) -> Timing:
         """Make whole rows `data` and the new, distinct `ids` (16 bytes each) of their messages durable, as one.
@@ -163,23 +127,24 @@ class Store:
         if sum(map(len, ids)) != ID_BYTES * len(ids):
             raise ValueError(f"an id is not {ID_BYTES} bytes")
         write_seconds = fsync_seconds = 0.0
-        try:
-            if self._uncommitted is None:
+        if self._uncommitted is None:
+            if data:
                 write_seconds, fsync_seconds = self._write(data)
-                self._uncommitted = _Uncommitted(data, self._state_after(data))
-            elif self._uncommitted.data != data:
-                raise ValueError("the batch before is not committed yet")
-            watch = _Stopwatch()
-            self._journal.commit(self._uncommitted.state, ids)
-        except OSError as error:
-            if error.errno in NO_SPACE:
-                self._compressor.give_way()
-            raise
-        self._state, self._uncommitted = self._uncommitted.state, None
-        return Timing(write_seconds, fsync_seconds, watch.lap())
+            self._uncommitted = data, self._state_after(data)
+        elif self._uncommitted[0] != data:
+            raise ValueError("the batch before is not committed yet")
+        state, began = self._uncommitted[1], time.perf_counter()
+        self._journal.commit(state, ids)
+        self._state, self._uncommitted = state, None
+        return Timing(write_seconds, fsync_seconds, time.perf_counter() - began)
 
     def reopen(self) -> None:
-        """Start a new file if the current one was renamed or removed, as append would. Raise OSError."""
+        """Start a new file if the current one was renamed or removed, as append would. Raise OSError.
+
+        A link that was re-pointed is followed by the next start only.
+        """
+        if (target := os.path.realpath(self._csv_path)) != self.path:
+            self._log.warning("%s leads to %s now; rows go to %s until a restart", self._csv_path, target, self.path)
         if self._uncommitted is None:
             self._check_file(b"")
 
@@ -198,14 +163,11 @@ class Store:
         rotated = rotation.new_name(self.path)
         os.rename(self.path, rotated)
         self._start_file(logging.INFO, f"rotated to {rotated}")
-        if self._rotate_gzip:
-            self._compressor.put(rotated)
-        self._remove_oldest()
+        self._tend_rotated()
         return rotated
 
     def close(self) -> None:
         """Mark the journal clean if everything is committed; close the files and release the lock."""
-        self._compressor.close()
         try:
             if self._uncommitted is None and self._file.size() == self.committed_bytes:
                 self._journal.commit(self._state, clean=True)
@@ -220,22 +182,20 @@ class Store:
 
     def _write(self, data: bytes) -> tuple[float, float]:
         """Write rows and sync them, or leave the file as it was; return the seconds of both steps. Raise OSError."""
-        if not data:
-            return 0.0, 0.0
         self._check_file(data)
-        watch = _Stopwatch()
+        began = time.perf_counter()
         try:
             self._file.write(data)
-            write_seconds = watch.lap()
+            written = time.perf_counter()
             self._file.sync()
-            fsync_seconds = watch.lap()
+            synced = time.perf_counter()
             if self._file.size() != self.committed_bytes + len(data):
                 raise OSError(errno.EBUSY, "another program wrote to it at the same moment", self.path)
         except OSError:
             with suppress(OSError):
                 self._cut_own(data)
             raise
-        return write_seconds, fsync_seconds
+        return written - began, synced - written
 
     def _state_after(self, data: bytes) -> FileState:
         """Return the state of the file with `data` at its end."""
@@ -248,38 +208,23 @@ class Store:
         return FileState(device, inode, end, end - len(chunk), zlib.crc32(chunk), started_at)
 
     def _check_file(self, data: bytes) -> None:
-        """Make sure, in two system calls, that the file at the path is ours and ends at the committed bytes."""
+        """Make sure that the file at the path is ours and ends at the committed bytes."""
         committed = self.committed_bytes
         size, mode = self._file.size_and_mode()
-        if mode != self._journal.mode:
-            self._journal.set_mode(mode)
-        in_place = self._file.is_at(self._csv_path)
+        self._journal.set_mode(mode)  # for its successor, also after a crash
+        in_place = self._file.is_at(self.path)
         if in_place and size == committed:
             return
-        if not in_place:
-            self._look_at_link()
-            in_place = self._file.is_at(self.path)
-            if in_place and size == committed:
-                return
         self._journal.check()  # the change may be another consumer's
         size = self._cut_own(data)
         if not in_place:
             make_directory(os.path.dirname(self.path))
             self._start_file(logging.WARNING, "was renamed, removed or replaced")
-        elif size > committed and is_intact(self._file, size, self._state):
+        elif size > committed and is_intact(self._file, self._state):
             aside = self._file.set_aside(committed)
             self._log.warning("%s: %d bytes of another program were moved to %s", self.path, size - committed, aside)
         elif size != committed:
-            note = f"was truncated or changed by another program: {committed} bytes were committed, {size} are there"
-            self._start_file(logging.WARNING, note)
-
-    def _look_at_link(self) -> None:
-        """Log once when CSV_FILE is a link that leads elsewhere now."""
-        target = os.path.realpath(self._csv_path)
-        if target not in (self.path, self._other_target):
-            self._other_target = target
-            text = "%s leads to %s now; rows go to %s until the consumer is restarted"
-            self._log.warning(text, self._csv_path, target, self.path)
+            self._start_file(logging.WARNING, f"was truncated or changed: {committed} bytes were committed, not {size}")
 
     def _cut_own(self, data: bytes) -> int:
         """Cut what a failed write of `data` left behind the committed bytes; return the size."""
@@ -309,48 +254,34 @@ class Store:
         self._file, self._state = file, state
         self._log.log(level, "%s: %s; continues after %d bytes", self.path, "; ".join(notes), state.committed_bytes)
 
-    def _remove_oldest(self) -> list[str]:
-        """Remove the rotated files that are too many; return their paths."""
-        if not self._rotate_keep:
-            return []
-        try:
-            removed = rotation.remove_oldest(self.path, self._rotate_keep)
-        except OSError as error:
-            self._log.warning("%s; it is removed after the next rotation", explain_os_error(error, self.path))
-            return []
-        for path in removed:
-            self._log.info("%s: removed, since the latest %d rotated files are kept", path, self._rotate_keep)
-        return removed
+    def _tend_rotated(self) -> None:
+        if self._rotate_keep or self._rotate_gzip:
+            what = self.path, self._rotate_keep, self._rotate_gzip, self._log
+            Thread(target=rotation.tend, args=what, name="rotated", daemon=True).start()  # no process waits for it
 
 
 def _recover(path: str, journal: Journal, notes: list[str]) -> tuple[CsvFile, FileState]:
     """Open the CSV, recover, and begin a run in its journal. Raise OSError."""
-    existed = os.path.lexists(path)
     file = CsvFile(path, mode_of(journal.path))
     try:
-        _clean_up(path)
+        file.check_header()
+        _remove_leftovers(path)
         journal.set_mode(file.size_and_mode()[1])
-        last_run = load(journal)
-        state = apply(decide(last_run, look(file, existed, last_run)), file, journal, notes)
+        last_run = journal.load()
+        intact = isinstance(last_run, LastRun) and is_intact(file, last_run.state)
+        plan = decide(last_run, FileFacts(file.device, file.inode, file.size(), intact))
+        state = apply(plan, file, journal, notes)
         journal.commit(state)
-        with suppress(FileNotFoundError):
-            os.unlink(f"{path}.journal.mark")  # of predlog 1.0
     except BaseException:
         file.close()
         raise
     return file, state
 
 
-def _gzip_part(csv_path: str) -> str:
-    return f"{csv_path}.gz.part"
-
-
-def _clean_up(csv_path: str) -> None:
-    """Remove temporary files that a crash left, also those of predlog 1.0."""
-    folder, name = os.path.split(csv_path)
-    stem, suffix = map(re.escape, os.path.splitext(name))
-    time, name = r"\d{8}T\d{6}Z(-\d+)?", re.escape(name)
-    ours = re.compile(rf"{name}(\.gz\.part|\.uncommitted-{time}\.part|\.journal\.new)|{stem}-{time}{suffix}\.gz\.part")
-    for entry in os.listdir(folder):
-        if ours.fullmatch(entry):
-            os.unlink(os.path.join(folder, entry))
+def _remove_leftovers(csv_path: str) -> None:
+    """Remove temporary files that a crash left, and what only predlog 1.0 used. Raise OSError."""
+    stem, suffix = map(escape, os.path.splitext(csv_path))
+    patterns = [f"{stem}{suffix}{end}" for end in (".gz.part", ".uncommitted-*.part", ".journal.new", ".journal.mark")]
+    for pattern in [*patterns, f"{stem}-[0-9]*T[0-9]*Z*{suffix}.gz.part"]:
+        for path in glob(pattern):
+            os.unlink(path)

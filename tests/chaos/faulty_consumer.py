@@ -20,11 +20,12 @@ from collections.abc import Callable
 from typing import Any
 
 import consumer
-from common.consumer.prepare import prepare_batch
+from common.consumer import prepare
 from common.consumer.worker import Worker
-from common.storage import compress, journal, state, store
+from common.storage import journal, rotation, store
 from common.storage.csv_file import CsvFile
 from common.storage.journal import Journal
+from common.storage.recovery import FileState
 from common.storage.repair import adopt
 from common.storage.store import Store
 
@@ -102,7 +103,7 @@ ROTATING: dict[str, Arm] = {
     "new-file-to-commit": _after(store, "adopt"),
     "new-file-commit": _after(Store, "_start_file"),
     "in-gzip": _before(gzip.GzipFile, "write"),
-    "gzip-to-unlink": _after(compress, "sync_directory"),
+    "gzip-to-unlink": _after(rotation, "sync_directory"),
 }
 """What a rotation passes (one of them a start, too)."""
 
@@ -113,13 +114,26 @@ def _ack_before_fsync() -> None:
     async def run(self: Worker) -> None:
         while await self._batch_is_due():
             link, deliveries = self._link, self._pending.take()
-            prepared = await self._in_thread(prepare_batch, deliveries, self._store.seen, 0.25)
-            self._ack(link, prepared.stored)
+            self._ack(link, deliveries[-1].delivery_tag)
             await asyncio.sleep(0.2)  # the broker has it now
-            if prepared.ids or prepared.data:
-                await self._store_until_done(prepared, await self._in_thread(self._append, prepared))
+            await self._store_batch(deliveries)
 
-    Worker.run = run  # type: ignore[method-assign]
+    Worker._run = run  # type: ignore[method-assign]
+
+
+def _line_unsettled() -> None:
+    """Of a message with several events, the last one is acked without a row."""
+    _change_lines(lambda items: items[:-1] if len(items) > 1 else items)
+
+
+def _id_forgotten() -> None:
+    """Of a message with several events, the last id is not remembered."""
+    _change_lines(lambda items: [*items[:-1], (*items[-1][:2], None)] if len(items) > 1 else items)
+
+
+def _change_lines(change: Callable[[list[prepare.Item]], list[prepare.Item]]) -> None:
+    real = prepare.ndjson_items
+    prepare.ndjson_items = lambda body: iter(change(list(real(body))))
 
 
 def _no_fsync() -> None:
@@ -131,7 +145,7 @@ def _no_dedup() -> None:
 
 
 def _no_cut() -> None:
-    def apply(steps: object, file: CsvFile, journal: Journal, notes: list[str]) -> state.FileState:
+    def apply(plan: object, file: CsvFile, journal: Journal, notes: list[str]) -> FileState:
         return adopt(file, notes)
 
     CsvFile.rows_end = lambda self, start=0: self.size()  # type: ignore[method-assign]
@@ -143,6 +157,8 @@ MUTATIONS: dict[str, Callable[[], None]] = {
     "no-fsync": _no_fsync,
     "no-dedup": _no_dedup,
     "no-cut": _no_cut,
+    "line-unsettled": _line_unsettled,
+    "id-forgotten": _id_forgotten,
 }
 
 

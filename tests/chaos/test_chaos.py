@@ -65,13 +65,15 @@ def test_the_promise_holds_through_an_aimed_kill_at_every_step(stage: SingleStag
         ("no-dedup", "commit-to-ack:4", {"duplicated"}),
         ("no-cut", "write-to-fsync:4", {"duplicated"}),
         ("no-cut", "in-write:4", {"torn"}),
+        ("line-unsettled", "after-ack:4", {"lost"}),
+        ("id-forgotten", "commit-to-ack:4", {"duplicated"}),
     ],
 )
 def test_a_missing_step_is_found(stage: SingleStage, mutation: str, fault: str, findings: set[str]) -> None:
     thread = LoadThread(Load(stage.targets(), EVENTS, count=2000, concurrency=64, retries=True))
-    # From a backlog, so that each batch has many events: a single one may have no row to double.
+    # From a backlog, whose messages have many events each: a single one may have no row to double.
     stage.wait_until("a backlog", lambda: thread.load.ledger.accepted_events >= 1000, 60)
-    stage.consumer.start(CHAOS_MUTATION=mutation, CHAOS_FAULT=fault, PREFETCH_COUNT="50")
+    stage.consumer.start(CHAOS_MUTATION=mutation, CHAOS_FAULT=fault, PREFETCH_COUNT="5")
     assert stage.consumer.wait_for_death(60)
     verdict = finish(stage, thread, now=False, CHAOS_MUTATION=mutation)
     found = {name for name, finding in verdict.findings.items() if finding.count}

@@ -8,12 +8,13 @@ import shutil
 import subprocess
 import tempfile
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import aiormq
 import pytest
 import yaml  # type: ignore[import-untyped]
+from aiormq.abc import AbstractChannel
 
 from tests.conftest import ROOT, Start
 from tests.rabbitmq import RabbitMQ
@@ -69,12 +70,13 @@ def test_the_shipped_user_may_do_all_that_predlog_does(
 
 async def test_the_shipped_user_may_do_nothing_else(shipped_broker: RabbitMQ) -> None:
     connection = await aiormq.connect(shipped_broker.url)
-    for refused in (
+    calls: tuple[Callable[[AbstractChannel], Awaitable[object]], ...] = (
         lambda channel: channel.queue_declare("others"),
         lambda channel: channel.queue_declare("predictionsx"),
         lambda channel: channel.exchange_declare("predictions-2"),
         lambda channel: channel.basic_publish(b"", exchange="amq.fanout", routing_key="x"),
-    ):
+    )
+    for refused in calls:
         channel = await connection.channel()
         with pytest.raises(aiormq.exceptions.ChannelAccessRefused):
             await refused(channel)

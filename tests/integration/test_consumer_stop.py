@@ -19,27 +19,19 @@ from common.amqp.link import open_link
 from common.amqp.topology import QUEUE_ARGUMENTS, begin_publishing, declare
 from common.amqp.window import ConfirmWindow
 from common.config import ConsumerSettings
-from common.consumer.dead_letters.mover import DeadLetters
-from common.consumer.dead_letters.spill import Spill
 from common.consumer.metrics import Counters
 from common.consumer.worker import Worker
-from common.event.document import write_json
+from common.process import end
 from common.storage.store import Store
 from tests.conftest import Service, Start
 from tests.proxy import Proxy
 from tests.rabbitmq import RabbitMQ
+from tests.support.deliveries import event
 from tests.support.lane import Heard
 from tests.support.polling import until
 
 BACKLOG = 4000
 SHUTDOWN_TIMEOUT_MS = 1500
-
-
-def event_of(device: str) -> bytes:
-    preds = [{"image_frame": "frame", "prob": 0.5, "tags": ["cat"]}]
-    return write_json(
-        {"device_id": device, "client_id": "c", "created_at": "t", "data": {"license_id": "l", "preds": preds}}
-    )
 
 
 async def publish(url: str, queue_name: str, bodies: list[bytes]) -> None:
@@ -101,7 +93,7 @@ async def test_sigterm_in_a_backlog_acks_exactly_what_is_stored(
 ) -> None:
     """Sigterm in a backlog acks every stored row and leaves exactly the rest."""
     devices = [f"device-{number}" for number in range(BACKLOG)]
-    await publish(broker.url, queue_name, [event_of(device) for device in devices])
+    await publish(broker.url, queue_name, [event(device) for device in devices])
     service = consumer(wait=False, PREFETCH_COUNT=5, FLUSH_INTERVAL_MS=1)
     await until("rows are stored", lambda: len(devices_in_csv(service.csv_file)) >= 100)
     assert await stopped(service) == 0
@@ -126,7 +118,7 @@ async def test_sigterm_while_the_broker_is_away_ends_in_time(
             await until("it waits", lambda: "waiting for it" in service.log())
         else:
             await asyncio.to_thread(service.wait_until_ready)
-            await publish(broker.url, queue_name, [event_of("device")])
+            await publish(broker.url, queue_name, [event("device")])
             await until("the row is stored", lambda: devices_in_csv(service.csv_file) == ["device"])
         if trouble == "gone":
             await proxy.close()
@@ -136,22 +128,6 @@ async def test_sigterm_while_the_broker_is_away_ends_in_time(
         assert await stopped(service) == 0, service.log()
         assert time.monotonic() - began < SHUTDOWN_TIMEOUT_MS / 1000 + 6  # which is less than the default
         assert "Traceback" not in service.log()
-
-
-async def test_sigterm_keeps_a_message_that_cannot_be_dead_lettered(
-    broker: RabbitMQ, queue_name: str, consumer: Start
-) -> None:
-    """A message that cannot be dead-lettered ends a SIGTERM in time and stays in the queue."""
-    async with Proxy(broker.port) as proxy:
-        service = consumer(wait=False, AMQP_URL=proxy.url, SHUTDOWN_TIMEOUT_MS=SHUTDOWN_TIMEOUT_MS)
-        await asyncio.to_thread(service.wait_until_ready)
-        proxy.cuts = [0] * 1000  # no new connection is served: that for the dead letters is made with the first one
-        await publish(broker.url, queue_name, [b'{"device_id": "poison"}'])
-        await until("it is on its way", lambda: "goes to the dead letters" in service.log())
-        began = time.monotonic()
-        assert await stopped(service) == 0, service.log()
-        assert time.monotonic() - began < SHUTDOWN_TIMEOUT_MS / 1000 + 6  # which is less than the default
-        assert await devices_in_queue(broker.url, queue_name, 1) == ["poison"]
 
 
 async def test_a_failed_rotation_is_said_once_and_rows_continue(
@@ -172,15 +148,13 @@ async def test_a_failed_rotation_is_said_once_and_rows_continue(
             return rotate()
 
         monkeypatch.setattr(store, "rotate", rotate_or_not)
-        mover, spill = DeadLetters(settings.amqp_url, settings.queue_name), Spill(f"{csv_file}.dead-letters")
-        consumer = Worker(settings, store, thread, Counters(), mover, spill)
-        running = asyncio.create_task(consumer.run())
+        worker = Worker(settings, store, thread, Counters())
 
         async def store_rows(count: int) -> None:
             nonlocal sent
             for _ in range(count):
                 sent += 1
-                consumer.deliveries([Delivery(sent, False, header, event_of(f"device-{sent}"))])
+                worker.deliveries([Delivery(sent, False, header, event(f"device-{sent}"))])
                 await until("the row is stored", lambda: len(all_devices(tmp_path)) == sent)  # noqa: B023
 
         def said() -> int:
@@ -195,11 +169,8 @@ async def test_a_failed_rotation_is_said_once_and_rows_continue(
         await store_rows(5)
         assert said() == 2
         assert sorted(all_devices(tmp_path)) == sorted(f"device-{number}" for number in range(1, sent + 1))
-        assert "cannot store" not in consumer.not_ready()
-        running.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await running
-        await consumer.close()
+        assert "cannot store" not in worker.not_ready()
+        await end(worker.running)
         thread.submit(store.close).result()
 
 

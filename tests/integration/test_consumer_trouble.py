@@ -1,92 +1,28 @@
-"""What must not stop the consumer in silence: dead-letter trouble, partitions in trouble, queues that nobody serves."""
+"""What must not stop the consumer in silence: partitions in trouble, queues that nobody serves, tasks that end."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import csv
-import json
+import os
+import signal
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-import aiormq
 import pytest
 
-from common.amqp.topology import DEAD_LETTER_ARGUMENTS, QUEUE_ARGUMENTS, dead_letter_queue
 from common.config import ConsumerSettings
 from common.consumer.metrics import Counters
 from common.consumer.service import ConsumerService
+from common.storage.lock import Lock
+from scripts.rabbitmq import free_port
 from tests.conftest import Service, Start
+from tests.proxy import Proxy
 from tests.rabbitmq import RabbitMQ
+from tests.support.deliveries import devices, event, publish
 from tests.support.polling import until, wait_until
-
-
-def event_of(device: str) -> bytes:
-    preds = [{"image_frame": "frame", "prob": 0.5, "tags": ["cat"]}]
-    return json.dumps(
-        {"device_id": device, "client_id": "c", "created_at": "t", "data": {"license_id": "l", "preds": preds}}
-    ).encode()
-
-
-def publish(url: str, queue_name: str, bodies: list[bytes]) -> None:
-    """Declare the queue, and publish until all is confirmed."""
-
-    async def run() -> None:
-        async with aiormq.connect(url) as connection:
-            channel = await connection.channel()
-            await channel.queue_declare(queue_name, durable=True, arguments=dict(QUEUE_ARGUMENTS))
-            await asyncio.gather(*(channel.basic_publish(body, routing_key=queue_name) for body in bodies))
-
-    asyncio.run(run())
-
-
-def messages_in(url: str, queue_name: str) -> int:
-    async def run() -> int:
-        async with aiormq.connect(url) as connection:
-            channel = await connection.channel()
-            return (await channel.queue_declare(queue_name, passive=True)).message_count or 0
-
-    return asyncio.run(run())
-
-
-def devices(csv_file: Path) -> list[str]:
-    if not csv_file.exists():
-        return []
-    with csv_file.open(newline="") as file:
-        return [row[0] for row in csv.reader(file, delimiter=";")][1:]
-
-
-def test_a_full_queue_of_dead_letters_stops_no_good_event(broker: RabbitMQ, queue_name: str, consumer: Start) -> None:
-    """More poison than the prefetch, and a broker that takes 20 of it: the good events behind it are stored.
-
-    The poison waits in a file, also over a kill, and is in the dead letters once the broker takes them.
-    """
-    dead, poison = dead_letter_queue(queue_name), [b"poison %d" % number for number in range(300)]
-
-    async def declare_dead() -> None:
-        async with aiormq.connect(broker.url) as connection:
-            channel = await connection.channel()
-            await channel.queue_declare(dead, durable=True, arguments=dict(DEAD_LETTER_ARGUMENTS))
-
-    asyncio.run(declare_dead())
-    policy = '{"max-length": 20, "overflow": "reject-publish"}'
-    broker.ctl("set_policy", queue_name, f"^{dead}$", policy, "--apply-to", "queues")
-    good = [f"device-{number}" for number in range(5)]
-    publish(broker.url, queue_name, poison + [event_of(device) for device in good])
-    service = consumer(wait=False, PREFETCH_COUNT=200)
-    wait_until("the good events are stored", lambda: devices(service.csv_file) == good, explain=service.log)
-    spill = service.csv_file.with_name("data.csv.dead-letters")
-    wait_until("it is told", lambda: "dead letters do not reach the broker" in service.not_ready())
-    wait_until("no poison is unacked", lambda: service.metric("predlog_unacked") == 0, explain=service.log)
-    assert service.metric("predlog_dead_letters_spilled_bytes") > 0
-    service.kill()
-    broker.ctl("clear_policy", queue_name)
-    again = consumer(wait=False, PREFETCH_COUNT=200)
-    wait_until("all reach the dead letters", lambda: not spill.exists(), 40, again.log)
-    wait_until("it is ready", lambda: again.not_ready() == "")
-    assert messages_in(broker.url, dead) >= len(poison)
-    assert messages_in(broker.url, queue_name) == 0
 
 
 @pytest.fixture
@@ -101,7 +37,7 @@ def test_each_partition_has_a_csv_and_one_port_tells_of_all(
     """Each partition has its own csv and one port tells of all."""
     partitioned.wait_until_ready()
     for number in range(4):
-        publish(broker.url, f"{queue_name}.{number}", [event_of(f"device-{number}")] * (number + 1))
+        publish(broker.url, f"{queue_name}.{number}", [event(f"device-{number}")] * (number + 1))
     wait_until("all are stored", lambda: partitioned.metric("predlog_rows_total") == 10, explain=partitioned.log)
     for number in range(4):
         assert devices(tmp_path / f"data.{number}.csv") == [f"device-{number}"] * (number + 1)
@@ -132,7 +68,7 @@ def test_a_full_disk_of_one_partition_stops_no_other(
     csv_files = [tmp_path / "data.0.csv", full_disk / "data.1.csv"]
     (tmp_path / "data.1.csv").symlink_to(csv_files[1])
     for number in range(2):
-        publish(broker.url, f"{queue_name}.{number}", [event_of(f"device-{number}")])
+        publish(broker.url, f"{queue_name}.{number}", [event(f"device-{number}")])
     service = consumer(wait=False, PARTITIONS=2)
     wait_until("the other stores", lambda: devices(csv_files[0]) == ["device-0"], explain=service.log)
 
@@ -150,37 +86,124 @@ def test_a_full_disk_of_one_partition_stops_no_other(
 async def test_a_service_starts_drains_and_closes_in_process(broker: RabbitMQ, queue_name: str, tmp_path: Path) -> None:
     """A second one on the same CSV is a standby, and takes over when the first is closed."""
     settings = ConsumerSettings(amqp_url=broker.url, queue_name=queue_name, csv_file=str(tmp_path / "data.csv"))
-    first, second = ConsumerService(settings, Counters()), ConsumerService(settings, Counters())
+    counters = Counters()
+    first, second = ConsumerService(settings, Counters()), ConsumerService(settings, counters)
     await first.start()
     await until("the first is ready", lambda: first.not_ready() == "")
     await second.start()
     await until("the second waits", lambda: "standby" in second.not_ready())
-    await asyncio.to_thread(publish, broker.url, queue_name, [event_of("device-1")])
+    await asyncio.to_thread(publish, broker.url, queue_name, [event("device-1")])
     await until("the row is stored", lambda: devices(tmp_path / "data.csv") == ["device-1"])
     await first.drain()
     await first.close()
     await until("the second takes over", lambda: second.not_ready() == "")
-    await asyncio.to_thread(publish, broker.url, queue_name, [event_of("device-2")])
-    await until("the row is counted", lambda: b"predlog_rows_total 1\n" in second.metrics())
+    await asyncio.to_thread(publish, broker.url, queue_name, [event("device-2")])
+    await until("the row is counted", lambda: counters.metrics.values[counters.rows] == 1)
     assert devices(tmp_path / "data.csv") == ["device-1", "device-2"]
     await second.drain()
     await second.close()
 
 
 def test_who_changes_partitions_is_told_what_is_left_over(broker: RabbitMQ, queue_name: str, consumer: Start) -> None:
-    """One line, /readyz and a metric, until the old queues are empty; both ways."""
-    publish(broker.url, f"{queue_name}.0", [event_of("device-0")] * 3)
+    """One line and a metric, until the old queues are empty; both ways."""
+    publish(broker.url, f"{queue_name}.0", [event("device-0")] * 3)
     publish(broker.url, f"{queue_name}.1", [])
-    publish(broker.url, f"{queue_name}.2", [event_of("device-2")] * 2)
+    publish(broker.url, f"{queue_name}.2", [event("device-2")] * 2)
     shrunk = consumer(wait=False)
     said = "messages wait in queues that no consumer serves with PARTITIONS={}: {}"
     told = said.format(1, f"3 in '{queue_name}.0', 2 in '{queue_name}.2'")
-    wait_until("it is told", lambda: shrunk.not_ready() == told, explain=shrunk.log)
+    wait_until("it is told", lambda: told in shrunk.log(), explain=shrunk.log)
     wait_until("it is counted", lambda: shrunk.metric("predlog_unserved_messages") == 5)
     assert shrunk.log().count(told) == 1
     assert shrunk.stop() == 0
-    publish(broker.url, queue_name, [event_of("device")])
+    publish(broker.url, queue_name, [event("device")])
     grown = consumer(wait=False, PARTITIONS=2)
     told = said.format(2, f"1 in '{queue_name}', 2 in '{queue_name}.2'")
-    wait_until("it is told", lambda: told in grown.not_ready(), explain=grown.log)
+    wait_until("it is told", lambda: told in grown.log(), explain=grown.log)
     wait_until("what it serves is stored", lambda: grown.metric("predlog_rows_total") == 3, explain=grown.log)
+
+
+def test_a_path_that_is_no_text_silences_no_partition(
+    broker: RabbitMQ, queue_name: str, consumer: Start, tmp_path: Path
+) -> None:
+    csv_file = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.csv")
+    Path(f"{csv_file.removesuffix('.csv')}.1.csv.dead-letters").mkdir()
+    service = consumer(wait=False, PARTITIONS=2, CSV_FILE=csv_file)
+    service.wait_until_ready()
+    publish(broker.url, f"{queue_name}.1", [b"poison"])
+    wait_until("it is told", lambda: "is not a regular file" in service.not_ready(), explain=service.log)
+    assert service.not_ready().startswith("partition 1: cannot store: ")
+    assert "/\\udcff.1.csv.dead-letters: " in service.not_ready()
+
+
+async def test_a_fault_in_the_watch_ends_the_service(broker: RabbitMQ, queue_name: str, tmp_path: Path) -> None:
+    """So that a supervisor starts another, and an operator sees why."""
+
+    def report(reason: str) -> None:
+        raise ValueError("a fault")
+
+    settings = ConsumerSettings(amqp_url=broker.url, queue_name=queue_name, csv_file=str(tmp_path / "data.csv"))
+    service = ConsumerService(settings, Counters(), report=report)
+    await service.start()
+    with pytest.raises(ValueError, match="a fault"):
+        await asyncio.wait_for(service.running, 20)
+    await service.close()
+
+
+@pytest.mark.parametrize("call", ["acquire", "release"])
+async def test_the_health_port_answers_while_the_disk_hangs(
+    broker: RabbitMQ, queue_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    hangs, go_on = threading.Event(), threading.Event()
+    real = getattr(Lock, call)
+
+    def hanging(lock: Lock) -> object:
+        hangs.set()
+        assert go_on.wait(20)
+        return real(lock)
+
+    monkeypatch.setattr(Lock, call, hanging)
+    settings = ConsumerSettings(
+        amqp_url=broker.url, queue_name=queue_name, csv_file=str(tmp_path / "data.csv"), health_port=free_port()
+    )
+    service = ConsumerService(settings, Counters())
+    await service.start()
+    if call == "release":
+        await until("it is ready", lambda: service.not_ready() == "")
+    closing = asyncio.create_task(service.close()) if call == "release" else None
+    await until("the disk hangs", hangs.is_set)
+    reader, writer = await asyncio.open_connection("127.0.0.1", settings.health_port)
+    writer.write(b"GET /healthz HTTP/1.1\r\nHost: h\r\n\r\n")
+    assert (await asyncio.wait_for(reader.readline(), 20)).startswith(b"HTTP/1.1 200")
+    writer.close()
+    go_on.set()
+    await (closing or service.close())
+
+
+def test_a_user_of_one_channel_gets_its_rows(node: RabbitMQ, queue_name: str, consumer: Start) -> None:
+    """The look for messages left over needs a second channel, and does without."""
+    publish(node.url, queue_name, [event("device")])
+    node.ctl("set_user_limits", "guest", '{"max-channels": 1}')
+    try:
+        service = consumer(AMQP_URL=node.url)
+        wait_until("the row is stored", lambda: devices(service.csv_file) == ["device"], explain=service.log)
+        assert service.metric("predlog_amqp_reconnects_total") == 0
+        assert service.log().count("connected") == 1
+    finally:
+        node.ctl("clear_user_limits", "guest", "all")
+
+
+async def test_a_new_password_is_used_after_sighup(
+    broker: RabbitMQ, queue_name: str, consumer: Start, tmp_path: Path
+) -> None:
+    secret = tmp_path / "amqp_url"
+    async with Proxy(broker.port) as before, Proxy(broker.port) as after:
+        secret.write_text(f"{before.url}\n")
+        service = consumer(wait=False, AMQP_URL="", AMQP_URL_FILE=secret)
+        await until("it is connected", lambda: "connected to" in service.log())
+        secret.write_text(after.url)
+        service.process.send_signal(signal.SIGHUP)
+        await before.close()
+        await until("it is connected again", lambda: "connected again" in service.log())
+        await asyncio.to_thread(service.wait_until_ready)
+        assert await asyncio.to_thread(service.stop) == 0

@@ -18,7 +18,7 @@ import pytest
 
 from common.errors import DiskTrouble, StartupError
 from common.event.rows import CSV_HEADER
-from common.storage import compress
+from common.storage import rotation
 from common.storage.lock import Lock
 from common.storage.store import Store
 from tests.support.polling import wait_until
@@ -118,7 +118,7 @@ def test_rotation_on_a_full_disk_continues_with_space(disk: Path) -> None:
 
 
 def test_compression_never_keeps_rows_from_the_disk(disk: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Its part fills the disk in the middle of an append: it gives way, and the rows are stored by the next try."""
+    """Its part fills the disk in the middle of an append: it ends, and the rows are stored by the next try."""
     store = Store.open(str(disk / "data.csv"), 1000, 10, log, rotate_gzip=True)
     noise = b"".join(b"%s;c;2024;license;frame;0.5;cat\r\n" % os.urandom(3000).hex().encode() for _ in range(17))
     store.append(noise, [message_id(0)])  # a hundred kilobytes that compress to fifty
@@ -133,7 +133,7 @@ def test_compression_never_keeps_rows_from_the_disk(disk: Path, caplog: pytest.L
         return count
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compress, "BLOCK_BYTES", 4096)
+        patch.setattr(rotation, "BLOCK_BYTES", 4096)
         patch.setattr(gzip.GzipFile, "write", slow)
         rotated = store.rotate()
         assert rotated
@@ -147,9 +147,7 @@ def test_compression_never_keeps_rows_from_the_disk(disk: Path, caplog: pytest.L
     (disk / "ballast").unlink()
     store.append(ROW * 10, [message_id(1)])
     store.close()
-    assert (
-        "not compressed, as rows need the space; free some space; it stays as it is until the next start" in caplog.text
-    )
+    assert "No space left on device; free some space; it is tried again after the next rotation" in caplog.text
 
 
 def test_compression_on_a_full_disk_leaves_no_part(disk: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -162,7 +160,7 @@ def test_compression_on_a_full_disk_leaves_no_part(disk: Path, caplog: pytest.Lo
     store.close()
     ballast = fill(disk, 3)
     store = Store.open(str(disk / "data.csv"), 1000, 10, log, rotate_gzip=True)
-    wait_until("it is told", lambda: "it stays as it is until the next start" in caplog.text)
+    wait_until("it is told", lambda: "it is tried again after the next rotation or start" in caplog.text)
     store.append(ROW, [message_id(2)])
     store.close()
     ballast.unlink()

@@ -9,7 +9,7 @@ from typing import Any
 import aiormq
 import pytest
 
-from common.amqp.codec import Confirm, PublishEncoder, ack_frame, ack_frames, packed_seconds
+from common.amqp.codec import Confirm, PublishEncoder, ack_frame, packed_seconds
 from common.amqp.link import Link, NoLink, open_link
 from common.amqp.properties import message_id_of
 from common.amqp.topology import QUEUE_ARGUMENTS, begin_publishing, declare
@@ -106,7 +106,7 @@ async def test_acks_settle_what_they_cover_and_the_rest_comes_again(broker: Rabb
         lane.publish(b"x", number)
     await lane.consume(queue_name, prefetch=20)
     await until("all is delivered", lambda: len(lane.deliveries) == 20)
-    lane.link.lane.send([ack_frames([(5, True), (7, False), (20, False)])])
+    lane.link.lane.send([ack_frame(5, True), ack_frame(7, False), ack_frame(20, False)])
     await lane.link.close()
     again = await Lane.open(broker.url, queue_name)
     await again.consume(queue_name)

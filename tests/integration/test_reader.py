@@ -28,7 +28,6 @@ from common.storage.store import Store
 
 log = logging.getLogger(__name__)
 log.setLevel(logging.ERROR)
-DATA_1_0_0 = Path(__file__).parents[1] / "unit" / "data" / "1.0.0"
 
 
 def row(number: int) -> bytes:
@@ -193,36 +192,28 @@ def test_the_file_for_readers_is_one_line_of_json(tmp_path: Path) -> None:
     assert record["crc32"] == zlib.crc32(text.partition(b', "crc32"')[0])
 
 
-@pytest.mark.parametrize("harm", ["missing", "torn", "of another file"])
-def test_without_its_file_a_reader_takes_the_journal(
+@pytest.mark.parametrize("harm", ["missing", "torn", "of another file", "of a truncated file"])
+def test_without_its_mark_a_reader_waits_for_the_consumer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: str
 ) -> None:
+    """Then it is refused with one line. A start writes the mark."""
     monkeypatch.setattr(reader, "_PATIENCE_SECONDS", 0.1)
     path, mark = tmp_path / "data.csv", tmp_path / "data.csv.committed"
     store = stored(path)
+    store.close()
     if harm == "missing":
         mark.unlink()
     elif harm == "torn":
         mark.write_bytes(mark.read_bytes().replace(b"1", b"2"))
-    else:  # copied with its folder, as from a backup
-        copy = tmp_path / "copy"
-        copy.mkdir()
-        for each in tmp_path.glob("data.csv*"):
-            shutil.copy(each, copy)
-        path = copy / "data.csv"
-    with path.open("ab") as file:
-        file.write(row(2)[:-3])
-    assert committed(path) == CSV_HEADER + row(1)
-    store.close()
-
-
-@pytest.mark.parametrize("kind", ["clean", "crashed"])
-def test_a_csv_of_1_0_0_is_read_by_its_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    monkeypatch.setattr(reader, "_PATIENCE_SECONDS", 0.1)
-    shutil.copytree(DATA_1_0_0 / kind, tmp_path / kind)
-    content = (tmp_path / kind / "data.csv").read_bytes()
-    (tmp_path / kind / "data.csv.journal.mark").unlink()
-    assert committed(tmp_path / kind / "data.csv") == content[:245]
+    elif harm == "of another file":  # copied with its folder, as from a backup
+        shutil.copy(path, tmp_path / "copy")
+        os.replace(tmp_path / "copy", path)
+    else:
+        os.truncate(path, len(CSV_HEADER) + 10)
+    with pytest.raises(StartupError, match=r"data.csv: .*; start the consumer, or read the file itself$"):
+        committed(path)
+    Store.open(str(path), 1000, 10, log).close()
+    assert committed(path) == CSV_HEADER + (b"" if harm == "of a truncated file" else row(1))
 
 
 @pytest.mark.parametrize("there", ["nothing", "a CSV alone", "a folder", "a fifo", "a journal without its CSV"])

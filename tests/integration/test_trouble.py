@@ -113,11 +113,10 @@ def limit_file_size(service: Service, size_bytes: int) -> None:
     resource.prlimit(service.process.pid, resource.RLIMIT_FSIZE, (size_bytes, resource.RLIM_INFINITY))
 
 
-def messages(node: RabbitMQ, queue_name: str) -> dict[str, int]:
-    """In the queue, and in its dead letters; the broker counts those of quorum queues every few seconds."""
+def messages(node: RabbitMQ, queue_name: str) -> int:
+    """In the queue; the broker counts those of quorum queues every few seconds."""
     lines = node.ctl("list_queues", "--no-table-headers", "name", "messages").splitlines()
-    counts = {name: int(count) for name, count in (line.split("\t") for line in lines)}
-    return {"queue": counts[queue_name], "dead": counts[f"{queue_name}.dead"]}
+    return {name: int(count) for name, count in (line.split("\t") for line in lines)}[queue_name]
 
 
 def test_a_standby_takes_over_within_seconds_of_a_kill(producer: Start, consumer: Start) -> None:
@@ -143,8 +142,8 @@ def test_a_full_disk_is_told_and_waited_out(small_disk: Path, producer: Start, c
     filler = filled(small_disk)
     until_not_ready(storing, "No space left on device")
     traffic.wait_for_more()
-    assert storing.metric("predlog_store_ok") == 0
-    until("it has the events", lambda: storing.metric("predlog_unacked") >= 50)
+    until("it is measured", lambda: storing.metric("predlog_store_ok") == 0)
+    until("it has the events", lambda: storing.metric("predlog_unacked") >= 5)
     assert storing.log().count("cannot store") == 1
     filler.unlink()
     until_ready(storing)
@@ -188,7 +187,7 @@ def test_while_nothing_can_be_stored_nothing_is_acked(
     committed = storing.csv_file.read_bytes()
     assert committed.endswith(b"\r\n")
     kept = "the broker keeps all that the consumer has"
-    until(kept, lambda: messages(broker, queue_name)["queue"] == storing.metric("predlog_unacked") >= 50)
+    until(kept, lambda: messages(broker, queue_name) == storing.metric("predlog_unacked") >= 5)
     assert storing.metric("predlog_rows_total") == stored
     limit_file_size(storing, resource.RLIM_INFINITY)
     until_ready(storing)
@@ -281,8 +280,7 @@ async def test_no_200_after_the_end_of_a_drain_is_a_lie(producer: Start, broker:
         host, port = posting.url.removeprefix("http://").split(":")
         reader, writer = await asyncio.open_connection(host, int(port))
         writer.write(64 * request)
-        in_flight = functools.partial(asyncio.to_thread, posting.metric, "predlog_unconfirmed")
-        while await in_flight() < 32:  # the others wait in the parser
+        while await asyncio.to_thread(posting.metric, "predlog_unconfirmed") < 32:  # the others wait in the parser
             pass
         proxy.drops = True
         posting.process.terminate()
@@ -307,12 +305,10 @@ async def test_the_health_port_answers_until_the_end(producer: Start, broker: Ra
         await asyncio.to_thread(posting.wait_until_ready)
         proxy.answers_pass.clear()
         answer = asyncio.create_task(asyncio.to_thread(call, posting, "POST", "/process", json.dumps(EVENT).encode()))
-        sent = functools.partial(asyncio.to_thread, health.metric, "predlog_unconfirmed")
-        await polling.until("an event is in flight", sent)
+        await polling.until("an event waits", lambda: asyncio.to_thread(health.metric, "predlog_unconfirmed"))
         posting.process.terminate()
-        told = functools.partial(asyncio.to_thread, health.not_ready)
-        await polling.until("it stops", told)
-        assert await told() == "the server is shutting down"
+        await polling.until("it stops", lambda: asyncio.to_thread(health.not_ready))
+        assert await asyncio.to_thread(health.not_ready) == "the server is shutting down"
         await polling.until("it has stopped listening", lambda: asyncio.to_thread(posting.not_ready))
         assert (await asyncio.to_thread(call, health, "GET", "/healthz"))[0] == 200
         proxy.answers_pass.set()
@@ -431,7 +427,7 @@ def test_fifty_reconnects_drop_and_dead_letter_no_message(
     producer: Start, consumer: Start, broker: RabbitMQ, queue_name: str
 ) -> None:
     """Fifty reconnects with a full prefetch lose no message, and dead-letter none."""
-    traffic = Traffic(producer(), Path())
+    traffic = Traffic(producer(EVENTS_PER_MESSAGE=1), Path())
     traffic.wait_for_more(100)
     traffic.end()
 
@@ -458,5 +454,5 @@ def test_fifty_reconnects_drop_and_dead_letter_no_message(
     storing = consumer()
     traffic.csv = storing.csv_file
     traffic.assert_exactly_once()
-    assert messages(broker, queue_name)["dead"] == 0
+    assert not Path(f"{storing.csv_file}.dead-letters").exists()
     assert storing.metric("predlog_redeliveries_total") >= 100

@@ -57,7 +57,6 @@ def test_every_host_of_a_url_is_found(url: str, hosts: list[tuple[str, int]]) ->
         "amqp://u:secret@h/?heartbeat=0",
         "amqp://u:secret@h/?heartbeat=65535",
         "amqp://u:secret@h/?auth=magic",
-        "amqp://u:secret@h/?cadata=*",
         "amqp://u:secret@" + ",".join(["h"] * 65),
         "amqp://u:secret@h1,u:secret@h2/",
         "amqp://u:p@h/secret" + "x" * 122,

@@ -26,7 +26,7 @@ from common.amqp.codec import (
     FrameError,
     Notice,
     PublishEncoder,
-    ack_frames,
+    ack_frame,
     packed_seconds,
 )
 from common.amqp.properties import message_id_of
@@ -120,16 +120,16 @@ def by_pamqp(stream: list[Frame]) -> tuple[list[Delivery], list[Confirm], list[N
         if channel != HOT_CHANNEL:
             cold += wire((channel, frame))
             if isinstance(frame, commands.Connection.Blocked):
-                notices.append(Notice("blocked", str(frame.reason)))
+                notices.append(Notice("blocked", frame.reason or "no reason given"))
             if isinstance(frame, commands.Connection.Unblocked):
-                notices.append(Notice("unblocked", ""))
+                notices.append(Notice("blocked", ""))
             continue
         if isinstance(frame, commands.Basic.Ack | commands.Basic.Nack):
             confirms.append(Confirm(frame.delivery_tag, frame.multiple, isinstance(frame, commands.Basic.Ack)))
         elif isinstance(frame, commands.Basic.Deliver | commands.Basic.Return):
             method, body = frame, b""
             if isinstance(frame, commands.Basic.Return):
-                notices.append(Notice("returned", frame.reply_text))
+                notices.append(Notice("lost", f"returned: {frame.reply_text}"))
         elif isinstance(frame, ContentHeader):
             header = frame
         elif isinstance(frame, ContentBody):
@@ -231,7 +231,7 @@ def test_a_header_above_frame_max_is_taken_cut_anywhere() -> None:
 
 def test_an_ack_is_what_pamqp_writes() -> None:
     expected = wire((1, commands.Basic.Ack(2**40 + 1, True))) + wire((1, commands.Basic.Ack(7, False)))
-    assert ack_frames([(2**40 + 1, True), (7, False)]) == expected
+    assert ack_frame(2**40 + 1, multiple=True) + ack_frame(7, multiple=False) == expected
 
 
 @pytest.mark.parametrize(
@@ -263,9 +263,12 @@ def test_what_is_not_amqp_is_refused_not_guessed(stream: bytes, what: str) -> No
 @pytest.mark.parametrize(
     ("frame", "notice"),
     [
-        ((1, commands.Basic.Cancel("tag", False)), Notice("cancelled", "the broker cancelled the consumer")),
-        ((1, commands.Channel.Close(406, "PRECONDITION_FAILED", 60, 80)), Notice("closed", "PRECONDITION_FAILED")),
-        ((0, commands.Connection.Close(320, "CONNECTION_FORCED", 0, 0)), Notice("closed", "CONNECTION_FORCED")),
+        ((1, commands.Basic.Cancel("tag", False)), Notice("lost", "the broker cancelled the consumer")),
+        (
+            (1, commands.Channel.Close(406, "PRECONDITION_FAILED", 60, 80)),
+            Notice("lost", "closed: PRECONDITION_FAILED"),
+        ),
+        ((0, commands.Connection.Close(320, "CONNECTION_FORCED", 0, 0)), Notice("lost", "closed: CONNECTION_FORCED")),
     ],
 )
 def test_the_end_of_a_channel_is_noticed_and_handed_on(frame: Frame, notice: Notice) -> None:

@@ -58,7 +58,7 @@ def test_the_defaults_are_the_contract_s() -> None:
     assert (ours.http_host, ours.http_port, ours.max_body_bytes, ours.workers) == ("127.0.0.1", 8000, 8 * 2**20, 1)
     assert (ours.confirm_timeout_ms, ours.max_unconfirmed, ours.shutdown_timeout_ms) == (10_000, 4096, 10_000)
     eater = consumer()
-    assert (eater.csv_file, eater.prefetch_count, eater.batch_max_rows) == ("data/data.csv", 2000, 5000)
+    assert (eater.csv_file, eater.prefetch_count, eater.batch_max_rows) == ("data/data.csv", 500, 5000)
     assert (eater.flush_interval_ms, eater.low_prob_threshold, eater.dedup_window, eater.health_port) == (
         50,
         0.25,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import copy
-import csv
 import json
 import re
 from dataclasses import fields
@@ -120,66 +119,6 @@ def test_what_pydantic_1_coerced_is_answered_as_documented() -> None:
             assert [each["type"] for each in refused.value.faults] == [fault], member
         else:
             assert json.loads(normalise_event(body, 100).body)[name] == json.loads(normalised)
-
-
-HEADER = ["device_id", "client_id", "created_at", "license_id", "image_frame", "prob", "tags"]
-HOSTILE = [
-    *("NA", "null", "nan", "", "007", "1e5", "true", "2026-01-01", "=1+1", " blanks ", "\t", "#", "'", "\\n", "猫"),
-    *('"', '""', 'l"2', 'l""2', '"l""2"', "a;b", "new\nline", "cr\rx", "crlf\r\ny", "\x00", "\u2028"),
-    *("x" * 3_000_000, 'l"2\n' * 250_000),
-]
-READERS = re.findall(
-    r"```python\n(.*?)```", README.partition("\n## Reading the CSV\n")[2].partition("\n## ")[0], re.DOTALL
-)
-
-
-@pytest.fixture(scope="module")
-def hostile_csv(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[str]]]:
-    """A folder with data/data.csv, and its rows.
-
-    The first quoted cell comes after row 20,479, which is as far as DuckDB looks for itself.
-    """
-    plain = [[f"camera-{n % 7}", "007", "2026-11-29T10:00:00Z", "NA", f"f-{n}", n / 3e4, "a,b"] for n in range(22_000)]
-    rows = [[str(cell) for cell in row] for row in plain]
-    for cell in HOSTILE:
-        for column in (0, 3, 4, 6) if len(cell) < 100 else (4,):
-            rows.append([*rows[7][:column], cell, *rows[7][column + 1 :]])
-    folder = tmp_path_factory.mktemp("csv")
-    (folder / "data").mkdir()
-    with (folder / "data" / "data.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, delimiter=";")
-        writer.writerow(HEADER)
-        writer.writerows(rows)
-    return folder, rows
-
-
-@pytest.mark.parametrize("code", READERS, ids=lambda code: code.split()[1])
-def test_the_readmes_lines_read_a_hostile_csv_exactly(
-    code: str, hostile_csv: tuple[Path, list[list[str]]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """pandas, DuckDB and the csv module, by the lines that people copy: quotes late, 3 MB cells, NA, 007, newlines."""
-    folder, expected = hostile_csv
-    monkeypatch.chdir(folder)
-    limit = csv.field_size_limit()
-    names: dict[str, Any] = {}
-    try:
-        exec(code, names)
-        found = names["rows"]
-        if hasattr(found, "itertuples"):
-            found = found.itertuples(index=False)
-        elif hasattr(found, "fetchall"):
-            found = found.fetchall()
-        else:
-            found = [row.values() for row in found]
-        text = [[str(cell) for cell in row] for row in found]
-    finally:
-        csv.field_size_limit(limit)
-    assert len(text) == len(expected)
-    assert [n for n, (row, wanted) in enumerate(zip(text, expected, strict=True)) if row != wanted] == []
-
-
-def test_the_readme_reads_the_csv_with_three_tools() -> None:
-    assert [code.split()[1] for code in READERS] == ["pandas", "duckdb", "csv"]
 
 
 def anchors(page: Path) -> set[str]:

@@ -40,7 +40,6 @@ PURE = {
     "common.http.coding",
     "common.http.tokens",
     "common.storage.recovery",
-    "common.storage.state",
     "common.amqp.address",
     "common.amqp.window",
     "common.amqp.codec",
@@ -51,7 +50,6 @@ PURE = {
     "common.producer.routes",
     "common.consumer.pending",
     "common.consumer.prepare",
-    "common.consumer.dead_letters.message",
 }
 KNOWS_ORJSON = {"common.event.document", "common.event.rows", "common.event.schema"}
 IMPURE = {

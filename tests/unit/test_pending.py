@@ -5,11 +5,10 @@ from __future__ import annotations
 from math import inf
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from common.amqp.codec import Delivery
-from common.consumer.pending import FULL_BYTES, LEAST_WAIT_SECONDS, Pending, ack_ranges
+from common.consumer.pending import FULL_BYTES, LEAST_WAIT_SECONDS, Pending
+from tests.support.deliveries import event_line, group
 
 
 def deliveries(*bodies: bytes) -> list[Delivery]:
@@ -72,6 +71,36 @@ def test_rows_are_counted_however_the_document_is_spaced() -> None:
     assert pending.full
 
 
+def test_rows_of_groups_are_counted() -> None:
+    """They make a batch full, although one message is far larger than one event."""
+    pending = Pending(batch_max_rows=300, prefetch_count=100, flush_interval_seconds=60)
+    lines = [event_line(f"{number:032x}", "d" * 300) for number in range(100)]
+    for tag, full in enumerate((False, False, True)):
+        pending.add([group(tag, *lines)], 0.0)
+        assert (pending.full, pending.rows) == (full, 100 * (tag + 1))
+
+
+def test_a_batch_of_groups_is_bounded_in_rows() -> None:
+    pending = Pending(batch_max_rows=10, prefetch_count=100, flush_interval_seconds=60)
+    groups = [group(tag, *[event_line(f"{number:032x}") for number in range(4)]) for tag in range(1, 7)]
+    pending.add(groups, 1.0)
+    assert (pending.take(), pending.rows, pending.since) == (groups[:3], 12, 1.0)
+    assert (pending.take(), pending.rows, pending.since) == (groups[3:], 0, inf)
+
+
+def test_one_message_beyond_the_bound_is_a_batch() -> None:
+    pending = Pending(10, 100, 60)
+    large = deliveries(bytes(3 * FULL_BYTES))
+    pending.add(large, 1.0)
+    assert (pending.take(), pending.bytes, pending.since) == (large, 0, inf)
+
+
+def test_headers_count_as_bytes() -> None:
+    pending = Pending(10, 100, 60)
+    pending.add([Delivery(1, False, bytes(FULL_BYTES), b"x")], 0.0)
+    assert pending.full
+
+
 def test_taking_leaves_nothing() -> None:
     pending = Pending(4, 100, 60)
     pending.add(deliveries(b'"prob":1', b""), 0.0)
@@ -89,18 +118,3 @@ def test_a_batch_of_large_events_is_bounded() -> None:
     assert pending.bytes == 7 * (FULL_BYTES // 4)
     assert first + pending.take() == large
     assert (pending.deliveries, pending.bytes, pending.since) == ([], 0, inf)
-
-
-@given(st.lists(st.sampled_from(["store", "hold", "later"]), max_size=20))
-def test_acks_cover_every_stored_tag_and_no_other(fates: list[str]) -> None:
-    """Tags of one batch: stored, held for the dead letters, or of a later batch (above all others)."""
-    fates.sort(key=lambda fate: fate == "later")
-    tags = dict(enumerate(fates, 1))
-    stored = [tag for tag, fate in tags.items() if fate == "store"]
-    held = {tag for tag, fate in tags.items() if fate == "hold"}
-    settled: set[int] = set()
-    for tag, multiple in ack_ranges(stored, held):
-        covered = {lower for lower in tags if lower <= tag} - settled if multiple else {tag}
-        assert tag not in settled, "acking a settled tag closes the channel with 406"
-        settled |= covered
-    assert settled == set(stored)

@@ -12,7 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import cast
@@ -21,7 +21,7 @@ import pytest
 
 from common import __version__, process
 from common.errors import Fatal, SettingError, StartupError
-from common.logs import JsonFormatter, TextFormatter
+from common.logs import LineFormatter
 from common.process import end, first_of, inherited_socket, run
 from tests.conftest import ROOT
 from tests.fuzz.loop_delay import delay_of
@@ -35,13 +35,13 @@ def record(message: str, *arguments: object) -> logging.LogRecord:
 
 
 def test_a_text_log_line_has_no_control_character() -> None:
-    line = TextFormatter("p", colour=False).format(record("hears %s", HOSTILE))
+    line = LineFormatter("p", in_json=False).format(record("hears %s", HOSTILE))
     assert not CONTROLS & set(line)
     assert "a\\nb\\rc\\x00d\\x1b[31me\\x7ff\\x9bg\\x85h\\u2028i\\u2029j" in line
 
 
 def test_a_json_log_line_reads_back_as_what_was_logged() -> None:
-    line = JsonFormatter("p").format(record("hears %s", HOSTILE))
+    line = LineFormatter("p", in_json=True).format(record("hears %s", HOSTILE))
     assert not CONTROLS & set(line)
     assert json.loads(line)["message"] == f"hears {HOSTILE}"
 
@@ -177,24 +177,39 @@ def collections() -> Iterator[list[int]]:
 
 @pytest.mark.usefixtures("after_run")
 def test_a_collection_looks_at_a_bounded_number_of_objects(collections: list[int]) -> None:
-    """Python begins none however many objects are made; what is too much for one is left to a quiet second."""
+    """Python begins none however many objects are made, and what is too much for one is never looked at."""
     loop = Ticks()
     process.Collector(cast(asyncio.AbstractEventLoop, loop))
-    kept = [[list[int]() for _ in range(process.NEW_LEAST + 100)]]
+    collections.clear()
+    kept = [[list[int]() for _ in range(process.NEW_OBJECTS + 100)]]
     loop.tick()
-    assert collections == [0]
-    kept.append([[] for _ in range(process.NEW_MOST + 100)])
+    assert collections == [2]
+    while len(gc.get_objects()) <= process.MOST_OBJECTS:
+        kept.append([[] for _ in range(process.NEW_OBJECTS - 100)])
     loop.tick()
-    assert collections == [0]
-    assert gc.get_count()[0] < process.NEW_LEAST
-    loop.now += process.FULL_SECONDS + 1
-    busy_until = time.process_time() + process.COLLECT_SECONDS
-    while time.process_time() < busy_until:
-        pass
+    assert collections == [2]
+    assert len(gc.get_objects()) < process.NEW_OBJECTS
+    kept.append([[] for _ in range(process.MOST_OBJECTS + 100)])
     loop.tick()
-    assert collections == [0]
+    assert collections == [2]
+
+
+@pytest.mark.usefixtures("after_run")
+def test_cycles_are_freed_also_while_little_happens(collections: list[int]) -> None:
+    class Cycle:
+        def __init__(self) -> None:
+            self.me = self
+
+    loop = Ticks()
+    process.Collector(cast(asyncio.AbstractEventLoop, loop))
+    collections.clear()
+    cycle = weakref.ref(Cycle())
     loop.tick()
-    assert collections == [0, 2]
+    assert cycle() is not None
+    assert collections == []
+    loop.now += process.COLLECT_SECONDS + 1
+    loop.tick()
+    assert cycle() is None
 
 
 def test_what_clients_send_leaves_the_collector_nothing() -> None:

@@ -11,19 +11,13 @@ from common.storage.recovery import (
     LONGER,
     MOVED_AWAY,
     NO_JOURNAL,
-    Adopt,
-    Begin,
-    Continue,
     Corrupt,
-    CutRenamed,
     FileFacts,
-    Note,
-    Refuse,
-    SetJournalAside,
-    Step,
+    FileState,
+    LastRun,
+    Plan,
     decide,
 )
-from common.storage.state import FileState, LastRun
 
 EMPTY = len(CSV_HEADER)
 COMMITTED = 1000
@@ -34,77 +28,67 @@ NO_ROWS_CRASHED, NO_ROWS_CLEAN = LastRun(ONLY_HEADER, False), LastRun(ONLY_HEADE
 GONE = "its end is gone"
 OUTDATED = LastRun(STATE, False, GONE), LastRun(STATE, True, GONE)
 
-WEAKER = Note(NO_JOURNAL)
-MISSING = Note("was missing and is started anew")
-REPLACED = Note("was replaced or changed, or its journal is an older copy")
+MISSING = "was missing or empty, and is started anew"
+REPLACED = "was replaced or changed, or its journal is an older copy"
 
 
-def shorter(size: int) -> Note:
-    return Note(f"was truncated or replaced: it has {size} bytes, and {COMMITTED} were committed")
+def shorter(size: int) -> str:
+    return f"was truncated or replaced: it has {size} bytes, and {COMMITTED} were committed"
 
 
-def csv(
-    size: int = COMMITTED, *, intact: bool = True, inode: int = 2, device: int = 1, existed: bool = True
-) -> FileFacts:
-    """Our file: it has `size` bytes, and begins with our header as far as it goes."""
-    return FileFacts(existed, device, inode, size, CSV_HEADER[:size], intact)
+def csv(size: int = COMMITTED, *, intact: bool = True, inode: int = 2, device: int = 1) -> FileFacts:
+    return FileFacts(device, inode, size, intact)
 
 
-MADE_NOW = csv(0, intact=False, inode=3, existed=False)
-NOT_OURS = FileFacts(True, 1, 3, 5000, b"a;b;c\r\n".ljust(EMPTY, b"x"), False)
+NEW = csv(0, intact=False, inode=3)
 
-LOOK = CutRenamed(STATE, MOVED_AWAY.format(COMMITTED))
-LOOK_TOO = CutRenamed(ONLY_HEADER, MOVED_AWAY.format(EMPTY))
-
-TABLE: list[tuple[str, LastRun | Corrupt | None, FileFacts, list[Step]]] = [
-    ("nothing at all: the first start", None, MADE_NOW, [Begin()]),
-    ("an empty file and no journal", None, csv(0, intact=False), [Begin()]),
-    ("a CSV and no journal", None, csv(intact=False), [WEAKER, Adopt()]),
-    ("our file as it was committed, after a clean stop", CLEAN, csv(), [Continue(STATE)]),
-    ("our file as it was committed, after a crash", CRASHED, csv(), [Continue(STATE)]),
-    ("bytes behind the committed ones, after a crash", CRASHED, csv(1200), [Continue(STATE)]),
-    ("more bytes, after a clean stop", CLEAN, csv(1200), [Note(LONGER.format(200)), Adopt(COMMITTED)]),
-    ("no CSV, after a clean stop", CLEAN, MADE_NOW, [MISSING, Begin()]),
-    ("no CSV, after a crash", CRASHED, MADE_NOW, [LOOK, MISSING, Begin()]),
-    ("a shorter CSV", CLEAN, csv(500, intact=False), [shorter(500), Adopt()]),
-    ("a CSV cut within its header", CRASHED, csv(10, intact=False), [shorter(10), Begin()]),
-    ("another CSV, after a clean stop", CLEAN, csv(1200, intact=False, inode=3), [REPLACED, Adopt()]),
-    ("another CSV, after a crash", CRASHED, csv(1200, intact=False, inode=3), [LOOK, REPLACED, Adopt()]),
-    ("a CSV edited in place", CRASHED, csv(intact=False), [REPLACED, Adopt()]),
-    ("a copy of our file", CRASHED, csv(1004, inode=3), [CutRenamed(STATE, ""), Continue(STATE)]),
-    ("our file on a renumbered disk", CRASHED, csv(1200, device=9), [CutRenamed(STATE, ""), Continue(STATE)]),
-    ("rows in our file, none committed", NO_ROWS_CRASHED, csv(500), [Continue(ONLY_HEADER)]),
-    ("a CSV with rows over ours, which had none", NO_ROWS_CLEAN, csv(500), [REPLACED, Adopt()]),
-    ("a CSV for ours without rows", NO_ROWS_CRASHED, csv(500, inode=3), [LOOK_TOO, REPLACED, Adopt()]),
-    ("a corrupt journal", Corrupt("a bad line"), csv(intact=False), [SetJournalAside("a bad line"), WEAKER, Adopt()]),
-    ("a corrupt journal and no CSV", Corrupt("empty"), MADE_NOW, [SetJournalAside("empty"), WEAKER, Begin()]),
-    ("a journal whose end is gone", OUTDATED[0], csv(1200), [SetJournalAside(GONE), WEAKER, Adopt()]),
-    ("an older CSV and journal, put back together", OUTDATED[1], csv(), [Continue(STATE)]),
-]  # fmt: skip
+CONTINUE = Plan(continue_after=STATE)
+LOOK = Plan(cut_renamed=STATE, not_found=MOVED_AWAY.format(COMMITTED))
+LOOK_TOO = Plan(cut_renamed=ONLY_HEADER, not_found=MOVED_AWAY.format(EMPTY))
+WEAKER = Plan(note=NO_JOURNAL)
 
 
-@pytest.mark.parametrize(("journal", "file", "steps"), [row[1:] for row in TABLE], ids=[row[0] for row in TABLE])
-def test_what_a_start_finds(journal: LastRun | Corrupt | None, file: FileFacts, steps: list[Step]) -> None:
-    assert decide(journal, file) == steps
+def weaker(why: str) -> Plan:
+    return Plan(set_journal_aside=why, note=NO_JOURNAL)
 
 
-@pytest.mark.parametrize("journal", [None, Corrupt("x"), CLEAN, CRASHED, *OUTDATED])
-def test_a_file_that_is_not_ours_is_refused_and_no_more(journal: LastRun | Corrupt | None) -> None:
-    (step,) = decide(journal, NOT_OURS)
-    assert isinstance(step, Refuse)
-    assert "does not begin with the line 'device_id;" in step.why
+TABLE: list[tuple[str, LastRun | Corrupt | None, FileFacts, Plan]] = [
+    ("nothing at all: the first start", None, NEW, Plan()),
+    ("a CSV and no journal", None, csv(intact=False), WEAKER),
+    ("our file as it was committed, after a clean stop", CLEAN, csv(), CONTINUE),
+    ("our file as it was committed, after a crash", CRASHED, csv(), CONTINUE),
+    ("bytes behind the committed ones, after a crash", CRASHED, csv(1200), CONTINUE),
+    ("more bytes, after a clean stop", CLEAN, csv(1200), Plan(note=LONGER.format(200), whole_until=COMMITTED)),
+    ("no CSV, after a clean stop", CLEAN, NEW, Plan(note=MISSING)),
+    ("no CSV, after a crash", CRASHED, NEW, LOOK._replace(note=MISSING)),
+    ("a shorter CSV", CLEAN, csv(500, intact=False), Plan(note=shorter(500))),
+    ("a CSV cut within its header", CRASHED, csv(10, intact=False), Plan(note=shorter(10))),
+    ("another CSV, after a clean stop", CLEAN, csv(1200, intact=False, inode=3), Plan(note=REPLACED)),
+    ("another CSV, after a crash", CRASHED, csv(1200, intact=False, inode=3), LOOK._replace(note=REPLACED)),
+    ("a CSV edited in place", CRASHED, csv(intact=False), Plan(note=REPLACED)),
+    ("a copy of our file", CRASHED, csv(1004, inode=3), CONTINUE._replace(cut_renamed=STATE)),
+    ("our file on a renumbered disk", CRASHED, csv(1200, device=9), CONTINUE._replace(cut_renamed=STATE)),
+    ("rows in our file, none committed", NO_ROWS_CRASHED, csv(500), Plan(continue_after=ONLY_HEADER)),
+    ("a CSV with rows over ours, which had none", NO_ROWS_CLEAN, csv(500), Plan(note=REPLACED)),
+    ("a CSV for ours without rows", NO_ROWS_CRASHED, csv(500, inode=3), LOOK_TOO._replace(note=REPLACED)),
+    ("a corrupt journal", Corrupt("a bad line"), csv(intact=False), weaker("a bad line")),
+    ("a corrupt journal and no CSV", Corrupt("empty"), NEW, weaker("empty")),
+    ("a journal whose end is gone", OUTDATED[0], csv(1200), weaker(GONE)),
+    ("an older CSV and journal, put back together", OUTDATED[1], csv(), CONTINUE),
+]
 
 
-def test_every_recovery_ends_and_forgets_no_uncommitted_row() -> None:
-    """For every combination of facts: one last step, and after a crash the rest of it is cut or looked for."""
-    journals = [None, Corrupt("x"), CLEAN, CRASHED, *OUTDATED]
+@pytest.mark.parametrize(("journal", "file", "plan"), [row[1:] for row in TABLE], ids=[row[0] for row in TABLE])
+def test_what_a_start_finds(journal: LastRun | Corrupt | None, file: FileFacts, plan: Plan) -> None:
+    assert decide(journal, file) == plan
+
+
+def test_after_a_crash_no_uncommitted_row_is_forgotten() -> None:
+    """For every combination of facts: the rest of the file is cut or looked for."""
     sizes = (0, 10, EMPTY, COMMITTED - 1, COMMITTED, COMMITTED + 200)
-    for journal, size, intact, inode, existed in product(journals, sizes, (True, False), (2, 3), (True, False)):
-        if (intact and size < COMMITTED) or (size and not existed):
+    for size, intact, inode in product(sizes, (True, False), (2, 3)):
+        if intact and size < COMMITTED:
             continue  # cannot be
-        steps = decide(journal, csv(size, intact=intact, inode=inode, existed=existed))
-        assert [isinstance(step, Continue | Adopt | Begin) for step in steps] == [False] * (len(steps) - 1) + [True]
-        if journal == CRASHED:
-            ours = inode == STATE.inode
-            assert ours or any(isinstance(step, CutRenamed) for step in steps)
-            assert steps[-1] == Continue(STATE) or not intact
+        plan = decide(CRASHED, csv(size, intact=intact, inode=inode))
+        assert inode == STATE.inode or plan.cut_renamed == STATE
+        assert plan.continue_after == (STATE if intact else None)

@@ -13,6 +13,7 @@ import pytest
 from common.storage import rotation
 from common.storage.rotation import new_name, period_due, remove_oldest, rotated_files
 from common.storage.store import Store
+from tests.support.polling import wait_until
 from tests.unit.test_store import append, log
 
 HOUR, DAY = 3600, 86_400
@@ -94,6 +95,10 @@ def test_only_the_oldest_rotated_files_are_removed(tmp_path: Path) -> None:
 
 def test_a_store_keeps_the_latest_rotated_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """After each rotation, and at a start."""
+
+    def kept() -> list[str]:
+        return sorted(map(str, tmp_path.glob("data-*.csv*")))
+
     caplog.set_level(logging.INFO)
     store = Store.open(str(tmp_path / "data.csv"), 100, 10, log)
     rotated = []
@@ -102,11 +107,12 @@ def test_a_store_keeps_the_latest_rotated_files(tmp_path: Path, caplog: pytest.L
         rotated.append(str(store.rotate()))
     store.close()
     store = Store.open(str(tmp_path / "data.csv"), 100, 10, log, rotate_keep=3)
-    assert sorted(map(str, tmp_path.glob("data-*.csv*"))) == sorted(rotated[1:])
-    assert f"{rotated[0]}: removed, since the latest 3 rotated files are kept" in caplog.text
+    removed = f"{rotated[0]}: removed, since the latest 3 rotated files are kept"
+    wait_until("the oldest one is removed", lambda: removed in caplog.text)
+    assert kept() == sorted(rotated[1:])
     append(store, 9)
     rotated.append(str(store.rotate()))
-    assert sorted(map(str, tmp_path.glob("data-*.csv*"))) == sorted(rotated[2:])
+    wait_until("the next one is removed", lambda: kept() == sorted(rotated[2:]))
     store.close()
 
 

@@ -173,7 +173,7 @@ def test_bytes_added_after_a_clean_stop_stay_but_for_a_torn_row(case: Case) -> N
 def test_a_missing_csv_is_started_anew_and_the_ids_are_kept(case: Case, clean: bool) -> None:
     case.store.close() if clean else crash(case.store)
     case.path.unlink()
-    assert "was missing and is started anew" in case.restart()
+    assert "was missing or empty, and is started anew" in case.restart()
     assert case.content == CSV_HEADER + row(9)
     assert case.store.seen(*ids(1))
 
@@ -210,7 +210,8 @@ def test_a_truncated_csv_is_taken_as_it_is_but_for_a_torn_row(case: Case, length
     case.store.close() if clean else crash(case.store)
     before = case.content
     os.truncate(case.path, length)
-    assert f"was truncated or replaced: it has {length} bytes, and {len(before)} were committed" in case.restart()
+    found = f"was truncated or replaced: it has {length} bytes, and {len(before)} were committed"
+    assert (found if length else "was missing or empty, and is started anew") in case.restart()
     kept = CSV_HEADER + row(1) if length >= len(CSV_HEADER + row(1)) else CSV_HEADER
     assert case.content == kept + row(9)
     torn = before[len(kept) : length]
@@ -262,7 +263,8 @@ def renumber_device(journal: Path) -> None:
     lines = []
     for line in journal.read_bytes().splitlines():
         commit = json.loads(line.partition(b" ")[2])
-        commit["file"]["device"] += 1
+        if "file" in commit:
+            commit["file"]["device"] += 1
         text = json.dumps(commit).encode()
         lines.append(b"%08x %b\n" % (zlib.crc32(text), text))
     journal.write_bytes(b"".join(lines))
@@ -291,7 +293,7 @@ def test_a_csv_without_a_journal_is_taken_over(case: Case, torn: bytes) -> None:
     with case.path.open("ab") as file:
         file.write(torn)
     line = case.restart()
-    assert "without a journal the last rows are doubled once if their messages are delivered again" in line
+    assert "without a journal the last rows can be duplicated once" in line
     assert case.content == CSV_HEADER + rows(1, 2, 9)
     assert asides(case.folder) == ([torn] if torn else [])
 
@@ -376,7 +378,7 @@ def test_an_odd_file_at_a_start_is_one_clear_line(tmp_path: Path, name: str, kin
         os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(1, 3))
     else:
         pytest.skip("making a device needs root")
-    if name == ".journal.new" and kind != "folder":
+    if name in (".journal.new", ".journal.mark") and kind != "folder":
         Store.open(str(tmp_path / "data.csv"), 100, 10, log).close()  # it is removed, as what a crash left
         return
 
@@ -412,7 +414,8 @@ def test_only_temporary_files_of_ours_are_removed_by_a_start(case: Case) -> None
 
 
 def modes(folder: Path) -> dict[str, int]:
-    return {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
+    """Of all files but the mark, which holds no row and is for every reader."""
+    return {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir() if path.suffix != ".committed"}
 
 
 @pytest.mark.parametrize("mode", [0o600, 0o664])
@@ -446,7 +449,7 @@ def test_the_mode_of_a_csv_that_another_program_made_is_kept(case: Case) -> None
     case.path.chmod(0o640)
     append(case.store, 3)
     found = modes(case.folder)
-    assert [found[name] for name in ("data.csv", "data.csv.journal", "data.csv.committed")] == [0o640] * 3
+    assert [found[name] for name in ("data.csv", "data.csv.journal")] == [0o640] * 2
 
 
 def test_a_file_in_place_of_the_folder_is_one_clear_line(tmp_path: Path) -> None:
@@ -730,7 +733,7 @@ def test_copytruncate_of_logrotate_keeps_the_file_whole(case: Case) -> None:
     os.truncate(case.path, 0)
     append(case.store, 3)
     assert case.content == CSV_HEADER + row(3)
-    assert "was truncated or changed by another program" in case.lines[-1]
+    assert "was truncated or changed" in case.lines[-1]
 
 
 def test_a_foreign_file_put_there_while_running_is_left_alone(case: Case) -> None:
@@ -829,7 +832,7 @@ def test_a_link_to_the_csv_leads_to_the_same_lock_and_file(case: Case) -> None:
 
 
 def test_a_repointed_link_is_followed_by_a_restart(case: Case) -> None:
-    """Until then the rows go on to the file that is open, with one line in the log, and with SIGHUP too."""
+    """Until then the rows go on to the file that is open; SIGHUP logs where that is."""
     link, new = case.folder / "link.csv", case.folder / "new" / "data.csv"
     link.symlink_to(case.path)
     case.store.close()
@@ -837,11 +840,11 @@ def test_a_repointed_link_is_followed_by_a_restart(case: Case) -> None:
     link.unlink()
     link.symlink_to(new)
     case.caplog.clear()
-    for number in range(3, 6):
-        append(case.store, number)
-        case.store.reopen()
-    assert case.content == CSV_HEADER + rows(1, 2, 3, 4, 5)
-    assert case.lines == [f"{link} leads to {new} now; rows go to {case.path} until the consumer is restarted"]
+    append(case.store, 3)
+    case.store.reopen()
+    append(case.store, 4)
+    assert case.content == CSV_HEADER + rows(1, 2, 3, 4)
+    assert case.lines == [f"{link} leads to {new} now; rows go to {case.path} until a restart"]
     case.path.rename(case.folder / "data.csv.1")
     append(case.store, 6)
     assert case.content == CSV_HEADER + row(6)
@@ -908,7 +911,7 @@ def test_a_journal_put_back_without_its_csv_moves_no_row(case: Case, with_mark: 
     line = case.restart()
     assert case.content == content + row(9)
     assert asides(case.folder) == []
-    assert "changed by another program" not in line
+    assert "another program" not in line
 
 
 # Two writers, and locks without effect

@@ -31,11 +31,11 @@ import pytest
 from common.errors import StartupError
 from common.event.rows import CSV_HEADER
 from common.storage import journal, repair, store
-from common.storage.committed import MarkFile, read_mark
 from common.storage.csv_file import CsvFile
 from common.storage.journal import Journal
+from common.storage.reader import MarkFile, read_mark
+from common.storage.recovery import FileState
 from common.storage.repair import adopt
-from common.storage.state import FileState
 from common.storage.store import Store
 
 MESSAGES = range(20)
@@ -216,8 +216,8 @@ class Disk:
             inodes[inode] = (folder / name).stat().st_ino
         for path in folder.glob("*.journal*"):
             path.write_bytes(b"\n".join(renumbered(line, inodes) for line in path.read_bytes().split(b"\n")))
-        if (mark := read_mark(str(folder / "data.csv"))) is not None:
-            MarkFile(str(folder / "data.csv")).write(mark._replace(inode=inodes.get(mark.inode, 0)), None)
+        mark = read_mark(str(folder / "data.csv"))
+        MarkFile(str(folder / "data.csv")).write(mark._replace(inode=inodes.get(mark.inode, 0)))
 
 
 def renumbered(line: bytes, inodes: dict[int, int]) -> bytes:
@@ -226,7 +226,7 @@ def renumbered(line: bytes, inodes: dict[int, int]) -> bytes:
     if checksum != b"%08x" % zlib.crc32(text):
         return line
     record = json.loads(text)
-    if "fence" in record:
+    if "file" not in record:
         return line
     record["file"]["inode"] = inodes.get(record["file"]["inode"], 0)
     text = json.dumps(record).encode()
@@ -341,7 +341,7 @@ def commit_before_write(self: Store, data: bytes, ids: list[bytes]) -> None:
     self._state = state
 
 
-def adopt_always(steps: object, file: CsvFile, journal: Journal, notes: list[str]) -> FileState:
+def adopt_always(plan: object, file: CsvFile, journal: Journal, notes: list[str]) -> FileState:
     return adopt(file, notes)
 
 

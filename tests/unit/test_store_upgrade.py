@@ -66,16 +66,6 @@ def test_what_1_0_0_left_is_continued(tmp_path: Path, caplog: pytest.LogCaptureF
     assert open_store(path).seen(*ids(7))
 
 
-def test_a_journal_of_1_0_0_without_its_end_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """By the mark of 1.0.0, which has no generation."""
-    path = put("crashed", tmp_path / "crashed")
-    journal = path.with_name("data.csv.journal")
-    journal.write_bytes(b"".join(journal.read_bytes().splitlines(keepends=True)[:2]))
-    open_store(path).close()
-    assert "its end is gone: it knows of 185 bytes, not 245" in caplog.text
-    assert path.read_bytes().startswith(CSV_HEADER + rows(1, 2, 4, 5))
-
-
 def test_a_journal_of_a_newer_version_is_refused_untouched(tmp_path: Path) -> None:
     path = tmp_path / "data.csv"
     store = open_store(path)

@@ -3,62 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-import csv
 import errno
 import json
 import logging
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import Any, cast
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from common.amqp.codec import Delivery
 from common.config import ConsumerSettings
 from common.consumer import worker as worker_module
-from common.consumer.dead_letters import outgoing, spill
-from common.consumer.dead_letters.mover import DeadLetters
-from common.consumer.dead_letters.spill import Spill
 from common.consumer.metrics import Counters
+from common.consumer.prepare import prepare_batch
 from common.consumer.worker import Worker
+from common.process import end
 from common.storage.store import Store
+from tests.support.deliveries import delivery, devices, event, event_line, group
 from tests.support.lane import FakeLink
 from tests.support.polling import until
-
-NO_PROPERTIES = b"\x00\x3c\x00\x00" + bytes(8) + b"\x00\x00"
-
-
-def with_id(message_id: bytes) -> bytes:
-    return b"\x00\x3c\x00\x00" + bytes(8) + b"\x00\x80" + bytes([len(message_id)]) + message_id
-
-
-def event(device: str, frame: str = "frame") -> bytes:
-    preds = [{"image_frame": frame, "prob": 0.5, "tags": ["cat"]}]
-    document = {"device_id": device, "client_id": "c", "created_at": "t", "data": {"license_id": "l", "preds": preds}}
-    return json.dumps(document).encode()
-
-
-def delivery(tag: int, body: bytes = b"", redelivered: bool = False) -> Delivery:
-    """Of an event of its own, whose id is the device's."""
-    device = f"device-{tag}"
-    return Delivery(tag, redelivered, with_id(device.encode()), body or event(device))
-
-
-class StuckMover:
-    """A mover that confirms nothing until `open` is set."""
-
-    def __init__(self) -> None:
-        self.open = asyncio.Event()
-        self.moved: list[bytes] = []
-
-    async def move(self, delivery: Delivery, reason: str) -> None:
-        await self.open.wait()
-        self.moved.append(delivery.body)
-
-    async def close(self) -> None: ...
 
 
 class Bench:
@@ -66,12 +34,10 @@ class Bench:
 
     def __init__(self, folder: Path, thread: ThreadPoolExecutor, store: Store, settings: ConsumerSettings) -> None:
         self.csv_file = Path(settings.csv_file)
-        self.mover = StuckMover()
-        self.spill = Spill(f"{settings.csv_file}.dead-letters")
+        self.dead_letters = Path(f"{settings.csv_file}.dead-letters")
         self.counters = Counters()
         self.store = store
-        self.worker = Worker(settings, store, thread, self.counters, cast(DeadLetters, self.mover), self.spill)
-        self.running = asyncio.create_task(self.worker.run())
+        self.worker = Worker(settings, store, thread, self.counters)
 
     async def link(self) -> FakeLink:
         link = FakeLink()
@@ -79,8 +45,12 @@ class Bench:
         return link
 
     def devices(self) -> list[str]:
-        with self.csv_file.open(newline="") as file:
-            return [row[0] for row in csv.reader(file, delimiter=";")][1:]
+        return devices(self.csv_file)
+
+    def letters(self) -> list[str]:
+        """The body of each dead letter."""
+        lines = self.dead_letters.read_bytes().splitlines() if self.dead_letters.exists() else []
+        return [json.loads(line)["body"] for line in lines]
 
     def metric(self, index: int) -> float:
         self.worker.tick()
@@ -121,9 +91,7 @@ def bench(tmp_path: Path) -> MakeBench:
             try:
                 yield b
             finally:
-                b.running.cancel()
-                await asyncio.gather(b.running, return_exceptions=True)
-                await b.worker.close()
+                await end(b.worker.running)
                 thread.submit(store.close).result()
 
     return make
@@ -132,7 +100,7 @@ def bench(tmp_path: Path) -> MakeBench:
 async def test_a_batch_is_stored_and_acked_with_one_ack(bench: MakeBench) -> None:
     async with bench() as b:
         link = await b.link()
-        assert link.channel.calls[-2:] == ["qos 2000", "consume predictions"]
+        assert link.channel.calls[-2:] == ["qos 500", "consume predictions"]
         b.worker.deliveries([delivery(1), delivery(2), delivery(3)])
         await until("it is acked", lambda: link.lane.acks)
         assert link.lane.acks == [(3, True)]
@@ -158,22 +126,6 @@ async def test_a_batch_of_a_lost_link_is_acked_on_no_link(bench: MakeBench, monk
         assert b.devices() == ["device-1", "device-2", "device-3"]
         assert b.metric(b.counters.duplicates) == 2
         assert b.metric(b.counters.reconnects) == 1
-
-
-async def test_poison_of_a_lost_link_is_not_dead_lettered(bench: MakeBench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It comes again on the next link, on which its delivery tag means another message."""
-    async with bench() as b:
-        await b.link()
-        with b.slow_appends(monkeypatch) as hangs:
-            b.worker.deliveries([delivery(1), delivery(2, b"poison")])
-            await until("the batch is being stored", hangs.is_set)
-            b.worker.down("cut by the test")
-            second = await b.link()
-        await until("it is stored", lambda: b.devices() == ["device-1"])
-        b.worker.deliveries([delivery(1, redelivered=True)])
-        await until("it is acked", lambda: second.lane.acks)
-        assert not b.worker._outgoing.held
-        assert second.lane.acks == [(1, True)]
 
 
 async def test_nothing_is_acked_that_is_not_stored(bench: MakeBench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,89 +204,161 @@ async def test_drain_stores_and_acks_what_is_here(bench: MakeBench) -> None:
         b.worker._pending.stored(600.0)  # the disk is slow: the batch waits
         link = await b.link()
         b.worker.deliveries([delivery(1), delivery(2)])
-        await b.worker.drain(b.running)
-        assert "cancel tag" in link.channel.calls
+        await b.worker.drain()
+        b.worker.deliveries([delivery(3)])
         assert (b.devices(), link.lane.acks) == (["device-1", "device-2"], [(2, True)])
+        assert b.metric(b.counters.unacked) == 0, "the broker keeps what comes later"
         again = await b.link()
         assert "consume predictions" not in again.channel.calls, "it takes nothing new while it drains"
 
 
-async def test_poison_holds_up_no_ack_of_good_events(bench: MakeBench) -> None:
+# Dead letters
+
+
+async def test_dead_letters_are_safe_before_the_one_ack(bench: MakeBench) -> None:
     async with bench() as b:
         link = await b.link()
         b.worker.deliveries([delivery(1), delivery(2, b"poison"), delivery(3)])
-        await until("good events are acked", lambda: link.lane.acks == [(1, True), (3, False)])
-        assert b.devices() == ["device-1", "device-3"]
-        b.mover.open.set()
-        await until("the poison is acked", lambda: len(link.lane.acks) == 3)
-        assert link.lane.acks[2][0] == 2
-        assert b.mover.moved == [b"poison"]
-        assert not b.spill.waiting
+        await until("all is acked", lambda: link.lane.acks)
+        assert link.lane.acks == [(3, True)]
+        assert (b.devices(), b.letters()) == (["device-1", "device-3"], ["poison"])
+        assert b.metric(b.counters.dead_letters["not_json"]) == 1
 
 
-async def test_poison_that_takes_long_goes_to_a_file(bench: MakeBench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is acked once the file is synced, and leaves the file for the dead letters in its order."""
-    monkeypatch.setattr(outgoing, "SPILL_AFTER_SECONDS", 0.05)
+async def test_a_file_of_letters_that_fails_holds_the_batch(bench: MakeBench, monkeypatch: pytest.MonkeyPatch) -> None:
     async with bench() as b:
         link = await b.link()
-        bodies = [b"poison %d" % number for number in range(1, 6)]
-        b.worker.deliveries([delivery(tag, body) for tag, body in enumerate(bodies, 1)])
-        await until("it is acked", lambda: link.lane.acks == [(5, True)])
-        assert Path(b.spill.path).exists()
-        assert "dead letters do not reach the broker" in b.worker.not_ready()
-        assert b.metric(b.counters.spilled_bytes) > 0
-        b.worker.deliveries([delivery(6, b"poison 6"), delivery(7)])
-        await until(
-            "what comes later joins it at once", lambda: len(link.lane.acks) >= 2 and not b.worker._outgoing.held
-        )
-        b.mover.open.set()
-        await until("nothing waits", lambda: b.worker.not_ready() == "")
-        assert not Path(b.spill.path).exists()
-        assert b.mover.moved == [*bodies, b"poison 6"]
-        assert b.devices() == ["device-7"]
+        b.dead_letters.mkdir()
+        b.worker.deliveries([delivery(1), delivery(2, b"poison")])
+        await until("it is told", lambda: "dead-letters: is not a regular file" in b.worker.not_ready())
+        assert (link.lane.acks, b.devices()) == ([], [])
+        b.dead_letters.rmdir()
+        await until("all is acked", lambda: link.lane.acks == [(2, True)])
+        assert (b.devices(), b.letters()) == (["device-1"], ["poison"])
 
 
-async def test_poison_beyond_the_file_s_bound_stays_unacked(bench: MakeBench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outgoing, "SPILL_AFTER_SECONDS", 0.05)
-    monkeypatch.setattr(spill, "MOST_BYTES", 200)
+async def test_a_retry_for_rows_repeats_no_letter(bench: MakeBench, monkeypatch: pytest.MonkeyPatch) -> None:
     async with bench() as b:
         link = await b.link()
-        b.worker.deliveries([delivery(tag, b"poison %d" % tag) for tag in (1, 2, 3)])
-        await until("it is told", lambda: "is full" in b.worker.not_ready())
-        assert link.lane.acks == [(1, True)]
-        b.worker.deliveries([delivery(4)])
-        await until("a good event is stored", lambda: b.devices() == ["device-4"])
-        b.mover.open.set()
-        await until("all is acked", lambda: {tag for tag, _ in link.lane.acks} >= {1, 2, 3, 4})
-        assert sorted(b.mover.moved) == [b"poison 1", b"poison 2", b"poison 3"]
+
+        def fails(*_: Any) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device", "data.csv")
+
+        monkeypatch.setattr(b.store, "append", fails)
+        b.worker.deliveries([delivery(1), delivery(2, b"poison")])
+        await until("it has tried twice", lambda: b.metric(b.counters.store_failures) >= 2)
+        monkeypatch.undo()
+        await until("all is acked", lambda: link.lane.acks == [(2, True)])
+        assert b.letters() == ["poison"]
+        assert b.metric(b.counters.dead_letters["not_json"]) == 1
 
 
-async def test_poison_of_a_lost_link_is_acked_on_no_link(bench: MakeBench) -> None:
+async def test_letters_of_a_lost_link_are_acked_on_no_link(bench: MakeBench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They come again, and are in the file twice, under one id."""
     async with bench() as b:
         first = await b.link()
-        b.worker.deliveries([delivery(1, b"poison")])
-        await until("it is on its way", lambda: b.worker._outgoing.held)
-        b.worker.down("cut by the test")
-        second = await b.link()
-        b.mover.open.set()
-        b.worker.deliveries([delivery(1, event("good"))])
-        await until("the good event is acked", lambda: second.lane.acks)
-        assert (first.lane.acks, second.lane.acks) == ([], [(1, True)])
-        assert b.mover.moved == []
+        with b.slow_appends(monkeypatch) as hangs:
+            b.worker.deliveries([delivery(1), delivery(2, b"poison")])
+            await until("the batch is being stored", hangs.is_set)
+            b.worker.down("cut by the test")
+            second = await b.link()
+        b.worker.deliveries([delivery(1, redelivered=True), delivery(2, b"poison", redelivered=True)])
+        await until("all is acked", lambda: second.lane.acks == [(2, True)])
+        assert (first.lane.acks, b.devices()) == ([], ["device-1"])
+        assert len({json.loads(line)["id"] for line in b.dead_letters.read_bytes().splitlines()}) == 1
 
 
-async def test_a_trickle_waits_in_the_socket_while_a_batch_grows(
-    bench: MakeBench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each read wakes the event loop. It is read before the batch is stored; more than a trickle is never held back."""
+async def test_a_flood_of_letters_is_one_line_a_tick(bench: MakeBench, caplog: pytest.LogCaptureFixture) -> None:
     async with bench() as b:
         link = await b.link()
-        holds: list[bool] = []
-        monkeypatch.setattr(link.lane, "hold_back", holds.append)
-        b.worker.deliveries([delivery(1)])
-        await until("it is acked", lambda: link.lane.acks)
-        assert holds[:2] == [True, False]
-        assert not any(holds[2:])
-        b.worker.deliveries([delivery(2, event("large", "x" * worker_module.TRICKLE_BYTES))])
+        for tag in range(1, 31):
+            b.worker.deliveries([delivery(tag, b"poison")])
+            await until("it is acked", lambda: len(link.lane.acks) == tag)  # noqa: B023
+            if tag % 10 == 1:
+                b.worker.tick()
+        await b.worker.drain()
+        said = [message for message in caplog.messages if "went to" in message]
+        assert [int(line.split()[0]) for line in said] == [1, 10, 10, 9]
+        assert all("JSON decode error" in line for line in said)
+
+
+# Messages of several events
+
+
+async def test_a_group_is_acked_once_all_its_lines_are_settled(bench: MakeBench) -> None:
+    async with bench() as b:
+        link = await b.link()
+        known, fresh = event_line(f"{1:032x}", "known"), event_line(f"{2:032x}", "fresh")
+        b.worker.deliveries([group(1, known)])
+        await until("it is acked", lambda: link.lane.acks == [(1, True)])
+        b.worker.deliveries([group(2, known, b"{bad", fresh, known)])
         await until("it is acked", lambda: len(link.lane.acks) == 2)
-        assert not any(holds[2:])
+        assert (b.devices(), b.letters()) == (["known", "fresh"], ["{bad"])
+        assert b.metric(b.counters.duplicates) == 2
+
+
+async def test_the_window_holds_what_groups_can_bring_again(bench: MakeBench) -> None:
+    """Twice the prefetch, times the largest group so far; also after a restart, through the journal."""
+    async with bench(prefetch_count=100) as b:
+        link = await b.link()
+        b.worker.deliveries([group(1, *[event_line(f"{n:032x}") for n in range(64)])])
+        await until("it is acked", lambda: link.lane.acks)
+        assert b.store._journal.window == 2 * 100 * 64
+        b.worker.deliveries([group(2, *[event_line(f"{n:032x}") for n in range(3000)])])
+        await until("it is acked", lambda: len(link.lane.acks) == 2)
+        assert b.store._journal.window == 2 * 100 * worker_module.MOST_EVENTS
+    async with bench(prefetch_count=100) as b:
+        assert b.store._journal.window == 2 * 100 * worker_module.MOST_EVENTS
+
+
+async def test_ids_forgotten_too_soon_are_told_once_an_hour(
+    bench: MakeBench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with bench(dedup_warn_seconds=60) as b:
+        for seconds, lines in ((None, 0), (61.0, 0), (13.4, 1), (12.0, 1)):
+            monkeypatch.setattr(b.store._journal, "window_seconds", seconds)
+            b.worker.tick()
+            said = [line for line in caplog.messages if "message ids are forgotten after 13 s" in line]
+            assert len(said) == lines
+
+
+# The disk's time
+
+
+async def test_the_lateness_of_the_process_is_no_disk_s(bench: MakeBench, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.monotonic()
+    monkeypatch.setattr(worker_module, "time", SimpleNamespace(monotonic=lambda: now))
+    async with bench() as b:
+        await b.link()
+        with b.slow_appends(pytest.MonkeyPatch()) as hangs:
+            b.worker.deliveries([delivery(1)])
+            await until("the batch is being stored", hangs.is_set)
+            now += 40.0  # frozen
+            assert b.metric(b.counters.stalled) == 0
+            for _ in range(11):
+                assert b.metric(b.counters.stalled) == 0
+                now += 1.0
+            assert b.metric(b.counters.stalled) == 1
+            assert "the disk has not answered for 11 s" in b.worker.not_ready()
+        await until("it is no longer stalled", lambda: b.metric(b.counters.stalled) == 0)
+
+
+async def test_time_to_decode_is_no_disk_s(bench: MakeBench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_module, "STALL_SECONDS", 0.05)
+    decodes, go_on = threading.Event(), threading.Event()
+
+    def slow(*arguments: Any) -> Any:
+        decodes.set()
+        assert go_on.wait(20)
+        return prepare_batch(*arguments)
+
+    monkeypatch.setattr(worker_module, "prepare_batch", slow)
+    async with bench() as b:
+        link = await b.link()
+        b.worker.deliveries([delivery(1)])
+        await until("it decodes", decodes.is_set)
+        for _ in range(10):
+            await asyncio.sleep(0.02)
+            assert b.metric(b.counters.stalled) == 0
+        go_on.set()
+        await until("it is acked", lambda: link.lane.acks)

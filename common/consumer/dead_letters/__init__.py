@@ -1,1 +1,0 @@
-"""Dead letters: their format, their way to the broker, and the commands that show, export and replay them."""
