@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 from itertools import count
 from typing import cast
 
-from common.http.response import encode_response
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from common.amqp.codec import Confirm, Part, PublishEncoder, packed_seconds
