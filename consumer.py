@@ -25,12 +25,14 @@ from collections.abc import Callable, Iterable, Sequence
 
 from common import __version__
 from common.config import FORMER_WARNING, ConsumerSettings, describe, former_settings, load, parser_for
-from common.consumer import partitions, processes, replay
+from common.consumer import partitions, replay
 from common.consumer.metrics import Counters
-from common.errors import Fatal
+from common.consumer.service import ConsumerService, serve
+from common.errors import Fatal, StartupError
 from common.event.rows import CSV_HEADER
 from common.logs import set_up_logging
 from common.process import fail, read_file, run
+from common.storage.files import explain_os_error
 from common.storage.reader import committed_rows
 
 log = logging.getLogger("predlog.consumer")
@@ -58,13 +60,13 @@ def main(argv: Sequence[str], environ: dict[str, str]) -> int:
         if former := former_settings(flags, environ):
             log.warning(FORMER_WARNING, former)
         if len(served) > 1:
-            return processes.serve_all(settings, served)
+            return partitions.serve_all(settings, served)
     except Fatal as error:
         return fail("consumer", error)
     ((number, own),) = served.items()
     name = "consumer" if settings.partitions == 1 else f"consumer-{number}"
     set_up_logging(name, settings.log_level, settings.log_format)
-    return run(name, lambda: processes.serve(own, Counters(), name, base_queue_name=settings.queue_name))
+    return run(name, lambda: serve(lambda: ConsumerService(own, Counters(), name, base_queue_name=settings.queue_name)))
 
 
 def read(csv_files: Iterable[str]) -> int:
@@ -84,13 +86,15 @@ async def _replay(served: Iterable[ConsumerSettings]) -> int:
 
 
 def _to_stdout(command: Callable[[], int]) -> int:
-    """Run a command that writes to stdout. A reader that has enough, such as `head`, ends it."""
+    """Run a command that writes files to stdout. A reader that has enough, such as `head`, ends it."""
     try:
         code = command()
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        raise StartupError(explain_os_error(error, "stdout")) from None
     return code
 
 

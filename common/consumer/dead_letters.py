@@ -7,14 +7,12 @@ delete it at any time. replay.py takes letters out. Everything is synchronous.
 from __future__ import annotations
 
 import base64
-import errno
 import fcntl
 import json
 import os
-import time
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
@@ -24,8 +22,8 @@ from common.event.document import write_json
 from common.event.ids import id_digest
 from common.storage.files import mode_of, naming, open_regular, sync_directory, write_all
 
-LOCK_SECONDS = 1.0  # a replay holds the lock for the time of a rename
-_LOCK_POLL_SECONDS = 0.005
+_ROW = "{:32.32}  {:40.40}  {:24.24}  {:>9}  {}"
+TABLE_HEAD = _ROW.format("ID", "WHY", "WHEN", "SIZE", "FIRST BYTES")
 
 
 class Letter(NamedTuple):
@@ -34,8 +32,6 @@ class Letter(NamedTuple):
     when: str  # RFC 3339, UTC
     why: str
     id: str
-    line: int  # in its message, from 1; 0 for a whole message
-    properties: dict[str, Any]  # of the AMQP message
     body: bytes
 
 
@@ -51,52 +47,43 @@ def size_of(csv_path: str) -> int:
         return 0
 
 
+# Writing
+
+
 def append(csv_path: str, poison: Sequence[Poison]) -> None:
     """Make letters durable, all or none. Raise OSError.
 
-    A letter without an id gets a random one, by which the consumer recognises a second copy of its replay.
+    They are written again if the file was taken away or removed meanwhile, so that none is only in a file that nobody
+    reads. A letter without an id gets a random one, by which the consumer recognises a second copy.
     """
     path, when = file_of(csv_path), datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-    with naming(path), locked(path, os.O_CREAT, mode_of(csv_path)) as fd:
-        size = os.fstat(fd).st_size
+    lines = [_line(each, when) for each in poison]
+    in_place = False
+    while not in_place:
+        fd = open_regular(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, mode_of(csv_path))
         try:
-            if size and os.pread(fd, 1, size - 1) != b"\n":  # a crash cut the last line, which was not acked
-                write_all(fd, b"\n")
-            for each in poison:
-                write_all(fd, _line(each, when))
-            os.fsync(fd)
-            if not size:
-                sync_directory(path)
-        except OSError:
-            with suppress(OSError):
-                os.ftruncate(fd, size)
-            raise
-
-
-@contextmanager
-def locked(path: str, flags: int = 0, mode: int | None = None) -> Iterator[int]:
-    """Open the file that is at `path`, and keep others from renaming it or appending to it meanwhile. Raise OSError."""
-    deadline = time.monotonic() + LOCK_SECONDS
-    while True:
-        fd = open_regular(path, os.O_RDWR | os.O_APPEND | flags, mode)
-        try:
-            if lock(fd) and is_at(fd, path):
-                yield fd
-                return
+            with naming(path):
+                _append(fd, path, lines)
+            in_place = is_at(fd, path)
         finally:
             os.close(fd)
-        if time.monotonic() > deadline:
-            raise OSError(errno.EBUSY, "is locked by another program", path)
-        time.sleep(_LOCK_POLL_SECONDS)
 
 
-def lock(fd: int) -> bool:
-    """Take the lock on an open file, or return False at once when another process has it."""
+def _append(fd: int, path: str, lines: Sequence[bytes]) -> None:
+    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # it fails while a replay takes the file away
+    size = os.fstat(fd).st_size
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+        if size and os.pread(fd, 1, size - 1) != b"\n":  # a crash cut the last line, which was not acked
+            write_all(fd, b"\n")
+        for line in lines:
+            write_all(fd, line)
+        os.fsync(fd)
+        if not size:
+            sync_directory(path)
+    except OSError:
+        with suppress(OSError):
+            os.ftruncate(fd, size)
+        raise
 
 
 def is_at(fd: int, path: str) -> bool:
@@ -126,22 +113,23 @@ def _text_id(event_id: bytes | None) -> str:
         return id_digest(event_id or b"").hex()  # under which the journal would know it
 
 
-def parse(line: bytes) -> Letter | None:
-    """Return the letter in a line of the file; None if the line is damaged."""
+# Reading
+
+
+def parse(line: bytes) -> Letter:
+    """Return the letter in a line of the file. A damaged line is itself the body of one."""
     try:
         entry = json.loads(line)
         body = (
             base64.b64decode(entry["body_base64"], validate=True) if "body_base64" in entry else entry["body"].encode()
         )
         when, why, letter_id = (entry[name] + "" for name in ("when", "why", "id"))  # TypeError unless all are strings
-        if len(letter_id.encode()) > 255:  # longer than a message_id
-            return None
-        return Letter(when, why, letter_id, int(entry.get("line", 0)), dict(entry["properties"]), body)
+        if len(letter_id.encode()) <= 255:  # as a message_id must be
+            return Letter(when, why, letter_id, body)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None
-
-
-_FIRST_CHARS = 40
+        pass
+    text = line.rstrip(b"\r\n")
+    return Letter("", "a damaged line", id_digest(text).hex(), text)
 
 
 def printable(text: str) -> str:
@@ -149,19 +137,7 @@ def printable(text: str) -> str:
     return "".join([char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text])
 
 
-def _row(letter_id: str, why: str, when: str, size: object, first: str) -> str:
-    return f"{_cut(letter_id, 32):32}  {_cut(why, 40):40}  {_cut(when, 24):24}  {size:>9}  {first}"
-
-
-def _cut(text: str, width: int) -> str:
-    return text if len(text) <= width else text[: width - 1] + "…"
-
-
-TABLE_HEAD = _row("ID", "WHY", "WHEN", "SIZE", "FIRST BYTES")
-
-
 def table_row(letter: Letter) -> str:
     """Return a dead letter as one line of a table, under TABLE_HEAD."""
-    first = repr(letter.body[:_FIRST_CHARS])[2:-1][:_FIRST_CHARS]
-    letter_id, why, when = map(printable, (letter.id, letter.why, letter.when))
-    return _row(letter_id, why, when, len(letter.body), first)
+    first = repr(letter.body[:40])[2:-1]
+    return _ROW.format(*map(printable, (letter.id, letter.why, letter.when)), len(letter.body), first)

@@ -1,25 +1,18 @@
 """Messages that no consumer takes: in queues of another number of partitions, and dead letters of predlog 1.0.
 
-The first are left over when PARTITIONS is changed before the old queues are empty, the others by an upgrade. A look
-has a connection of its own, so that nothing that happens to it concerns rows.
+The first are left over when PARTITIONS is changed before the old queues are empty, the others by an upgrade.
 """
 
 from __future__ import annotations
 
-import asyncio
-import logging
-from collections.abc import Callable
+from itertools import chain, count
 
 import aiormq
 from aiormq.abc import AbstractConnection
 
 from common.amqp.codec import Confirm, Delivery
-from common.amqp.link import CALL_TIMEOUT_SECONDS, cancelled, open_link
+from common.amqp.link import open_link
 from common.amqp.topology import dead_letter_queue
-
-log = logging.getLogger("predlog.consumer")
-
-LOOK_AGAIN_SECONDS = 60.0
 
 
 class Deaf:
@@ -32,74 +25,25 @@ class Deaf:
     def blocked(self, reason: str) -> None: ...
 
 
-class Leftovers:
-    """A look for such messages, again every minute while there are some in queues of another PARTITIONS.
+async def look(url: str, queue_name: str, partitions: int, base_queue_name: str) -> dict[str, int]:
+    """Return the number of messages in each such queue that has some. Raise what aiormq raises.
 
-    Without a `base_queue_name`, the name without a partition's number, it looks only for dead letters.
+    Without a `base_queue_name`, the name without a partition's number, it looks only for dead letters. The first
+    missing number ends the search. It has a connection of its own, so that nothing that happens to it concerns rows.
     """
-
-    def __init__(self, url: Callable[[], str], queue_name: str, partitions: int, base_queue_name: str) -> None:
-        self.messages = 0  # in queues of another PARTITIONS
-        self.reason = ""  # where they wait, as a sentence; "" when there are none
-        self._url = url
-        self._queue_name = queue_name
-        self._partitions = partitions
-        self._base_queue_name = base_queue_name
-
-    async def watch(self, started: asyncio.Event) -> None:
-        """Look once `started` is set, until cancelled."""
-        await started.wait()
-        await self.look(with_dead_letters=True)
-        while True:
-            await asyncio.sleep(LOOK_AGAIN_SECONDS)
-            if self.messages:
-                await self.look(with_dead_letters=False)
-
-    async def look(self, with_dead_letters: bool) -> None:
-        """Look once, and log what is new. A failure is of no consequence."""
-        try:
-            async with asyncio.timeout(3 * CALL_TIMEOUT_SECONDS):
-                link = await open_link(self._url(), "leftovers", Deaf())
-                try:
-                    if with_dead_letters:
-                        await self._look_for_dead_letters(link.connection)
-                    if self._base_queue_name:
-                        self._note(await self._unserved(link.connection))
-                finally:
-                    await link.close()
-        except (Exception, asyncio.CancelledError) as error:
-            if cancelled():
-                raise
-            log.debug("while looking for messages left over: %r", error)
-
-    async def _look_for_dead_letters(self, connection: AbstractConnection) -> None:
-        name = dead_letter_queue(self._queue_name)
-        if count := await messages_in(connection, name):
-            log.warning("%d dead letters of predlog 1.0 wait in '%s'; --replay-dead-letters empties it", count, name)
-
-    async def _unserved(self, connection: AbstractConnection) -> dict[str, int]:
-        """Return the number of messages in each such queue that has some. The first missing number ends the search."""
-        name, number = self._base_queue_name, self._partitions
-        found: dict[str, int] = {}
-        if number == 1:
-            number = 0
-        else:
-            found[name] = await messages_in(connection, name) or 0
-        while (count := await messages_in(connection, f"{name}.{number}")) is not None:
-            found[f"{name}.{number}"] = count
-            number += 1
-        return {queue: count for queue, count in found.items() if count}
-
-    def _note(self, found: dict[str, int]) -> None:
-        reason = ""
-        if found:
-            queues = ", ".join(f"{count} in '{queue}'" for queue, count in found.items())
-            reason = f"messages wait in queues that no consumer serves with PARTITIONS={self._partitions}: {queues}"
-        if reason and not self.reason:
-            log.warning("%s; see docs/scaling.md on changing PARTITIONS", reason)
-        elif self.reason and not reason:
-            log.info("no messages wait in queues of another PARTITIONS any more")
-        self.messages, self.reason = sum(found.values()), reason
+    link = await open_link(url, "leftovers", Deaf())
+    try:
+        dead = dead_letter_queue(queue_name)
+        found = {dead: await messages_in(link.connection, dead) or 0}
+        numbered = (f"{base_queue_name}.{number}" for number in count(partitions if partitions > 1 else 0))
+        for name in chain([base_queue_name] if partitions > 1 else [], numbered) if base_queue_name else ():
+            messages = await messages_in(link.connection, name)
+            if messages is None and name != base_queue_name:
+                break
+            found[name] = messages or 0
+    finally:
+        await link.close()
+    return {name: messages for name, messages in found.items() if messages}
 
 
 async def messages_in(connection: AbstractConnection, queue_name: str) -> int | None:

@@ -4,26 +4,43 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
-from common.amqp.link import keep_up
+from common.amqp.link import CALL_TIMEOUT_SECONDS, cancelled, keep_up
 from common.config import ConsumerSettings, read_again
-from common.consumer.leftovers import Leftovers
+from common.consumer import leftovers
 from common.consumer.metrics import Counters
-from common.consumer.worker import RETRY_FIRST_SECONDS, RETRY_MOST_SECONDS, T, Worker
+from common.consumer.worker import RETRY_SECONDS, Worker
 from common.errors import DiskTrouble, SettingError
 from common.health import HEALTH_LIMITS, Health
 from common.http.server import HttpServer
-from common.process import end, first_of, read_file
+from common.process import end, first_of, on_stop, read_file
 from common.storage.lock import Lock
 from common.storage.store import Store
 
 log = logging.getLogger("predlog.consumer")
 
-STANDBY_POLL_SECONDS = 0.25
+STANDBY = "standby: another consumer owns the CSV"
 TICK_SECONDS = 1.0
+LOOK_AGAIN_SECONDS = 60.0  # for messages left over, while there are some
+
+
+async def serve(make_service: Callable[[], ConsumerService], alive_fd: int | None = None) -> None:
+    """Run one consumer until a signal, then drain."""
+    stop = on_stop(alive_fd)
+    service = make_service()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, service.reload)
+    try:
+        await service.start()
+        await first_of(stop, service.running)
+        await service.drain()
+    finally:
+        await service.close()
+    log.info("stopped")
 
 
 class ConsumerService:
@@ -46,16 +63,14 @@ class ConsumerService:
         self._counters = counters
         self._name = name
         self._report = report
-        self._leftovers = Leftovers(self._url, settings.queue_name, settings.partitions, base_queue_name)
-        self._server = HttpServer(HEALTH_LIMITS, Health(self.not_ready, self.metrics))
+        self._base_queue_name = base_queue_name
+        self._server = HttpServer(HEALTH_LIMITS, Health(self.not_ready, counters.metrics.render))
         self._lock = Lock(settings.csv_file)
         self._thread = ThreadPoolExecutor(1, "store")
-        self._stop = asyncio.Event()
         self._store: Store | None = None
         self._worker: Worker | None = None
         self._no_worker = "starting"  # the reason, while there is no worker
         self._tasks: list[asyncio.Task[None]] = []
-        self.health_port = 0
 
     async def start(self) -> None:
         """Open the health port, and begin to consume, or to wait as a standby."""
@@ -63,14 +78,12 @@ class ConsumerService:
         values[counters.start_time] = time.time()
         values[counters.store_ok] = 1.0  # a standby has no trouble
         if self._settings.health_port:
-            self.health_port = await self._server.listen(self._settings.health_host, self._settings.health_port)
-        self._read_secrets()  # a process that replaces another one has the settings of the first start
+            await self._server.listen(self._settings.health_host, self._settings.health_port)
+        self.reload()  # a process that replaces another one has the settings of the first start
         self.running = self._task(self._run())
 
     async def drain(self) -> None:
         """Take nothing new; store and ack what is in memory, for at most SHUTDOWN_TIMEOUT_MS."""
-        self._stop.set()
-        await asyncio.wait([self.running], timeout=self._settings.shutdown_timeout_ms / 1000)
         if self._worker is None:
             return
         log.info("stopping")
@@ -81,7 +94,6 @@ class ConsumerService:
 
     async def close(self) -> None:
         """End everything, drained or not."""
-        self._stop.set()
         await end(*self._tasks)
         release = self._lock.release if self._store is None else self._store.close  # after what the thread still does
         await asyncio.get_running_loop().run_in_executor(self._thread, release)
@@ -90,109 +102,92 @@ class ConsumerService:
 
     def reload(self) -> None:
         """Read the secrets again, and open the CSV again, after it was moved. A standby has none."""
-        self._read_secrets()
-        if self._worker is not None:
-            self._worker.reopen()
-
-    def _read_secrets(self) -> None:
         try:
             self._settings = read_again(self._settings, read_file)
         except SettingError as error:
             log.error("%s; the one before stays", error)
+        if self._worker is not None:
+            self._worker.reopen()
 
     def not_ready(self) -> str:
         """Return why no event would reach the CSV now; "" when it would. The text is valid Unicode, unlike a path."""
-        worker = self._worker
-        reason = self._no_worker if worker is None else worker.not_ready() or self._leftovers.reason
+        reason = self._no_worker if self._worker is None else self._worker.not_ready()
         return reason.encode("utf-8", "backslashreplace").decode()
 
-    def metrics(self) -> bytes:
-        """Return the metrics as text, with current gauges."""
-        if self._worker is not None:
-            self._worker.tick()
-        return self._counters.metrics.render()
-
     async def _run(self) -> None:
-        await first_of(self._stop, self._task(self._tick()), self._task(self._work()))
+        await asyncio.gather(self._task(self._tick()), self._task(self._work()))
 
     async def _work(self) -> None:
-        """Own the CSV, recover it, and consume until stopped."""
-        if not await self._past_trouble(self._own):
-            return
-        self._store = await self._past_trouble(self._open)
-        if self._store is None or self._stop.is_set():
-            return
+        """Own the CSV, recover it, and consume."""
+        self._store = await self._opened()
         self._worker = worker = Worker(self._settings, self._store, self._thread, self._counters)
         self._tasks.append(worker.running)
         self._counters.metrics.values[self._counters.active] = 1.0
         log.info("rows go to %s", self._settings.csv_file)
-        link = keep_up(self._url, self._name, worker)
-        watching = worker.watch(), self._leftovers.watch(worker.started)
-        await first_of(self._stop, worker.running, self._task(link), *map(self._task, watching))
+        link = keep_up(lambda: self._settings.amqp_url, self._name, worker)
+        beside = link, worker.watch(), self._look_for_leftovers(worker.started)
+        await asyncio.gather(worker.running, *map(self._task, beside))
 
-    def _url(self) -> str:
-        return self._settings.amqp_url
-
-    def _open(self) -> Awaitable[Store]:
-        settings = self._settings
-        return asyncio.get_running_loop().run_in_executor(
-            self._thread,
-            Store.open,
-            settings.csv_file,
-            settings.dedup_window,
-            settings.prefetch_count,
-            log,
-            settings.rotate_gzip,
-            self._lock,
-            settings.rotate_keep,
-        )
-
-    async def _own(self) -> bool:
-        """Wait as a standby until this process owns the CSV. Return False if stopped before."""
-        loop, waiting = asyncio.get_running_loop(), False
-        while not await loop.run_in_executor(self._thread, self._lock.acquire):
-            self._no_worker = "standby: another consumer owns the CSV"
-            if not waiting:
-                log.info("standby: another consumer owns the CSV; taking over when it ends")
-            waiting = True
-            if await self._stopped_within(STANDBY_POLL_SECONDS):
-                return False
-        if waiting:
-            log.info("taking over")
-        return True
-
-    async def _past_trouble(self, call: Callable[[], Awaitable[T]]) -> T | None:
-        """Retry `call` through disk trouble; return its result, or None if stopped before."""
-        delay, in_trouble = RETRY_FIRST_SECONDS, False
+    async def _opened(self) -> Store:
+        """Wait as a standby until this process owns the CSV, and recover it. Retry through disk trouble."""
+        loop, values, counters = asyncio.get_running_loop(), self._counters.metrics.values, self._counters
+        owned = False
         while True:
             try:
-                return await call()
+                owned = owned or await loop.run_in_executor(self._thread, self._lock.acquire)
+                if owned:
+                    return await loop.run_in_executor(self._thread, self._open)
+                if self._no_worker != STANDBY:
+                    log.info("%s; taking over when it ends", STANDBY)
+                self._no_worker = STANDBY
             except DiskTrouble as error:
-                if not in_trouble:
+                if values[counters.store_ok]:
                     log.error("cannot store: %s; retrying", error)
-                in_trouble = True
+                values[counters.store_ok] = 0.0
                 self._no_worker = f"cannot store: {error}"
-                self._counters.metrics.values[self._counters.store_ok] = 0.0
-            if await self._stopped_within(delay):
-                return None
-            delay = min(2 * delay, RETRY_MOST_SECONDS)
+            await asyncio.sleep(RETRY_SECONDS)
 
-    async def _stopped_within(self, seconds: float) -> bool:
-        try:
-            await asyncio.wait_for(self._stop.wait(), seconds)
-        except TimeoutError:
-            return False
-        return True
+    def _open(self) -> Store:
+        its = self._settings
+        return Store.open(
+            *(its.csv_file, its.dedup_window, its.prefetch_count, log, its.rotate_gzip, self._lock, its.rotate_keep)
+        )
 
     async def _tick(self) -> None:
         while True:
             if self._worker is not None:
                 self._worker.tick()
-            self._counters.metrics.values[self._counters.unserved] = self._leftovers.messages
             self._report(self.not_ready())
             await asyncio.sleep(TICK_SECONDS)
 
-    def _task(self, work: Awaitable[None]) -> asyncio.Task[None]:
-        task: asyncio.Task[None] = asyncio.ensure_future(work)
+    async def _look_for_leftovers(self, started: asyncio.Event) -> None:
+        """Log which queues have messages that no consumer takes, and count these; again while there are some."""
+        its, found = self._settings, dict[str, int]()
+        await started.wait()
+        while True:
+            before = found
+            try:
+                async with asyncio.timeout(3 * CALL_TIMEOUT_SECONDS):
+                    url = self._settings.amqp_url
+                    found = await leftovers.look(url, its.queue_name, its.partitions, self._base_queue_name)
+            except (Exception, asyncio.CancelledError) as error:
+                if cancelled():
+                    raise
+                log.debug("while looking for messages left over: %r", error)
+            self._counters.metrics.values[self._counters.unserved] = sum(found.values())
+            if not found:
+                return
+            if found.keys() != before.keys():
+                queues = ", ".join(f"{messages} in '{name}'" for name, messages in found.items())
+                log.warning(
+                    "messages wait in queues that no consumer serves with PARTITIONS=%d: %s; see docs/scaling.md on "
+                    "changing PARTITIONS; --replay-dead-letters empties a queue that ends in .dead",
+                    its.partitions,
+                    queues,
+                )
+            await asyncio.sleep(LOOK_AGAIN_SECONDS)
+
+    def _task(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
         self._tasks.append(task)
         return task

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from math import inf
 from typing import TypeVar
 
 from common.amqp.codec import Confirm, Delivery, ack_frame
-from common.amqp.link import CALL_TIMEOUT_SECONDS, CLOSE_TIMEOUT_SECONDS, CONNECTION_ERRORS, Link, cancelled
+from common.amqp.link import CALL_TIMEOUT_SECONDS, CONNECTION_ERRORS, Link, cancelled
 from common.amqp.topology import QUEUE_ARGUMENTS, consume, declare
 from common.config import ConsumerSettings
 from common.consumer import dead_letters
@@ -28,41 +30,12 @@ log = logging.getLogger("predlog.consumer")
 T = TypeVar("T")
 
 HELD_BACK_BYTES = 64 * 1024 * 1024  # of deliveries in memory; beyond it the broker's socket is not read
-TRICKLE_BYTES, TRICKLE_SECONDS = 16 * 1024, 0.05  # what is less, and for as long at most, may wait in the socket
-RETRY_FIRST_SECONDS, RETRY_MOST_SECONDS = 0.1, 5.0
-TROUBLE_POLL_SECONDS = 0.25
+RETRY_SECONDS = 0.5  # in disk trouble
 IDLE_SECONDS = 1.0
 STALL_SECONDS = 10.0  # after so long without progress, waiting work is reported as stalled
-MOST_TICK_SECONDS = 2.0  # between two ticks; the rest is the lateness of this process
-POISON_SECONDS = 10.0  # between two lines of the log about dead letters
-WINDOW_SECONDS = 3600.0  # between two about ids that are forgotten too soon
+LATE_SECONDS = 2.0  # after so long without a tick, this process itself was late
+WINDOW_SECONDS = 3600.0  # between two lines of the log about ids that are forgotten too soon
 MOST_EVENTS = 1000  # in a message, for which the remembered ids are enough whatever is delivered again
-
-
-class DiskClock:
-    """The time that the disk has been at work on one step, without the time in which this process did not run.
-
-    The store's thread enters it around each step; the event loop calls `seconds` at every tick.
-    """
-
-    def __init__(self) -> None:
-        self._steps = 0  # begun and ended: an odd number during one
-        self._seen = 0
-        self._seconds = 0.0
-        self._ticked_at = 0.0
-
-    def __enter__(self) -> None:
-        self._steps += 1
-
-    def __exit__(self, *_: object) -> None:
-        self._steps += 1
-
-    def seconds(self, now: float) -> float:
-        """Return for how long the present step has taken, as far as the ticks before have seen it; 0.0 if none runs."""
-        steps, tick_seconds = self._steps, now - self._ticked_at
-        self._seconds = self._seconds + min(tick_seconds, MOST_TICK_SECONDS) if steps % 2 and steps == self._seen else 0
-        self._seen, self._ticked_at = steps, now
-        return self._seconds
 
 
 class Worker:
@@ -82,40 +55,39 @@ class Worker:
         self._loop = asyncio.get_running_loop()
         # The link
         self._link: Link | None = None
-        self._consumer_tag = ""
-        self._delivered_at = self._loop.time()
-        self._fruitless_looks = 0  # checks that found messages in the queue, since the last delivery
+        self._delivered_at = 0.0
+        self._fruitless_looks = 0  # that found messages in the queue, since the last delivery
         # The batches
         self._pending = Pending(settings.batch_max_rows, settings.prefetch_count, settings.flush_interval_ms / 1000)
-        self._storing: tuple[int, float] | None = None  # messages in the batch being stored, and when the oldest came
+        self._storing: tuple[int, float] = 0, inf  # messages in the batch being stored, and when the oldest came
         self._wake = asyncio.Event()
         self._draining = False
         self._reopen_due = False
         self._rotation_failed = False
         # Of the store's thread
-        self._disk = DiskClock()
-        self._unsaved: list[Poison] = []  # of the batch being stored
-        self._most_events = 1  # in one message so far
+        self._prepared: Prepared | None = None  # the batch being stored
+        self._unsaved: list[Poison] = []  # of that batch
+        self._disk_since = inf  # when the disk began the present step
         # Why it is not ready; "" while all is well
         self._down = "not connected yet"
         self._trouble = ""
         self._stalled = ""
-        # What the log has not said yet
-        self._dead_letters = 0
-        self._last_why = ""
-        self._next_poison_line = self._next_window_line = 0.0
+        # Of the ticks
+        self._ticked_at = self._on_time_since = time.monotonic()
+        self._letters, self._last_why = 0, ""  # that the log has not mentioned
+        self._window_line_at = -inf
         self.running = asyncio.create_task(self._run())
 
     # The link
 
     async def up(self, link: Link) -> None:
-        """Set up a new connection: queues, prefetch, consume."""
+        """Set up a new connection: queue, prefetch, consume."""
         settings = self._settings
         await declare(link.channel, settings.queue_name, QUEUE_ARGUMENTS)
         # RabbitMQ cuts a link that is not read for 30 s. During disk trouble a new link consumes nothing until it ends.
         while self._trouble and not self._draining:
             self._down = ""  # there is a link
-            await asyncio.sleep(TROUBLE_POLL_SECONDS)
+            await asyncio.sleep(RETRY_SECONDS)
         if self._draining:
             return  # take nothing new; the link is only kept up
         async with asyncio.timeout(CALL_TIMEOUT_SECONDS):
@@ -123,9 +95,7 @@ class Worker:
             self._link, self._down = link, ""
             self.started.set()
             self._delivered_at = self._loop.time()
-            self._consumer_tag = await consume(link.channel, settings.queue_name)
-        if self._draining:  # it began during the call
-            await link.channel.basic_cancel(self._consumer_tag, nowait=True)
+            await consume(link.channel, settings.queue_name)
 
     def down(self, reason: str) -> None:
         """Forget what is not stored yet, since it is delivered again. Acks for the lost link are void."""
@@ -135,6 +105,9 @@ class Worker:
         self._pending.clear()
 
     def deliveries(self, deliveries: list[Delivery]) -> None:
+        """Let them wait for the next batch. What comes during a drain stays unacked: the broker keeps it."""
+        if self._draining:
+            return
         values, counters, pending = self._counters.metrics.values, self._counters, self._pending
         values[counters.deliveries] += len(deliveries)
         if deliveries[0].redelivered or deliveries[-1].redelivered:
@@ -164,7 +137,7 @@ class Worker:
                 link.lane.hold_back(False)
             self._storing = len(deliveries), since
             await self._store_batch(deliveries)
-            self._storing = None
+            self._storing = 0, inf
             self._ack(link, deliveries[-1].delivery_tag)
 
     def _ack(self, link: Link | None, delivery_tag: int) -> None:
@@ -177,33 +150,14 @@ class Worker:
         while True:
             await self._between_batches()
             wait = self._pending.due_in(self._loop.time())
-            if wait == 0.0 or (self._draining and wait is not None):
-                return True
-            if self._draining:
-                return False
-            await (self._wait(IDLE_SECONDS) if wait is None else self._gather(wait))
-
-    async def _gather(self, seconds: float) -> None:
-        """Let a batch grow. A trickle waits in the socket meanwhile, and is read at once: each read costs a wake-up."""
-        link = self._link
-        if link is None or self._pending.bytes > TRICKLE_BYTES or seconds > TRICKLE_SECONDS:
-            await self._wait(seconds)
-            return
-        link.lane.hold_back(True)
-        try:
-            await self._wait(seconds)
-        finally:
-            link.lane.hold_back(False)
-        await asyncio.sleep(0)  # the event loop reads
-
-    async def _wait(self, seconds: float) -> None:
-        """Wait until woken, for so long at most."""
-        self._wake.clear()
-        timer = self._loop.call_later(seconds, self._wake.set)
-        try:
-            await self._wake.wait()
-        finally:
-            timer.cancel()
+            if wait == 0.0 or self._draining:
+                return wait is not None
+            self._wake.clear()
+            timer = self._loop.call_later(IDLE_SECONDS if wait is None else wait, self._wake.set)
+            try:
+                await self._wake.wait()
+            finally:
+                timer.cancel()
 
     async def _between_batches(self) -> None:
         """Do what must not happen while a batch is stored: rotate, reopen."""
@@ -222,62 +176,59 @@ class Worker:
 
     async def _store_batch(self, deliveries: Sequence[Delivery]) -> None:
         """Prepare and store a batch. In disk trouble (full, I/O error) wait and retry until all of it is safe."""
-        values, counters, delay = self._counters.metrics.values, self._counters, RETRY_FIRST_SECONDS
-        prepared, outcome = await self._in_thread(self._prepare_and_append, deliveries)
-        while isinstance(outcome, OSError):
-            values[counters.store_failures] += 1.0
-            trouble = f"{outcome.filename}: {outcome.strerror}"
-            if not self._trouble:
-                log.error("cannot store: %s; nothing is acked, retrying", trouble)
-            self._trouble = trouble
-            await asyncio.sleep(delay)
-            delay = min(2 * delay, RETRY_MOST_SECONDS)
-            outcome = await self._in_thread(self._append, prepared)
+        values, counters = self._counters.metrics.values, self._counters
+        while True:
+            try:
+                prepared, timing = await self._in_thread(self._prepare_and_append, deliveries)
+                break
+            except OSError as error:
+                values[counters.store_failures] += 1.0
+                trouble = f"{error.filename}: {error.strerror}"
+                if not self._trouble:
+                    log.error("cannot store: %s; nothing is acked, retrying", trouble)
+                self._trouble = trouble
+            await asyncio.sleep(RETRY_SECONDS)
         if self._trouble:
             log.info("storing again")
             self._trouble = ""
         values[counters.duplicates] += prepared.duplicates
         for each in prepared.poison:
             values[counters.dead_letters[each.kind]] += 1.0
-        if prepared.poison:
-            self._dead_letters += len(prepared.poison)
-            self._last_why = prepared.poison[-1].why
-            self._log_dead_letters()
-        if outcome is not None:
-            self._pending.stored(sum(outcome))
+            self._letters, self._last_why = self._letters + 1, each.why
+        if timing is not None:
+            self._pending.stored(sum(timing))
             values[counters.rows] += prepared.rows
             counters.batch_rows.observe(prepared.rows)
-            counters.write_seconds.observe(outcome.write_seconds)
-            counters.fsync_seconds.observe(outcome.fsync_seconds)
-            counters.commit_seconds.observe(outcome.commit_seconds)
+            counters.write_seconds.observe(timing.write_seconds)
+            counters.fsync_seconds.observe(timing.fsync_seconds)
+            counters.commit_seconds.observe(timing.commit_seconds)
 
     async def _in_thread(self, call: Callable[..., T], *args: object) -> T:
         return await self._loop.run_in_executor(self._thread, call, *args)
 
     # In the store's thread
 
+    def _prepare_and_append(self, deliveries: Sequence[Delivery]) -> tuple[Prepared, Timing | None]:
+        """Make a batch durable, dead letters first. After an OSError, continue where it stopped. None: without rows."""
+        store, batch = self._store, self._prepared
+        if batch is None:
+            batch = self._prepared = prepare_batch(deliveries, store.seen, self._settings.low_prob_threshold)
+            self._unsaved = batch.poison
+            store.expect_again(self._settings.prefetch_count * min(batch.most_events, MOST_EVENTS))
+        if self._unsaved:
+            self._on_disk(lambda: dead_letters.append(store.path, self._unsaved))
+            self._unsaved = []
+        has_rows = batch.ids or batch.data
+        timing = self._on_disk(lambda: store.append(batch.data, batch.ids)) if has_rows else None
+        self._prepared = None
+        return batch, timing
+
     def _on_disk(self, call: Callable[[], T]) -> T:
-        with self._disk:
-            return call()
-
-    def _prepare_and_append(self, deliveries: Sequence[Delivery]) -> tuple[Prepared, Timing | OSError | None]:
-        prepared = prepare_batch(deliveries, self._store.seen, self._settings.low_prob_threshold)
-        self._unsaved = prepared.poison
-        if prepared.most_events > self._most_events:
-            self._most_events = prepared.most_events
-            self._store.expect_again(self._settings.prefetch_count * min(self._most_events, MOST_EVENTS))
-        return prepared, self._append(prepared)
-
-    def _append(self, prepared: Prepared) -> Timing | OSError | None:
-        """Try to make dead letters and rows durable. After an error, continue where it stopped. None: without rows."""
+        self._disk_since = time.monotonic()
         try:
-            with self._disk:
-                if self._unsaved:
-                    dead_letters.append(self._store.path, self._unsaved)
-                    self._unsaved = []
-                return self._store.append(prepared.data, prepared.ids) if prepared.ids or prepared.data else None
-        except OSError as error:
-            return error
+            return call()
+        finally:
+            self._disk_since = inf
 
     # Watching
 
@@ -285,20 +236,17 @@ class Worker:
         """Return why no event would reach the CSV now, or what needs an operator; "" when all is well."""
         if self._trouble:
             return f"cannot store: {self._trouble}"
-        if self._stalled:
-            return self._stalled
-        return f"no broker: {self._down}" if self._down else ""
+        return self._stalled or (self._down and f"no broker: {self._down}")
 
     def tick(self) -> None:
         """Set the gauges, log what is due, and keep a held-back link alive. Call it once a second."""
         values, counters, now = self._counters.metrics.values, self._counters, self._loop.time()
         if self._link is not None:
             self._link.lane.keep_alive()
-        self._note_stall(self._disk.seconds(now))
-        self._log_dead_letters()
-        self._log_window(now)
+        self._note_stall()
+        self._log_what_is_due(now)
         counters.metrics.settle()
-        storing, storing_since = self._storing or (0, now)
+        storing, storing_since = self._storing
         values[counters.unacked] = len(self._pending.deliveries) + storing
         values[counters.oldest_unacked] = now - min(now, self._pending.since, storing_since)
         values[counters.csv_bytes] = self._store.committed_bytes
@@ -306,31 +254,34 @@ class Worker:
         values[counters.connected] = not self._down
         values[counters.stalled] = bool(self._stalled)
 
-    def _log_dead_letters(self) -> None:
-        """Log the first dead letter at once, and then how many there were every POISON_SECONDS."""
-        now = self._loop.time()
-        if self._dead_letters and now >= self._next_poison_line:
+    def _log_what_is_due(self, now: float) -> None:
+        """Log how many dead letters there were since the last call, and hourly that ids leave the window too soon."""
+        if self._letters:
             path = dead_letters.file_of(self._store.path)
-            log.warning("%d dead letter(s) went to %s; the last: %s", self._dead_letters, path, self._last_why)
-            self._dead_letters, self._next_poison_line = 0, now + POISON_SECONDS
-
-    def _log_window(self, now: float) -> None:
-        """Warn when ids are forgotten sooner than DEDUP_WARN_SECONDS, once in WINDOW_SECONDS."""
+            log.warning("%d dead letter(s) went to %s; the last: %s", self._letters, path, self._last_why)
+            self._letters = 0
         seconds = self._store.window_seconds
-        if seconds is not None and seconds < self._settings.dedup_warn_seconds and now >= self._next_window_line:
+        if seconds is not None and seconds < self._settings.dedup_warn_seconds and now >= self._window_line_at:
             log.warning(
                 "message ids are forgotten after %.0f s: a client's retry that comes later makes a second row; "
                 "set DEDUP_WINDOW higher",
                 seconds,
             )
-            self._next_window_line = now + WINDOW_SECONDS
+            self._window_line_at = now + WINDOW_SECONDS
 
-    def _note_stall(self, disk_seconds: float) -> None:
-        stalled = ""
+    def _note_stall(self) -> None:
+        now, stalled = time.monotonic(), ""
+        if now - self._ticked_at > LATE_SECONDS:  # this process did not run, so it cannot say how long the disk took
+            self._on_time_since = now
+        self._ticked_at = now
+        disk_seconds = now - max(self._disk_since, self._on_time_since)
         if disk_seconds > STALL_SECONDS:
             stalled = f"stalled: the disk has not answered for {disk_seconds:.0f} s"
         elif self._fruitless_looks >= 2:
-            stalled = f"stalled: messages wait in '{self._settings.queue_name}', and the broker delivers none"
+            stalled = (
+                f"stalled: messages wait in '{self._settings.queue_name}', and the broker delivers none; if a node is "
+                "lost, see consumer_disconnected_timeout in docs/operations.md"
+            )
         if stalled and not self._stalled:
             log.error("%s", stalled)
         elif self._stalled and not stalled:
@@ -340,37 +291,29 @@ class Worker:
     async def watch(self) -> None:
         """Look at the size of the dead letters, and at the queue when nothing was delivered for a while.
 
-        If messages wait in the queue twice, connect again.
-
-        Possible causes are acks that the broker lost, a consumer that it forgot, or another active consumer of the
-        queue. A new connection fixes the first two. With a second consumer it is not tried.
+        If messages wait twice, connect again, which helps if the broker lost acks or forgot this consumer. It is not
+        tried if there is another consumer, which is the active one.
         """
         while True:
             letters_bytes = await self._in_thread(dead_letters.size_of, self._store.path)
             self._counters.metrics.values[self._counters.dead_letters_bytes] = letters_bytes
             await asyncio.sleep(STALL_SECONDS / 2)
             link, since = self._link, self._delivered_at
-            if link is None or self._draining or self._pending.deliveries or self._storing is not None:
-                continue
-            if self._loop.time() - since < STALL_SECONDS / 2:
+            is_busy = self._draining or self._pending.deliveries or self._storing[0]
+            if link is None or is_busy or self._loop.time() - since < STALL_SECONDS / 2:
                 continue
             try:
                 async with asyncio.timeout(CALL_TIMEOUT_SECONDS):
                     queue = await link.channel.queue_declare(self._settings.queue_name, passive=True)
-            except asyncio.CancelledError:
+            except (*CONNECTION_ERRORS, asyncio.CancelledError):  # aiormq may report a loss as that, too
                 if cancelled():
                     raise
-                continue
-            except TimeoutError:
                 link.lane.fail("the broker does not answer")
                 continue
-            except CONNECTION_ERRORS:
-                continue  # the link is lost; keep_up reports it
             if link is not self._link or since != self._delivered_at:
                 continue
             self._fruitless_looks = self._fruitless_looks + 1 if queue.message_count else 0
             if self._fruitless_looks >= 2 and (queue.consumer_count or 0) < 2:
-                self._note_stall(0.0)
                 link.lane.fail("messages wait, and the broker delivers none")
 
     # The end
@@ -382,17 +325,7 @@ class Worker:
 
     async def drain(self) -> None:
         """Take no more deliveries; store and ack what is in memory."""
-        link, self._draining = self._link, True
-        if link is not None and link.lane.lost is None:
-            try:
-                # nowait: the answer would come behind all deliveries in flight, and not at all while held back.
-                async with asyncio.timeout(CLOSE_TIMEOUT_SECONDS):
-                    await link.channel.basic_cancel(self._consumer_tag, nowait=True)
-            except (Exception, asyncio.CancelledError) as error:
-                if cancelled():
-                    raise
-                log.debug("while cancelling: %r", error)
+        self._draining = True
         self._wake.set()
         await self.running
-        self._next_poison_line = 0.0
-        self._log_dead_letters()
+        self._log_what_is_due(self._loop.time())

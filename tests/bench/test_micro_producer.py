@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from itertools import count
+from typing import cast
 
 from pytest_benchmark.fixture import BenchmarkFixture
 
@@ -11,8 +12,9 @@ from common.amqp.codec import Confirm, Part, PublishEncoder, packed_seconds
 from common.errors import NotConfirmed
 from common.event.document import read_json
 from common.event.schema import normalise_event
+from common.http.exchange import Client, Exchange
+from common.http.fields import JSON
 from common.http.parser import Limits, RequestParser
-from common.http.response import encode_response
 from common.producer.publisher import Publication, Publisher, PublisherLimits
 from tests.bench import events
 
@@ -62,7 +64,9 @@ def test_validate_and_normalise_an_event_with_images(benchmark: BenchmarkFixture
 
 
 def test_encode_an_answer(benchmark: BenchmarkFixture) -> None:
-    assert benchmark(encode_response, 200, BODY)[0].endswith(b"\r\n\r\n" + BODY)
+    exchange = Exchange(cast(Client, None), None, 0.0)
+    exchange.response = 200, BODY, JSON, b""
+    assert benchmark(exchange.encode, b"Sun, 29 Nov 2026 10:00:00 GMT")[0].endswith(b"\r\n\r\n" + BODY)
 
 
 def test_encode_a_publish(benchmark: BenchmarkFixture) -> None:

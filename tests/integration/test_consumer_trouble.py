@@ -86,7 +86,8 @@ def test_a_full_disk_of_one_partition_stops_no_other(
 async def test_a_service_starts_drains_and_closes_in_process(broker: RabbitMQ, queue_name: str, tmp_path: Path) -> None:
     """A second one on the same CSV is a standby, and takes over when the first is closed."""
     settings = ConsumerSettings(amqp_url=broker.url, queue_name=queue_name, csv_file=str(tmp_path / "data.csv"))
-    first, second = ConsumerService(settings, Counters()), ConsumerService(settings, Counters())
+    counters = Counters()
+    first, second = ConsumerService(settings, Counters()), ConsumerService(settings, counters)
     await first.start()
     await until("the first is ready", lambda: first.not_ready() == "")
     await second.start()
@@ -97,28 +98,28 @@ async def test_a_service_starts_drains_and_closes_in_process(broker: RabbitMQ, q
     await first.close()
     await until("the second takes over", lambda: second.not_ready() == "")
     await asyncio.to_thread(publish, broker.url, queue_name, [event("device-2")])
-    await until("the row is counted", lambda: b"predlog_rows_total 1\n" in second.metrics())
+    await until("the row is counted", lambda: counters.metrics.values[counters.rows] == 1)
     assert devices(tmp_path / "data.csv") == ["device-1", "device-2"]
     await second.drain()
     await second.close()
 
 
 def test_who_changes_partitions_is_told_what_is_left_over(broker: RabbitMQ, queue_name: str, consumer: Start) -> None:
-    """One line, /readyz and a metric, until the old queues are empty; both ways."""
+    """One line and a metric, until the old queues are empty; both ways."""
     publish(broker.url, f"{queue_name}.0", [event("device-0")] * 3)
     publish(broker.url, f"{queue_name}.1", [])
     publish(broker.url, f"{queue_name}.2", [event("device-2")] * 2)
     shrunk = consumer(wait=False)
     said = "messages wait in queues that no consumer serves with PARTITIONS={}: {}"
     told = said.format(1, f"3 in '{queue_name}.0', 2 in '{queue_name}.2'")
-    wait_until("it is told", lambda: shrunk.not_ready() == told, explain=shrunk.log)
+    wait_until("it is told", lambda: told in shrunk.log(), explain=shrunk.log)
     wait_until("it is counted", lambda: shrunk.metric("predlog_unserved_messages") == 5)
     assert shrunk.log().count(told) == 1
     assert shrunk.stop() == 0
     publish(broker.url, queue_name, [event("device")])
     grown = consumer(wait=False, PARTITIONS=2)
     told = said.format(2, f"1 in '{queue_name}', 2 in '{queue_name}.2'")
-    wait_until("it is told", lambda: told in grown.not_ready(), explain=grown.log)
+    wait_until("it is told", lambda: told in grown.log(), explain=grown.log)
     wait_until("what it serves is stored", lambda: grown.metric("predlog_rows_total") == 3, explain=grown.log)
 
 
@@ -171,7 +172,7 @@ async def test_the_health_port_answers_while_the_disk_hangs(
         await until("it is ready", lambda: service.not_ready() == "")
     closing = asyncio.create_task(service.close()) if call == "release" else None
     await until("the disk hangs", hangs.is_set)
-    reader, writer = await asyncio.open_connection("127.0.0.1", service.health_port)
+    reader, writer = await asyncio.open_connection("127.0.0.1", settings.health_port)
     writer.write(b"GET /healthz HTTP/1.1\r\nHost: h\r\n\r\n")
     assert (await asyncio.wait_for(reader.readline(), 20)).startswith(b"HTTP/1.1 200")
     writer.close()

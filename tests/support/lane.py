@@ -93,9 +93,6 @@ class FakeChannel:
         self.calls.append(f"consume {queue}")
         return SimpleNamespace(consumer_tag="tag")
 
-    async def basic_cancel(self, consumer_tag: str, nowait: bool) -> None:
-        self.calls.append(f"cancel {consumer_tag}")
-
 
 class FakeLink:
     """`link` is what a listener gets."""

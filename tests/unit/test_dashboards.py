@@ -12,7 +12,7 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 
 from common.consumer import metrics as consumer_metrics
-from common.consumer.processes import Board
+from common.consumer.partitions import Board
 from common.producer import metrics as producer_metrics
 
 MONITORING = Path(__file__).parents[2] / "deploy" / "monitoring"

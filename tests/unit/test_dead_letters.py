@@ -5,14 +5,13 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import threading
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from common.consumer import dead_letters, replay
+from common.consumer import dead_letters
 from common.consumer.dead_letters import append, parse, printable, table_row
 from common.consumer.prepare import Poison
 from common.event.ids import id_digest
@@ -48,7 +47,6 @@ def test_a_body_that_is_not_text_is_kept_octet_by_octet(csv_file: str) -> None:
     body = bytes(range(256)) * 1000
     append(csv_file, [poison(body)])
     letter = parse(Path(f"{csv_file}.dead-letters").read_bytes())
-    assert letter is not None
     assert letter.body == body
     assert "body" not in lines_of(csv_file)[0]
 
@@ -97,8 +95,7 @@ def test_a_line_cut_by_a_crash_takes_no_other_with_it(csv_file: str) -> None:
     Path(f"{csv_file}.dead-letters").write_bytes(b'{"when":"2026')
     append(csv_file, [poison()])
     cut, whole = Path(f"{csv_file}.dead-letters").read_bytes().splitlines()
-    assert parse(cut) is None
-    assert parse(whole) is not None
+    assert [parse(line).why for line in (cut, whole)] == ["a damaged line", "it is not JSON"]
 
 
 @pytest.mark.parametrize("change", ["emptied", "deleted", "moved"])
@@ -115,18 +112,33 @@ def test_who_changes_the_file_loses_no_later_letter(csv_file: str, change: str) 
     assert [line["body"] for line in lines_of(csv_file)] == ["after"]
 
 
-def test_a_letter_never_goes_into_a_file_taken_away(csv_file: str) -> None:
-    """The append waits for a lock, and then finds that the file was renamed."""
+def test_a_letter_is_never_only_in_a_file_taken_away(csv_file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is renamed during the append, which then writes again, under the same id."""
     path = Path(f"{csv_file}.dead-letters")
     append(csv_file, [poison(b"before")])
-    with path.open("rb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        appending = threading.Thread(target=append, args=(csv_file, [poison(b"after")]))
-        appending.start()
+
+    def taken_away(fd: int) -> None:
+        monkeypatch.undo()
+        os.fsync(fd)
         path.rename(f"{csv_file}.taken")
-    appending.join(20)
-    assert [line["body"] for line in lines_of(csv_file)] == ["after"]
-    assert Path(f"{csv_file}.taken").read_bytes().count(b"\n") == 1
+
+    monkeypatch.setattr(os, "fsync", taken_away)
+    append(csv_file, [poison(b"after", event_id=None)])
+    [letter] = lines_of(csv_file)
+    assert letter["body"] == "after"
+    assert letter["id"].encode() in Path(f"{csv_file}.taken").read_bytes()
+
+
+def test_while_a_replay_takes_the_file_an_append_fails(csv_file: str) -> None:
+    """So that it is repeated, and no half of a line is replayed."""
+    append(csv_file, [poison(b"before")])
+    with open(f"{csv_file}.dead-letters", "rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(BlockingIOError) as raised:
+            append(csv_file, [poison(b"after")])
+    assert raised.value.filename == f"{csv_file}.dead-letters"
+    append(csv_file, [poison(b"after")])
+    assert [line["body"] for line in lines_of(csv_file)] == ["before", "after"]
 
 
 @pytest.mark.parametrize("make", [lambda path: path.mkdir(), lambda path: os.mkfifo(path)], ids=["folder", "fifo"])
@@ -138,81 +150,24 @@ def test_what_is_no_file_is_an_error_that_names_it(csv_file: str, make: Any) -> 
     assert raised.value.filename == str(path)
 
 
-def test_a_lock_that_stays_is_an_error(csv_file: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dead_letters, "LOCK_SECONDS", 0.01)
-    append(csv_file, [poison()])
-    with open(f"{csv_file}.dead-letters", "rb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(OSError, match="locked by another program"):
-            append(csv_file, [poison()])
-
-
 @pytest.mark.parametrize(
     "line",
     [
-        *(b"", b"{", b"[]", b"{}", b'{"when":1}', b"\xff", b'{"when":"","why":"","id":"","properties":{}}'),
-        b'{"when":"","why":"","id":"","properties":{},"body":7}',
-        b'{"when":"","why":"","id":"%b","properties":{},"body":""}' % (b"x" * 256),
-        b'{"when":"","why":"","id":7,"properties":{},"body":""}',
-        b'{"when":"","why":"","id":"","properties":7,"body":""}',
-        b'{"when":"","why":"","id":"","properties":{},"body_base64":"?"}',
+        *(b"", b"{", b"[]", b"{}", b'{"when":1}', b"\xff", b'{"when":"","why":"","id":""}'),
+        b'{"when":"","why":"","id":"","body":7}',
+        b'{"when":"","why":"","id":"%b","body":""}' % (b"x" * 256),
+        b'{"when":"","why":"","id":7,"body":""}',
+        b'{"when":"","why":"","id":"","body_base64":"?"}',
     ],
 )
-def test_a_damaged_line_is_no_letter(line: bytes) -> None:
-    assert parse(line) is None
+def test_a_damaged_line_is_a_letter_of_its_own(line: bytes) -> None:
+    letter = parse(line + b"\n")
+    assert (letter.why, letter.body) == ("a damaged line", line)
+    assert letter == parse(line)
 
 
 def test_the_table_drives_no_terminal() -> None:
     line = b'{"when":"now","why":"\\u001b[2J","id":"\\r\\ud800","properties":{},"body":"\\u001b]0;x"}'
     letter = parse(line)
-    assert letter is None or table_row(letter).isprintable()
+    assert table_row(letter).isprintable()
     assert printable("a\x1b\u202e\udcff") == "a\N{REPLACEMENT CHARACTER}" + 2 * "\N{REPLACEMENT CHARACTER}"
-
-
-@pytest.mark.parametrize(("page_bytes", "page_letters"), [(1, 9), (7, 9), (1000, 2), (1000, 1000)])
-def test_pages_from_the_end_are_all_lines_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, page_bytes: int, page_letters: int
-) -> None:
-    monkeypatch.setattr(replay, "PAGE_BYTES", page_bytes)
-    monkeypatch.setattr(replay, "PAGE_LETTERS", page_letters)
-    for text in (b"a\n", b"a", b"a\nbb\n\nccc\n", b"a\nbbbbbbbbbbbb\nc\r\nd", b"\n\n", b"a\x0bb\x85\n"):
-        path = tmp_path / "lines"
-        path.write_bytes(text)
-        with path.open("r+b") as file:
-            end, found = len(text), list[bytes]()
-            while end:
-                begin, lines = replay._last_lines(file.fileno(), end)
-                assert 0 < len(lines) <= page_letters
-                found, end = lines + found, begin
-        assert found == text.splitlines(keepends=True) or b"".join(found) == text
-
-
-def message_of(**properties: Any) -> dict[str, Any]:
-    letter = dead_letters.Letter("", "", "the id", int(properties.pop("line", 0)), properties, b"body")
-    body, made = replay._message(letter)
-    assert body == b"body"
-    return {name: value for name, value in made if value not in (None, "")}
-
-
-def test_a_replayed_letter_has_its_properties_and_its_id() -> None:
-    time = datetime(2026, 1, 2, tzinfo=UTC)
-    kept = {"content_type": "text/x", "headers": {"camera": 7, "x": [1, {"y": None}]}, "priority": 3, "app_id": "a"}
-    theirs = {**kept, "timestamp": time.isoformat(), "user_id": "u", "expiration": "1", "message_id": "other"}
-    theirs["headers"] = {**kept["headers"], "CC": ["q"], "BCC": ["q"], "x-delivery-count": 2}  # type: ignore[dict-item]
-    assert message_of(**theirs) == {**kept, "timestamp": time, "message_id": "the id", "delivery_mode": 2}
-
-
-def test_a_replayed_line_is_a_message_of_one_event() -> None:
-    assert message_of(line=3, content_type="application/x-ndjson")["content_type"] == "application/json"
-
-
-@pytest.mark.parametrize(
-    "properties",
-    [
-        *({"priority": "high"}, {"priority": 256}, {"content_type": 7}, {"content_type": "x" * 300}),
-        *({"timestamp": "noon"}, {"headers": {"x": "y" * 140_000}}, {"undecoded": "00"}),
-        {"headers": {"x": 2**70}},
-    ],
-)
-def test_properties_that_cannot_be_sent_stop_no_replay(properties: dict[str, Any]) -> None:
-    assert message_of(**properties) == {"message_id": "the id", "delivery_mode": 2}

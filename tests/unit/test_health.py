@@ -6,9 +6,9 @@ from typing import Any, cast
 
 import pytest
 
-from common.consumer import processes
+from common.consumer import partitions
 from common.consumer.metrics import Counters
-from common.consumer.processes import Board
+from common.consumer.partitions import Board
 from common.errors import HttpError
 from common.health import Health
 from common.http.exchange import Exchange
@@ -62,7 +62,7 @@ def test_each_partition_that_cannot_go_on_is_named(monkeypatch: pytest.MonkeyPat
     assert board.not_ready() == "partition 5: cannot store: data.5.csv: No space left on device"
     board.report(1, "")
     assert board.not_ready() == ""
-    monkeypatch.setattr(processes, "STALE_SECONDS", -1.0)
+    monkeypatch.setattr(partitions, "STALE_SECONDS", -1.0)
     assert "partition 2: its process has not answered" in board.not_ready()
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from common import errors
 from common.consumer import metrics as consumer_metrics
-from common.consumer.processes import Board
+from common.consumer.partitions import Board
 from common.producer import metrics as producer_metrics
 
 ROOT = Path(__file__).parents[2]
