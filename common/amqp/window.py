@@ -43,10 +43,6 @@ class ConfirmWindow(Generic[T]):
                 settled.append((unsettled.pop(tag), ok))
         return settled
 
-    def unsettled(self) -> list[T]:
-        """Return all that wait, oldest first."""
-        return list(self._unsettled.values())
-
     def forget_oldest_while(self, condition: Callable[[T], bool]) -> None:
         """Remove the oldest messages, as far as `condition` holds. Late confirms of them are ignored."""
         for tag in list(takewhile(lambda tag: condition(self._unsettled[tag]), self._unsettled)):

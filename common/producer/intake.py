@@ -108,9 +108,7 @@ class Batch:
                 self._results.append({"status": 422, "detail": event.faults})
             elif event is not None:
                 publisher = self._intake.publisher_for(event)
-                while publisher.trouble() is None and not publisher.has_room_for_batch():
-                    if time.monotonic() >= self._wait_until:
-                        break
+                while _is_full(publisher) and time.monotonic() < self._wait_until:
                     yield publisher.call_when_there_is_room
                 self._publish(event, publisher)
             yield None
@@ -124,7 +122,7 @@ class Batch:
         self._results.append(None)
         self._open += 1
         try:
-            if publisher.trouble() is None and not publisher.has_room_for_batch():
+            if _is_full(publisher):
                 raise Unavailable("window_full", "too many events wait for the broker's confirm")
             publisher.publish(published)
         except NotConfirmed as error:
@@ -142,6 +140,10 @@ class Batch:
             accepted = sum(result is _ACCEPTED for result in self._results)
             status = 200 if accepted == len(self._results) else 207
             self._exchange.answer(status, write_json({"accepted": accepted, "results": self._results}))
+
+
+def _is_full(publisher: Publisher) -> bool:
+    return publisher.trouble() is None and not publisher.has_room_for_batch()
 
 
 class _BatchEvent(Publication):
