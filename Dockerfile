@@ -1,17 +1,33 @@
-# One image for producer, consumer and tests; what differs is the command, and pytest in the last stage.
-FROM python:3.13-slim AS predlog
-ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PATH=/opt/venv/bin:$PATH
+# One image for producer, consumer and tests; what differs is the command, and pytest in the stage `tests`.
+#
+# A release sets PYTHON_IMAGE to a digest (.github/workflows/release.yml). Its default is the stage below, because
+# Dependabot updates FROM and no ARG.
+ARG PYTHON_IMAGE=python-by-tag
+FROM python:3.13-slim AS python-by-tag
+
+FROM ${PYTHON_IMAGE} AS build
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_PYTHON=/opt/venv/bin/python
-WORKDIR /app
-# A new volume on data/ gets the owner of the folder in the image.
-RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin predlog && install -d -o predlog -g predlog data
 COPY requirements.txt .
 RUN python -m venv --without-pip /opt/venv && pip install --require-hashes -r requirements.txt
+WORKDIR /app
 COPY common common
 COPY scripts/__init__.py scripts/carry_ids.py scripts/
 COPY producer.py consumer.py deploy/compose/healthcheck.py ./
 RUN python -m compileall -q .
-USER predlog
+
+FROM ${PYTHON_IMAGE} AS predlog
+LABEL org.opencontainers.image.title="predlog" \
+      org.opencontainers.image.description="Predictions in over HTTP, through RabbitMQ, into CSV: each exactly once" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="2.0.0"
+ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PATH=/opt/venv/bin:$PATH
+WORKDIR /app
+# A new volume on data/ gets the owner of the folder in the image.
+RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin predlog && install -d -o predlog -g predlog data
+COPY --from=build /opt/venv /opt/venv
+COPY --from=build /app ./
+# By number, so that Kubernetes can see that it is not root.
+USER 10001
 ENV HTTP_HOST=0.0.0.0 HTTP_PORT=8000 HEALTH_HOST=0.0.0.0 HEALTH_PORT=8001
 EXPOSE 8000 8001
 # Liveness (/healthz). Readiness (/readyz) is for load balancers: while the broker is away the producer is alive, but
@@ -22,7 +38,7 @@ CMD ["python", "producer.py"]
 FROM predlog AS tests
 USER root
 COPY requirements-e2e.txt .
-RUN pip install --require-hashes -r requirements-e2e.txt
+RUN PIP_PYTHON=/opt/venv/bin/python pip install --no-cache-dir --require-hashes -r requirements-e2e.txt
 COPY scripts scripts
 COPY tests tests
 USER predlog

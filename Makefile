@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV_PYTHON := .venv/bin/python
 
-.PHONY: help run test check bench chaos fuzz lock clean
+.PHONY: help run test check bench chaos fuzz lock release clean
 
 help:  ## print this list
 	@echo "Usage: make TARGET"
@@ -21,7 +21,8 @@ check:  ## lint, format, types, and the schemas of the YAML that other programs 
 	$(VENV_PYTHON) -m ruff check
 	$(VENV_PYTHON) -m ruff format --check
 	$(VENV_PYTHON) -m mypy
-	$(VENV_PYTHON) -m check_jsonschema --builtin-schema vendor.github-workflows .github/workflows/ci.yml
+	$(VENV_PYTHON) -m check_jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(VENV_PYTHON) -m check_jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
 	$(VENV_PYTHON) -m check_jsonschema --builtin-schema vendor.compose-spec compose.yaml deploy/compose/*.yaml
 	$(VENV_PYTHON) -m pre_commit validate-config
 
@@ -48,7 +49,10 @@ lock:  ## pin the dependencies of pyproject.toml with hashes; LOCK=--upgrade tak
 	$(COMPILE) --group e2e --constraint requirements-dev.txt --output-file requirements-e2e.txt
 	$(COMPILE) --group bench --constraint requirements-dev.txt --output-file requirements-bench.txt
 
+release:  ## check that all places name the same version, then build the source archive and the image
+	@$(PYTHON) -m scripts.release
+
 # data/ stays: it holds the CSV, and messages that were accepted and are not in it yet.
-clean:  ## remove .venv and caches; data/ stays
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+clean:  ## remove .venv, caches and dist/; data/ stays
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks dist
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -44,10 +44,6 @@ class Health:
 HEALTH_LIMITS = ServerLimits(
     request=Limits(body_bytes=1024),
     connections=100,
-    pipelined=8,
     buffered_bytes=2**20,
-    head_seconds=5.0,
-    body_seconds=5.0,
     idle_seconds=75.0,
-    write_seconds=5.0,
 )

@@ -6,7 +6,7 @@ not settled yet (RabbitMQ, publisher confirms). So a window belongs to one chann
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from itertools import takewhile
 from typing import Generic, TypeVar
 
@@ -29,28 +29,25 @@ class ConfirmWindow(Generic[T]):
         self._unsettled[self._next_tag] = message
         self._next_tag += 1
 
-    def settle(self, confirms: Iterable[Confirm]) -> Iterator[tuple[T, bool]]:
-        """Remove what `confirms` cover; yield each message with True for an ack, False for a nack.
+    def settle(self, confirms: Iterable[Confirm]) -> list[tuple[T, bool]]:
+        """Remove what `confirms` cover; return each message with True for an ack, False for a nack.
 
         Tags that were settled before are ignored.
         """
         unsettled = self._unsettled
+        settled = []
         for tag, multiple, ok in confirms:
             if multiple:
-                for lower in list(takewhile(tag.__gt__, unsettled)):
-                    yield unsettled.pop(lower), ok
+                settled += [(unsettled.pop(lower), ok) for lower in list(takewhile(tag.__gt__, unsettled))]
             if tag in unsettled:
-                yield unsettled.pop(tag), ok
-
-    def oldest(self) -> T | None:
-        """Return the message that has waited longest; None if none waits."""
-        return next(iter(self._unsettled.values()), None)
+                settled.append((unsettled.pop(tag), ok))
+        return settled
 
     def unsettled(self) -> list[T]:
         """Return all that wait, oldest first."""
         return list(self._unsettled.values())
 
-    def take_oldest_while(self, condition: Callable[[T], bool]) -> list[T]:
-        """Remove and return the oldest messages, as far as `condition` holds. Late confirms of them are ignored."""
-        tags = list(takewhile(lambda tag: condition(self._unsettled[tag]), self._unsettled))
-        return [self._unsettled.pop(tag) for tag in tags]
+    def forget_oldest_while(self, condition: Callable[[T], bool]) -> None:
+        """Remove the oldest messages, as far as `condition` holds. Late confirms of them are ignored."""
+        for tag in list(takewhile(lambda tag: condition(self._unsettled[tag]), self._unsettled)):
+            del self._unsettled[tag]

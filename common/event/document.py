@@ -15,9 +15,7 @@ UNBOUNDED_BYTES = 192 * 1024
 # To pass over the strings of a document with more backslashes would take too long.
 _MOST_BACKSLASHES = 1 << 19
 
-_VALUE_CHARS = b",:[{"
-_OTHER_CHARS = bytes(set(range(256)) - set(_VALUE_CHARS))
-_RARE_HITS = 1000  # at most, in a document
+_OTHER_CHARS = bytes(set(range(256)) - set(b",:[{"))
 _BOM = b"\xef\xbb\xbf"
 
 T = TypeVar("T")
@@ -74,12 +72,4 @@ def bound_values(body: bytes, limit: int) -> Stages[None]:
 
 
 def _count_values(text: bytes) -> int:
-    count = 0
-    for char in _VALUE_CHARS:
-        at = text.find(char)
-        while at >= 0:
-            count += 1
-            if count > _RARE_HITS:
-                return len(text.translate(None, _OTHER_CHARS))
-            at = text.find(char, at + 1)  # where hits are rare, as in images, ten times as fast as looking at each byte
-    return count
+    return len(text.translate(None, _OTHER_CHARS))

@@ -10,8 +10,8 @@ from common.errors import InvalidEvent
 from common.event.document import read_json
 
 _ID_CHARS = 32
-_LINE_START = b'{"message_id":"'
-_ID_END = len(_LINE_START) + _ID_CHARS
+LINE_START, ID_END = b'{"message_id":"', b'",'  # around the id in a line of a message of several events
+_ID_STOP = len(LINE_START) + _ID_CHARS
 _HEX_DIGITS = b"0123456789abcdef"
 
 
@@ -35,18 +35,13 @@ def id_digest(message_id: str | bytes) -> bytes:
     return blake2b(text, digest_size=16, person=b"predlog-digest").digest()
 
 
-def with_id(normalised: bytes, message_id: bytes) -> bytes:
-    """Return an event in normal form as a line of a message of several events: its id becomes the first member."""
-    return b'%b%b",%b' % (_LINE_START, message_id, normalised[1:])
-
-
 def line_id(line: bytes) -> bytes | None:
     """Return the id of an event that is a line of a message; None if it has none, or if the line is no JSON object.
 
     Other publishers may write the member `message_id` anywhere. What is not a string, or is empty, is no id.
     """
-    if line.startswith(_LINE_START) and line.startswith(b'",', _ID_END):
-        own = line[len(_LINE_START) : _ID_END]
+    if line.startswith(LINE_START) and line.startswith(ID_END, _ID_STOP):
+        own = line[len(LINE_START) : _ID_STOP]
         if not own.translate(None, _HEX_DIGITS):
             return own
     try:

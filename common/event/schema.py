@@ -207,30 +207,32 @@ def _normal_event(event: Event) -> NormalEvent:
     return normal
 
 
-def _may_have_nul(body: bytes) -> bool:
-    return body.find(_NUL) >= 0
+def _normalise_quickly(body: bytes, max_preds: int) -> NormalEvent | None:
+    # A search for one byte is quick: nearly all events, with images too, have no backslash.
+    if len(body) > UNBOUNDED_BYTES or (_BACKSLASH in body and _NUL in body):
+        return None
+    try:
+        event = _validate_quickly(orjson.loads(body), max_preds)
+    except orjson.JSONDecodeError:
+        return None
+    return _normal_event(event) if event is not None else None
 
 
 def normalise_event(body: bytes, max_preds: int) -> NormalEvent:
     """Return the event in `body` in normal form, without U+0000. Raise InvalidEvent."""
-    # A search for one byte is quick: nearly all events, with images too, have no backslash.
-    if len(body) <= UNBOUNDED_BYTES and (_BACKSLASH not in body or not _may_have_nul(body)):
-        try:
-            event = _validate_quickly(orjson.loads(body), max_preds)
-        except orjson.JSONDecodeError:
-            event = None  # the stages find the fault
-        if event is not None:
-            return _normal_event(event)
-    return finish(normalise_in_stages(body, max_preds))
+    return _normalise_quickly(body, max_preds) or finish(normalise_in_stages(body, max_preds))
 
 
 def normalise_in_stages(body: bytes, max_preds: int, most_faults: int = MAX_FAULTS) -> Stages[NormalEvent]:
     """Do `normalise_event` in stages. The time of each is bounded for any `body` of 8 MiB."""
+    if (quick := _normalise_quickly(body, max_preds)) is not None:
+        return quick
+    yield
     yield from bound_values(body, VALUES_PER_PRED * max_preds + SPARE_VALUES)
     yield
     document = read_json(body)
     yield
-    event = validate_event(document, max_preds, most_faults, takes_nul=not _may_have_nul(body))
+    event = validate_event(document, max_preds, most_faults, takes_nul=_NUL not in body)
     yield
     return _normal_event(event)
 
@@ -247,19 +249,16 @@ def normalise_batch(body: bytes, lines: bool, max_preds: int) -> Iterator[Normal
     if len(items) > MAX_EVENTS:
         raise InvalidEvent([make_fault(["body"], "too_long", _too_long(MAX_EVENTS, len(items)))])
     yield None
-    takes_nul = lines or not _may_have_nul(body)
+    takes_nul = lines or _NUL not in body
     left = MAX_FAULTS
     items.reverse()
     for position in range(len(items)):
         item = items.pop()  # so that what is done with is freed
         try:
-            if not lines:
-                event = _normal_event(validate_event(item, max_preds, left, takes_nul=takes_nul))
-            elif len(item) <= SPARE_VALUES and left == MAX_FAULTS:
-                event = normalise_event(item, max_preds)
+            if lines:
+                yield (yield from normalise_in_stages(item, max_preds, left))
             else:
-                event = yield from normalise_in_stages(item, max_preds, left)
-            yield event
+                yield _normal_event(validate_event(item, max_preds, left, takes_nul=takes_nul))
         except InvalidEvent as error:
             for fault in error.faults:
                 fault["loc"] = ["body", position, *cast(list[Any], fault["loc"])[1:]]

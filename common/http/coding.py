@@ -38,12 +38,9 @@ def decoded(content_encoding: bytes | None, body: bytes, max_bytes: int) -> byte
     try:
         data = inflater.decompress(body, max_bytes + 1)
     except zlib.error as error:
-        form = " (it must be the zlib format, RFC 1950)" if name == "deflate" else ""
-        raise HttpError(400, f"invalid {name} content{form}") from error
+        raise HttpError(400, f"invalid {name} content (deflate is the zlib format, RFC 1950)") from error
     if len(data) > max_bytes:
         raise HttpError(413, f"content longer than {max_bytes} bytes when inflated")
-    if not inflater.eof:
-        raise HttpError(400, f"{name} content is cut off")
-    if inflater.unused_data:
-        raise HttpError(400, f"{name} content goes on after its end; several members are not supported")
+    if not inflater.eof or inflater.unused_data:
+        raise HttpError(400, f"{name} content is cut off, or goes on after its end (one member is taken)")
     return data

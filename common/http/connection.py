@@ -35,7 +35,6 @@ from common.http.phases import (
     seconds_by_phase,
 )
 from common.http.pool import Pool
-from common.http.response import CONTINUE
 from common.http.tls import Tls
 from common.http.turns import Job, Turns
 from common.http.writer import Writer
@@ -44,30 +43,32 @@ log = logging.getLogger("predlog.http")
 
 # The work of one connection before others get their turn. What is left of its requests then waits.
 SLICE_SECONDS = 0.002
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 _CLIENTS_TURN = frozenset({HANDSHAKE, IDLE, HEAD, BODY, LINGERING})
 _TRY_AGAIN = (("Retry-After", "1"),)
+_TOO_MUCH = "too many large requests at once; try again"
 
 
 class ServerState:
     """What the connections of a server share."""
 
-    def __init__(
-        self, limits: ServerLimits, application: Application, now: Callable[[], float], turns: Turns, date: bytes = b""
-    ) -> None:
+    def __init__(self, limits: ServerLimits, application: Application, now: Callable[[], float], turns: Turns) -> None:
         self.limits = limits
         self.application = application
         self.now = now
         self.turns = turns
-        self.date = date  # now, as the value of a Date field
+        self.date = b""  # now, as the value of a Date field
         self.pool: Pool[Connection] = Pool(limits.connections, limits.buffered_bytes)
         self.draining = False
         self.seconds = seconds_by_phase(limits, draining=False)
 
     def drain(self) -> None:
-        """End each connection with the last answer to what it has read, or with the next one if it has read nothing."""
+        """End each connection with the last answer that is due, or with the next one if none is."""
         self.draining = True
         self.seconds = seconds_by_phase(self.limits, draining=True)
+        for connection in self.pool.members:
+            connection.drain()
         self.sweep()
 
     def sweep(self) -> None:
@@ -96,8 +97,6 @@ class Connection(asyncio.Protocol):
         self._fields = b""  # what `check` returned for a head whose body is still arriving
         self._reading = True
         self._eof = False
-        self._ends_next = False  # the next request that is complete is the last
-        self._surplus = False  # more came behind the last request
         self._pumping = False
         self._waiting = False  # for its turn
 
@@ -106,11 +105,11 @@ class Connection(asyncio.Protocol):
         state = self.state
         self._writer = Writer(self._transport, self._tls)
         self.since = now = state.now()
-        for connection in state.pool.join(self, now):
-            if connection is self and self.phase is IDLE:
-                self._refuse(HttpError(503, "too many connections", _TRY_AGAIN))
-            else:
-                connection.leave()
+        leaver = state.pool.join(self, now)
+        if leaver is self and self.phase is IDLE and state.pool.can_answer_refused():
+            self._refuse(HttpError(503, "too many connections", _TRY_AGAIN))
+        elif leaver is not None:
+            leaver.leave()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._enter(CLOSED, self.now())
@@ -133,11 +132,8 @@ class Connection(asyncio.Protocol):
             if phase is BODY or phase is LINGERING:
                 self.since = after_progress(self.since, len(data), state.now())
             if phase >= LAST:
-                self._surplus = True
-                return
+                return  # and drop it
         self._parser.receive_data(data)
-        if state.draining:
-            self._ends_next = True
         ends = state.turns.ends
         if not self._waiting and ((ends < inf and state.now() > ends) or self._pump()):
             self._wait_for_turn()
@@ -197,45 +193,40 @@ class Connection(asyncio.Protocol):
 
     def _pump(self) -> bool:
         """Handle what has arrived and write the answers that are due. Return whether the rest must wait for a turn."""
-        parser, writer, due, now = self._parser, self._writer, self._due, self.now
-        most = self.state.limits.pipelined
-        began = 0.0
-        slice_is_over = False
+        parser, due, now = self._parser, self._due, self.now
+        at = now()
+        slice_ends = at + SLICE_SECONDS
         self._pumping = True
         while True:
-            while len(due) < most and self.phase < LAST and not writer.stuck:
+            while len(due) < self.state.limits.pipelined and self.phase < LAST and not self._writer.stuck:
                 try:
                     request = parser.next_request()
                     if request is None:
                         self._await_rest()
                         break
                 except HttpError as error:
-                    error.__traceback__ = None
                     self._refuse(error)
                     break
-                at = now()
-                began = began or at
                 self._handle(request, at)
-                if now() - began > SLICE_SECONDS:
-                    slice_is_over = True
-                    self.state.turns.worked_since(began)
+                at = now()
+                if parser.idle or at > slice_ends:
                     break
-                if parser.idle:
-                    break
-            more = due and due[0].response is not None and self._write_answers()
-            if slice_is_over or not more:
+            if not self._write_answers() or at > slice_ends:
                 break
         self._pumping = False
         if self.held_bytes or not self._parser.idle or not self._reading:
             self._account()
             self._update_reading()
-        return slice_is_over and self.phase < LAST and not self._parser.idle
+        if at <= slice_ends:
+            return False
+        self.state.turns.worked_since(slice_ends - SLICE_SECONDS)
+        return self.phase < LAST and not self._parser.idle
 
     def _handle(self, request: Request, now: float) -> None:
         head = request.head
         exchange = Exchange(self, head, now)
         was_checked = self.phase is BODY
-        if self._ends_next:
+        if self.state.draining:
             exchange.close = True
         self._enter(LAST if exchange.close else ANSWERING, now)
         self._due.append(exchange)
@@ -244,8 +235,6 @@ class Connection(asyncio.Protocol):
             exchange.fields = self._fields if was_checked else application.check(head)
             application.handle(request, exchange)
         except HttpError as error:
-            # Its frames hold the request; with a frame that holds the error it is a cycle: memory until a gc.
-            error.__traceback__ = None
             exchange.fail(error)
         except Exception:
             log.exception("a bug: %s %s", head.method.decode(), head.target.decode())
@@ -299,30 +288,25 @@ class Connection(asyncio.Protocol):
 
     def flush(self) -> None:
         """Write the answers that are due. Called after each answer."""
-        due = self._due
-        if self._pumping or not due or due[0].response is None:
-            return
-        if self._write_answers() and not self._waiting and self._pump():
+        if not self._pumping and self._write_answers() and not self._waiting and self._pump():
             self._wait_for_turn()
 
     def _write_answers(self) -> bool:
-        """Write the answers that are due, the first of which is there. Return whether there can be more to handle."""
-        state, due, parser = self.state, self._due, self._parser
-        if self._transport.is_closing():
-            return False
+        """Write the answers that are due. Return whether there can be more to handle."""
+        due = self._due
         parts: tuple[bytes, ...] = ()
         while due and due[0].response is not None:
             exchange = due.popleft()
-            if state.draining and not due and parser.idle:
-                exchange.close = True
-            parts += exchange.encode(state.date)
+            parts += exchange.encode(self.state.date)
             if exchange.close:
                 due.clear()
+        if not parts or self._transport.is_closing():
+            return False
         self._writer.write(parts)
         if exchange.close:
-            self._finish(polite=not exchange.refused and not self._surplus and parser.idle)
+            self._finish()
             return False
-        if not parser.idle:
+        if not self._parser.idle:
             return True
         if not due:
             if self._eof:
@@ -331,15 +315,12 @@ class Connection(asyncio.Protocol):
             self._enter(IDLE, self.now())
         return not self._reading
 
-    def _finish(self, polite: bool) -> None:
-        """Close the connection after its last answer.
+    def _finish(self) -> None:
+        """Close our side behind the last answer, and drop what the client still sends.
 
-        If the client may still be sending, close only our side first, and read and drop what comes: a reset would
-        destroy the answer on its way (RFC 9112 section 9.6).
+        A reset would destroy the answer on its way (RFC 9112 section 9.6).
         """
-        if self.phase is not LAST:
-            self._enter(LAST, self.now())
-        if polite or self._eof:
+        if self._eof:
             self._close()
             return
         self._enter(LINGERING, self.now())
@@ -352,6 +333,12 @@ class Connection(asyncio.Protocol):
         self._enter(CLOSING, now)
         self._writer.time_client(now)
         self._writer.end(close=True)
+
+    def drain(self) -> None:
+        """End with the last of the answers that are due."""
+        if self.phase is ANSWERING and self._due:
+            self._due[-1].close = True
+            self._enter(LAST, self.now())
 
     def abort(self) -> None:
         """Cut the connection off."""
@@ -379,11 +366,10 @@ class Connection(asyncio.Protocol):
         pool = self.state.pool
         pool.held_bytes += more_bytes
         if more_bytes > 0:
-            error = HttpError(503, "too many large requests at once; try again", _TRY_AGAIN)
             for connection in pool.over_memory(self, self.now()):
                 if connection is self:
-                    raise error
-                connection._give_up_memory(error)
+                    raise HttpError(503, _TOO_MUCH, _TRY_AGAIN)
+                connection._give_up_memory()
 
     def _account(self) -> None:
         """Update what is held, and give it up if all connections together hold too much."""
@@ -395,16 +381,15 @@ class Connection(asyncio.Protocol):
         self.held_bytes = held_bytes
         try:
             self.hold(more_bytes)
-        except HttpError as error:
-            error.__traceback__ = None
-            self._give_up_memory(error)
+        except HttpError:
+            self._give_up_memory()
 
-    def _give_up_memory(self, error: HttpError) -> None:
+    def _give_up_memory(self) -> None:
         """Free what is held. A client that reads its answers gets 503; any other is cut off."""
         if self._writer.stuck or self.phase >= LAST or self.phase is HANDSHAKE:
             self.abort()
         else:
-            self._refuse(error)
+            self._refuse(HttpError(503, _TOO_MUCH, _TRY_AGAIN))
 
     # Time
 
@@ -428,6 +413,8 @@ class Connection(asyncio.Protocol):
             self._refuse(HttpError(503, "the server is shutting down; try again", _TRY_AGAIN))
         elif phase is BODY:
             self._refuse(HttpError(408, "the body did not arrive in time"))
+        elif phase is LINGERING:
+            self._close()
         else:
             self.leave()
 

@@ -11,8 +11,6 @@ JSON = b"application/json"
 NDJSON = b"application/x-ndjson"
 _CHARSETS = frozenset({b"utf-8", b"utf8", b"us-ascii", b""})
 
-_QUOTED_PAIR = re.compile(rb"\\(.)", re.DOTALL)
-
 # A bare key, as clients send it, or an sf-string (RFC 8941 section 3.3.3):
 # DQUOTE *( unescaped / "\\" ( DQUOTE / "\\" ) ) DQUOTE
 _KEY = re.compile(rb"[!-~]{1,255}")
@@ -41,19 +39,6 @@ def media_type(content_type: bytes | None) -> bytes | None:
     return None
 
 
-def require_json(content_type: bytes | None, lines: bool = False) -> None:
-    """Raise HttpError 415 for what is neither JSON nor, with `lines`, NDJSON."""
-    accepted = (JSON, NDJSON) if lines else (JSON,)
-    if media_type(content_type) not in accepted:
-        names = b", ".join(accepted).decode()
-        raise HttpError(415, f"content must be {names.replace(', ', ' or ')}, in UTF-8", (("Accept", names),))
-
-
-def is_json_lines(content_type: bytes | None) -> bool:
-    """Tell whether a Content-Type value means NDJSON."""
-    return media_type(content_type) == NDJSON
-
-
 def idempotency_key(value: bytes | None) -> bytes | None:
     """Return the key of an Idempotency-Key value, 1 to 255 visible ASCII characters; None without the field.
 
@@ -61,9 +46,8 @@ def idempotency_key(value: bytes | None) -> bytes | None:
     """
     if value is None:
         return None
-    key = value
-    if quoted := _QUOTED_KEY.fullmatch(value):
-        key = _QUOTED_PAIR.sub(rb"\1", quoted[1])
+    quoted = _QUOTED_KEY.fullmatch(value)
+    key = value if quoted is None else re.sub(rb"\\(.)", rb"\1", quoted[1])
     if not _KEY.fullmatch(key) or (quoted is None and value.startswith(b'"')):
         raise HttpError(400, "Idempotency-Key must be 1 to 255 visible ASCII characters")
     return key

@@ -73,20 +73,17 @@ _QUOTED_STRING = rb'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'
 # pchar = unreserved / pct-encoded / sub-delims / ":" / "@" (RFC 3986 section 3.3), and the slash between segments
 _PCHARS = rb"A-Za-z0-9\-._~!$&'()*+,;=:@/"
 _ESCAPE = rb"%[0-9A-Fa-f]{2}"
-# Without the comma that RFC 3986 allows in a host, since an intermediary may join two Host fields with one.
-_HOST = rb"(?:\[[0-9A-Fa-f:.]++\]|(?:[A-Za-z0-9\-._~!$&'()*+;=]++|" + _ESCAPE + rb")+)"
+# uri-host [ ":" port ], without the comma that RFC 3986 allows in a host: a proxy can join two Host fields with one.
+_HOST = rb"(?:\[[0-9A-Fa-f:.]++\]|(?:[A-Za-z0-9\-._~!$&'()*+;=]++|" + _ESCAPE + rb")+)(?::[0-9]{0,5})?"
 
 _EMPTY_LINES = re.compile(rb"(?:\r\n)+")  # before a request line (RFC 9112 section 2.2)
 # request-line = method SP request-target SP HTTP-version (RFC 9112 section 3)
 _REQUEST_LINE = re.compile(rb"(%b) ([!-~\x80-\xff]++) HTTP/([0-9])\.([0-9])" % TOKEN)
-# origin-form = absolute-path [ "?" query ] (RFC 9112 section 3.2.1). The query is ignored, so it has any form.
-_ORIGIN_FORM = re.compile(rb"(/(?:[%b]++|%b)*)(?:\?(.*+))?" % (_PCHARS, _ESCAPE))
-# absolute-form = absolute-URI (RFC 9112 section 3.2.2), of http and https
-_ABSOLUTE_FORM = re.compile(rb"(?i:https?)://(%b(?::[0-9]{0,5})?)([/?].*+)?" % _HOST)
-# authority-form = uri-host ":" port (RFC 9112 section 3.2.3)
-_AUTHORITY_FORM = re.compile(rb"%b:[0-9]{1,5}" % _HOST)
 # Host = uri-host [ ":" port ] (RFC 9110 section 7.2); empty for a target without an authority
-_HOST_VALUE = re.compile(rb"(?:%b(?::[0-9]{0,5})?)?" % _HOST)
+_HOST_VALUE = re.compile(rb"(?:%b)?" % _HOST)
+# origin-form = absolute-path [ "?" query ], or absolute-form = absolute-URI, of http and https (RFC 9112 section 3.2).
+# The query is ignored, so it has any form.
+_TARGET = re.compile(rb"(?:(?i:https?)://(%b))?(/(?:[%b]++|%b)*)?(?:\?(.*+))?" % (_HOST, _PCHARS, _ESCAPE))
 # chunk-size = 1*HEXDIG, then chunk-ext = *( BWS ";" BWS chunk-ext-name [ BWS "=" BWS chunk-ext-val ] )
 # (RFC 9112 section 7.1). 16 digits are 64 bits.
 _CHUNK_LINE = re.compile(
@@ -115,8 +112,6 @@ def _field(line: bytes) -> tuple[bytes, bytes]:
     """
     name, colon, value = line.partition(b":")
     if not colon or not name or name.translate(None, _TCHAR):
-        if line[:1] in (b" ", b"\t"):
-            raise HttpError(400, "folded or indented header line")
         raise HttpError(400, "malformed header line")
     return name.lower(), value.strip(b" \t")
 
@@ -135,36 +130,16 @@ def _request_line(line: bytes, target_bytes: int) -> tuple[bytes, bytes, bytes, 
         raise HttpError(505, "only HTTP/1.1 and HTTP/1.0 are supported")
     if len(target) > target_bytes:
         raise HttpError(414, f"request target longer than {target_bytes} bytes")
-    path, query, host = _target(method, target)
-    # A higher minor version is read as 1.1 (RFC 9110 section 6.2).
-    return method, target, path, query, host, minor == b"0"
-
-
-def _target(method: bytes, target: bytes) -> tuple[bytes, bytes, bytes | None]:
-    """Return path, query and host (if any) of a request target in one of its four forms (RFC 9112 section 3.2).
-
-    Raise HttpError 400, and 501 for CONNECT.
-    """
+    http10 = minor == b"0"  # a higher minor version is read as 1.1 (RFC 9110 section 6.2)
     if method == b"CONNECT":
-        if _AUTHORITY_FORM.fullmatch(target):
-            raise HttpError(501, "CONNECT is not implemented")
+        raise HttpError(501, "CONNECT is not implemented")
+    if target == b"*" and method == b"OPTIONS":
+        return method, target, target, b"", None, http10
+    parts = _TARGET.fullmatch(target)
+    if parts is None or not (parts[1] or parts[2]):
         raise HttpError(400, "malformed request target")
-    if target == b"*":
-        if method == b"OPTIONS":
-            return b"*", b"", None
-        raise HttpError(400, "only OPTIONS may have the target *")
-    host = None
-    if absolute := _ABSOLUTE_FORM.fullmatch(target):
-        host, target = absolute[1], absolute[2] or b""
-        if not target and method == b"OPTIONS":
-            return b"*", b"", host  # RFC 9112 section 3.2.4
-        if not target.startswith(b"/"):
-            target = b"/" + target
-    origin = _ORIGIN_FORM.fullmatch(target)
-    if origin is None:
-        raise HttpError(400, "malformed request target")
-    path, query = origin.groups(b"")
-    return unquote_to_bytes(path) if b"%" in path else path, query, host
+    path = parts[2] or b"/"
+    return method, target, unquote_to_bytes(path) if b"%" in path else path, parts[3] or b"", parts[1], http10
 
 
 def parse_head(raw: bytes, limits: Limits) -> Head:
@@ -236,10 +211,8 @@ def _content(fields: dict[bytes, bytes], http10: bool, limits: Limits) -> tuple[
     coding = fields.get(b"transfer-encoding")
     length = fields.get(b"content-length")
     if coding is not None:
-        if http10:
-            raise HttpError(400, "Transfer-Encoding in HTTP/1.0")
-        if length is not None:
-            raise HttpError(400, "both Transfer-Encoding and Content-Length")
+        if http10 or length is not None:
+            raise HttpError(400, "Transfer-Encoding in HTTP/1.0, or beside Content-Length")
         if coding.lower() == b"chunked":
             return 0, True
         codings = [name.strip(b" \t") for name in coding.lower().split(b",")]
@@ -261,70 +234,64 @@ _parse_head_cached = lru_cache(_CACHED_HEADS)(parse_head)
 class _ChunkedContent:
     """Chunked content, decoded as it arrives (RFC 9112 section 7.1). Trailer fields are checked and dropped."""
 
-    __slots__ = ("_chunk_bytes", "_expects", "_framing_bytes", "_limits", "complete", "data")
+    __slots__ = ("_due_bytes", "_framing_bytes", "_in_trailers", "_limits", "complete", "data")
 
     def __init__(self, limits: Limits) -> None:
         self.data = bytearray()
         self.complete = False
         self._limits = limits
-        self._expects = "size line"  # or "data", "data end", "trailer line"
-        self._chunk_bytes = 0  # still to come of the current chunk
-        self._framing_bytes = limits.chunk_overhead_bytes  # still allowed; data allows more
+        self._due_bytes = 0  # still to come of the current chunk and its line end
+        self._in_trailers = False
+        self._framing_bytes = 0  # so far: of chunks, then of trailers
 
-    def receive(self, buffer: bytes | bytearray, start: int) -> int:
-        """Read `buffer` from `start` on. Return the offset of what is not consumed.
-
-        Raise HttpError 400, 413 or 431.
-        """
+    def receive(self, buffer: bytearray) -> None:
+        """Consume what has come of the content. Raise HttpError 400, 413 or 431."""
+        start = 0
         while not self.complete:
-            if self._expects == "data":
-                piece = buffer[start : start + self._chunk_bytes]
+            if self._due_bytes:
+                piece = buffer[start : start + self._due_bytes]
                 start += len(piece)
                 self.data += piece
-                self._chunk_bytes -= len(piece)
-                if self._chunk_bytes:
+                self._due_bytes -= len(piece)
+                if self._due_bytes:
                     break
-                self._expects = "data end"
-            if self._expects == "data end":
-                line_end = buffer[start : start + 2]
-                if not b"\r\n".startswith(line_end):
+                if not self.data.endswith(b"\r\n"):
                     raise HttpError(400, "chunk longer than its size")
-                if len(line_end) < 2:
-                    break
-                start += 2
-                self._framing_bytes -= 2
-                self._expects = "size line"
+                del self.data[-2:]
             end = buffer.find(b"\n", start) + 1
-            line_bytes = (end or len(buffer)) - start
-            if line_bytes > min(self._framing_bytes, self._limits.chunk_overhead_bytes):
-                if self._expects == "trailer line":
-                    raise HttpError(431, "trailer section too long")
-                raise HttpError(413, "too much chunk framing for too little content")
+            self._bound_framing((end or len(buffer)) - start)
             if not end:
                 break
-            self._framing_bytes -= line_bytes
-            if self._expects == "size line":
-                self._read_size_line(bytes(buffer[start:end]))
-            else:
-                self._read_trailer_line(bytes(buffer[start:end]))
+            self._framing_bytes += end - start
+            line = bytes(buffer[start:end])
             start = end
-        return start
+            if self._in_trailers:
+                self._read_trailer_line(line)
+            else:
+                self._read_size_line(line)
+        del buffer[:start]
+
+    def _bound_framing(self, line_bytes: int) -> None:
+        most_bytes = self._limits.chunk_overhead_bytes
+        bought_bytes = 0 if self._in_trailers else len(self.data) // _DATA_PER_FRAMING_BYTE
+        if line_bytes > min(most_bytes, most_bytes + bought_bytes - self._framing_bytes):
+            if self._in_trailers:
+                raise HttpError(431, "trailer section too long")
+            raise HttpError(413, "too much chunk framing for too little content")
 
     def _read_size_line(self, line: bytes) -> None:
         match = _CHUNK_LINE.fullmatch(line)
         if match is None:
             raise HttpError(400, "malformed chunk size line")
-        self._chunk_bytes = int(match[1], 16)
-        data_bytes = len(self.data)
-        if data_bytes + self._chunk_bytes > self._limits.body_bytes:
+        chunk_bytes = int(match[1], 16)
+        if len(self.data) + chunk_bytes > self._limits.body_bytes:
             raise HttpError(413, f"content longer than {self._limits.body_bytes} bytes")
-        if self._chunk_bytes:
-            allowed = (data_bytes + self._chunk_bytes) // _DATA_PER_FRAMING_BYTE - data_bytes // _DATA_PER_FRAMING_BYTE
-            self._framing_bytes += allowed
-            self._expects = "data"
+        if chunk_bytes:
+            self._due_bytes = chunk_bytes + 2
+            self._framing_bytes += 2
         else:
-            self._framing_bytes = min(self._framing_bytes, self._limits.chunk_overhead_bytes)
-            self._expects = "trailer line"
+            self._in_trailers = True
+            self._framing_bytes = 0
 
     def _read_trailer_line(self, line: bytes) -> None:
         if line == b"\r\n":
@@ -342,7 +309,7 @@ class RequestParser:
 
     `receive_data` only stores. A caller that leaves requests in the parser must stop reading, by `buffered_bytes`. Once
     `next_request` returned None, at most one incomplete request is stored, within the limits. After an error, and after
-    a request without keep-alive (RFC 9112 section 9.6), all further bytes are dropped.
+    a request without keep-alive (RFC 9112 section 9.6), the parser must not be used again.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -351,161 +318,91 @@ class RequestParser:
         self._limits = limits
         self._request_line_bytes = min(limits.target_bytes + _METHOD_AND_VERSION_BYTES, limits.head_bytes - 2)
         self._quick_head_bytes = min(_CACHED_HEAD_BYTES, self._request_line_bytes)
-        self._buffer: bytes | bytearray = b""  # one piece as received, or a bytearray of several
-        self._start = 0  # the buffer before it is consumed
-        self._searched_bytes = 0  # from _start on, in which no head ends
+        self._buffer: bytes | bytearray = b""  # bytes as received, until they turn out not to be one whole request
+        self._searched_bytes = 0  # of the buffer, in which no head ends
         self._chunked: _ChunkedContent | None = None
-        self._ended = False
-        self._dropped = False
-        self._error: HttpError | None = None
 
     @property
     def buffered_bytes(self) -> int:
         """The number of bytes stored for requests not returned yet."""
-        return len(self._buffer) - self._start + (len(self._chunked.data) if self._chunked else 0)
+        return len(self._buffer) + (len(self._chunked.data) if self._chunked else 0)
 
     def receive_data(self, data: bytes) -> None:
         """Store bytes from the socket."""
-        if data:
-            self.idle = False
-        if not self._buffer:
-            if self._ended:
-                self._dropped |= bool(data)
-            else:
-                self._buffer = data
-            return
-        self._release()
-        buffer = self._buffer
-        if isinstance(buffer, bytes):
-            self._buffer = buffer = bytearray(buffer)
-        buffer += data
+        self.idle = False
+        self._buffer += data
 
     def next_request(self) -> Request | None:
         """Return the next complete request, or None if that takes more data.
 
-        Raise HttpError 400, 413, 414, 417, 431, 501 or 505, and again at each later call: the connection must close.
+        Raise HttpError 400, 413, 414, 417, 431, 501 or 505: the connection must close.
         """
         buffer = self._buffer
-        if not buffer:
-            if self._error is not None:
-                raise self._error
-            return None
-        try:
-            if type(buffer) is bytes and not self._start and self.head is None:
-                # The fast path, for one whole request in one piece. The general code below does the same.
-                end = buffer.find(b"\r\n\r\n") + 4
-                if 4 < end <= self._quick_head_bytes and buffer[0] > 13:
-                    whole = _parse_head_cached(buffer[:end], self._limits)
-                    if end + whole.content_length == len(buffer) and whole.keep_alive and not whole.chunked:
-                        self._buffer = b""
-                        self.idle = True
-                        return Request(whole, buffer[end:])
-            request = self._next_request()
-        except HttpError as error:
-            self._error = error
-            self._end()
-            self.idle = self.head is None and not self._dropped
-            raise
-        self.idle = not self._buffer and self.head is None and not self._dropped
-        return request
+        if type(buffer) is bytes:
+            # The fast path, for one whole request in one piece. The general code below does the same.
+            end = buffer.find(b"\r\n\r\n") + 4
+            if 4 < end <= self._quick_head_bytes and self.head is None and buffer[0] > 13:
+                whole = _parse_head_cached(buffer[:end], self._limits)
+                if end + whole.content_length == len(buffer) and not whole.chunked:
+                    self._buffer = b""
+                    self.idle = True
+                    return Request(whole, buffer[end:])
+            buffer = bytearray(buffer)
+        assert isinstance(buffer, bytearray)
+        head = self.head or self._next_head(buffer)
+        body = None if head is None else self._next_body(head, buffer)
+        self.head = head if body is None else None
+        self._buffer = buffer or b""
+        self.idle = not buffer and self.head is None
+        return None if head is None or body is None else Request(head, body)
 
-    def _next_request(self) -> Request | None:
-        head = self.head or self._next_head()
-        if head is None:
-            self._release()
-            return None
-        body = self._chunked_body() if head.chunked else self._take(head.content_length)
-        if body is None:
-            self.head = head
-            self._release()
-            return None
-        self.head = None
-        if not head.keep_alive:
-            self._end()
-        return Request(head, body)
-
-    def _next_head(self) -> Head | None:
-        if self._buffer[self._start] in b"\r\n":
-            self._skip_empty_lines()
-        buffer, start, searched_bytes = self._buffer, self._start, self._searched_bytes
-        end = buffer.find(b"\r\n\r\n", start + searched_bytes - 3 if searched_bytes > 3 else start) + 4
+    def _next_head(self, buffer: bytearray) -> Head | None:
+        if skipped := _EMPTY_LINES.match(buffer):
+            del buffer[: skipped.end()]
+        if buffer.startswith(b"\n"):  # a CR before it may have belonged to the content
+            raise HttpError(400, "bare line feed before a request")
+        end = buffer.find(b"\r\n\r\n", max(0, self._searched_bytes - 3)) + 4
         if end < 4:
-            self._refuse_early(len(buffer))
-            self._searched_bytes = len(buffer) - start
+            self._refuse_early(buffer, len(buffer))
+            self._searched_bytes = len(buffer)
             return None
-        head_bytes = end - start
-        if head_bytes > self._request_line_bytes:
-            self._refuse_early(end)
-        raw = bytes(buffer[start:end])
-        if head_bytes <= _CACHED_HEAD_BYTES:
-            head = _parse_head_cached(raw, self._limits)
-        else:
-            head = parse_head(raw, self._limits)
+        if end > self._request_line_bytes:
+            self._refuse_early(buffer, end)
+        raw = bytes(buffer[:end])
+        del buffer[:end]
         self._searched_bytes = 0
-        self._start = end
+        head = (_parse_head_cached if end <= _CACHED_HEAD_BYTES else parse_head)(raw, self._limits)
         if head.chunked:
             self._chunked = _ChunkedContent(self._limits)
         return head
 
-    def _skip_empty_lines(self) -> None:
-        if skipped := _EMPTY_LINES.match(self._buffer, self._start):
-            self._advance(skipped.end())
-        if self._buffer.startswith(b"\n", self._start):  # a CR before it may have belonged to the content
-            raise HttpError(400, "bare line feed before a request")
-
-    def _refuse_early(self, stop: int) -> None:
+    def _refuse_early(self, buffer: bytearray, stop: int) -> None:
         """Refuse a head, complete or not, that is too long or has an invalid byte before `stop`.
 
         Of several faults the first in the stream counts, so the pieces it comes in make no difference.
         """
-        start, limits = self._start, self._limits
-        bad = _NOT_IN_HEAD.search(self._buffer, start + max(0, self._searched_bytes - 1), stop)
-        reach_bytes = (bad.end() - 1 if bad else stop) - start
-        line_stop = start + self._request_line_bytes + 2
-        if start + reach_bytes >= line_stop and self._buffer.find(b"\r\n", start, line_stop) < 0:
+        limits = self._limits
+        bad = _NOT_IN_HEAD.search(buffer, max(0, self._searched_bytes - 1), stop)
+        reach_bytes = bad.end() - 1 if bad else stop
+        line_stop = self._request_line_bytes + 2
+        if reach_bytes >= line_stop and buffer.find(b"\r\n", 0, line_stop) < 0:
             raise HttpError(414, f"request target longer than {limits.target_bytes} bytes")
         if reach_bytes > limits.head_bytes:
             raise HttpError(431, f"request head longer than {limits.head_bytes} bytes")
         if bad:
             raise HttpError(400, "control character or bare line feed in the request head")
 
-    def _take(self, size: int) -> bytes | None:
-        buffer, start = self._buffer, self._start
-        end = start + size
-        if end > len(buffer):
+    def _next_body(self, head: Head, buffer: bytearray) -> bytes | None:
+        if self._chunked is not None:
+            self._chunked.receive(buffer)
+            if not self._chunked.complete:
+                return None
+            body = bytes(self._chunked.data)
+            self._chunked = None
+            return body
+        size = head.content_length
+        if size > len(buffer):
             return None
-        # A single copy, also for a bytearray.
-        data = buffer[start:end] if isinstance(buffer, bytes) else bytes(memoryview(buffer)[start:end])
-        self._advance(end)
-        return data
-
-    def _chunked_body(self) -> bytes | None:
-        assert self._chunked is not None
-        self._advance(self._chunked.receive(self._buffer, self._start))
-        if not self._chunked.complete:
-            return None
-        body = bytes(self._chunked.data)
-        self._chunked = None
+        body = bytes(memoryview(buffer)[:size])  # a single copy
+        del buffer[:size]
         return body
-
-    def _advance(self, start: int) -> None:
-        if start == len(self._buffer):
-            self._buffer = b""
-            start = 0
-        self._start = start
-
-    def _release(self) -> None:
-        """Free what is consumed, so that a small rest does not keep a large piece alive."""
-        if self._start:
-            if isinstance(self._buffer, bytearray):
-                del self._buffer[: self._start]
-            else:
-                self._buffer = self._buffer[self._start :]
-            self._start = 0
-
-    def _end(self) -> None:
-        self._ended = True
-        self._dropped = bool(self._buffer)
-        self._chunked = None
-        self._buffer = b""
-        self._start = 0

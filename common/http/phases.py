@@ -6,15 +6,10 @@
                    +───────────────────────────+
                        all answers written
 
-A plain connection begins in IDLE. A request that comes in one piece leads from IDLE to ANSWERING at once. With
-pipelining, further requests are read and handled while an answer is due, but the phase stays ANSWERING, in which the
-client is not timed. Only ANSWERING leads back, to IDLE, HEAD or BODY by what the parser holds.
-
-The other direction is a separate machine with two states: the transport takes what is written, or the client does not
-read it (`Writer.stuck`). While it is stuck nothing is read or handled, and the time-out concerns the bytes it takes.
-
-Each phase has one time-out. Those of HANDSHAKE, IDLE and HEAD bound the whole phase, from when it began. Those of BODY,
-LINGERING and CLOSING bound the time without progress (`after_progress`).
+A request in one piece leads from IDLE to ANSWERING at once. With pipelining the phase stays ANSWERING, in which the
+client is not timed. While the client does not read its answers (`Writer.stuck`) nothing is read or handled, and it is
+timed by the bytes it takes. The time-outs of HANDSHAKE, IDLE and HEAD bound the whole phase; those of BODY, LINGERING
+and CLOSING bound the time without progress (`after_progress`).
 """
 
 from __future__ import annotations
@@ -27,7 +22,7 @@ from common.http.parser import Limits
 
 
 class Phase(IntEnum):
-    """The phases, in the order in which a connection passes through them."""
+    """In the order in which a connection passes through them."""
 
     HANDSHAKE = 0  # of TLS
     IDLE = 1  # no part of a request has come, and no answer is due
@@ -36,7 +31,7 @@ class Phase(IntEnum):
     ANSWERING = 4  # answers are due
     LAST = 5  # answers are due, and the connection ends with the last of them: nothing more is handled
     LINGERING = 6  # the last answer is written; what the client still sends is read and dropped
-    CLOSING = 7  # nothing is read; what was written is being sent
+    CLOSING = 7  # nothing is read any more; what was written is being sent
     CLOSED = 8
 
 
@@ -47,7 +42,7 @@ NEXT: dict[Phase, frozenset[Phase]] = {
     IDLE: frozenset({HEAD, BODY, ANSWERING, LAST, CLOSING, CLOSED}),
     HEAD: frozenset({BODY, ANSWERING, LAST, CLOSING, CLOSED}),
     BODY: frozenset({ANSWERING, LAST, CLOSING, CLOSED}),
-    ANSWERING: frozenset({IDLE, HEAD, BODY, ANSWERING, LAST, CLOSING, CLOSED}),
+    ANSWERING: frozenset({IDLE, HEAD, BODY, ANSWERING, LAST, LINGERING, CLOSING, CLOSED}),
     LAST: frozenset({LINGERING, CLOSING, CLOSED}),
     LINGERING: frozenset({CLOSING, CLOSED}),
     CLOSING: frozenset({CLOSED}),

@@ -14,7 +14,7 @@ from common.http.phases import HANDSHAKE, HEAD, IDLE, LINGERING, Phase
 SILENT_SECONDS = 1.0
 # Looking at all of 16,000 connections takes about 5 ms, too long to do for each newcomer.
 LOOK_SECONDS = 0.1
-# Connections that gave up their place and still read their answer. Beyond it, the first of them is cut off.
+# Connections beyond the limit that read why they are refused. Further ones are closed without an answer.
 MOST_LEAVING = 64
 
 _WITHOUT_A_REQUEST = frozenset({LINGERING, HANDSHAKE, IDLE, HEAD})
@@ -28,8 +28,7 @@ class Member(Protocol):
 
     def __hash__(self) -> int: ...
 
-    def silent_seconds(self, now: float) -> float:
-        """Return for how long the client has neither sent nor taken anything; 0 while it is not the client's turn."""
+    def silent_seconds(self, now: float) -> float: ...
 
 
 M = TypeVar("M", bound=Member)
@@ -44,34 +43,31 @@ class Pool(Generic[M]):
         self.refused = 0  # newcomers without a place, until the server looks
         self._places = places
         self._memory_bytes = memory_bytes
-        self._leaving: dict[M, None] = {}  # in the order in which they gave up their places
         self._silent: deque[M] = deque()  # at the last look: first who only lingers, then the longest silent
         self._next_look = 0.0
 
-    def join(self, newcomer: M, now: float) -> list[M]:
-        """Add a connection. Return whose connections end for it: the longest silent, or else the newcomer's own."""
+    def join(self, newcomer: M, now: float) -> M | None:
+        """Add a connection. Return whose connection ends for it: the longest silent, or else the newcomer's own."""
         self.members.add(newcomer)
-        if len(self.members) - len(self._leaving) <= self._places:
-            return []
+        if len(self.members) <= self._places:
+            return None
         leaver = self.longest_silent(now) or newcomer
         self.refused += leaver is newcomer
-        self._leaving[leaver] = None
-        if len(self._leaving) <= MOST_LEAVING:
-            return [leaver]
-        first = next(iter(self._leaving))
-        self._leaving[first] = self._leaving.pop(first)  # now the last, as it counts until it has ended
-        return [leaver, first]
+        return leaver
+
+    def can_answer_refused(self) -> bool:
+        """Tell whether one more connection beyond the limit can stay for its answer."""
+        return len(self.members) <= self._places + MOST_LEAVING
 
     def leave(self, member: M) -> None:
         """Remove a connection that has ended."""
         self.members.discard(member)
-        self._leaving.pop(member, None)
         self.held_bytes -= member.held_bytes
 
     def longest_silent(self, now: float) -> M | None:
         """Return the connection without a request whose client has been silent longest, if any has been for long."""
         while member := self._next_silent(now):
-            if member.phase in _WITHOUT_A_REQUEST and member not in self._leaving:
+            if member.phase in _WITHOUT_A_REQUEST:
                 return member
         return None
 

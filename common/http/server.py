@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import socket
 import ssl
@@ -67,10 +66,6 @@ class HttpServer:
             else:
                 self._server = await create(host, port, reuse_port=reuse_port or None)
         except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                raise StartupError(
-                    f"{host}:{port} is in use by another program; stop it, or choose another port"
-                ) from None
             raise StartupError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
         for listener in self._server.sockets:
             with suppress(OSError, AttributeError):  # Linux has it; each accepted socket inherits it

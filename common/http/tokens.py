@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 _NAMED = re.compile(r"([A-Za-z0-9_.\-]{1,32}):(.*)")
+_TOKEN = re.compile(r"(?![A-Za-z0-9_.\-]{1,32}:$)[!-~]+")  # a name alone is none
 
 
 class Token(NamedTuple):
@@ -23,13 +24,11 @@ def parse_tokens(text: str) -> list[Token]:
     A token without a name is called token-1, token-2 and so on, by its place. `name:token` is accepted whole as well,
     since 1.0 had no names and took it so. Raise ValueError with one line that holds no part of a token.
     """
-    if not all(33 <= ord(char) <= 126 for char in text.replace(",", "")):
-        raise ValueError("API_TOKEN must be visible ASCII characters, several tokens separated by commas")
     tokens = []
     for place, item in enumerate(filter(None, text.split(",")), 1):
+        if not _TOKEN.fullmatch(item):
+            raise ValueError(f"API_TOKEN must be token or name:token in visible ASCII, but in place {place} is neither")
         named = _NAMED.fullmatch(item)
-        if named is not None and not named[2]:
-            raise ValueError(f"API_TOKEN has a name without a token in place {place}, but must be name:token")
         if named is None:
             tokens.append(Token(f"token-{place}", (item.encode(),)))
         else:

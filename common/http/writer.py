@@ -31,11 +31,13 @@ class Writer:
 
     def end(self, close: bool) -> None:
         """Close our side of the connection behind what is written, or all of it."""
-        if self._tls is not None and not self._transport.is_closing():
-            self._transport.write(self._tls.end())
+        if self._transport.is_closing():
+            return
+        if self._tls is not None and (notice := self._tls.end()):
+            self._transport.write(notice)
         if close:
             self._transport.close()
-        elif not self._transport.is_closing():
+        else:
             self._transport.write_eof()
 
     def time_client(self, now: float) -> None:

@@ -12,22 +12,21 @@ from pathlib import Path
 
 from common import __version__
 from common.config import ProducerSettings
-from common.errors import HttpError, InvalidEvent, NotConfirmed, Unavailable
-from common.event.document import UNBOUNDED_BYTES, write_json
-from common.event.schema import NormalEvent, normalise_event, normalise_in_stages
+from common.errors import HttpError, InvalidEvent, Unavailable
+from common.event.document import write_json
+from common.event.schema import normalise_event, normalise_in_stages
 from common.http.coding import content_coding, decoded
 from common.http.exchange import Exchange
-from common.http.fields import idempotency_key, is_json_lines, require_json
+from common.http.fields import NDJSON, idempotency_key, media_type
 from common.http.parser import Head, Request
 from common.http.tokens import Token, owner_of, parse_tokens
 from common.http.turns import Job, Turns
 from common.metrics import CONTENT_TYPE as METRICS_TYPE
 from common.producer import openapi
-from common.producer.batch import Batch
-from common.producer.intake import Intake, retry_after
+from common.producer.intake import PARSED_FACTOR, Batch, Intake, retry_after
 from common.producer.metrics import Counters
 from common.producer.origins import Origins
-from common.producer.publisher import Publication, Publisher
+from common.producer.publisher import Publisher
 from common.producer.routes import OTHER, ROUTES
 
 log = logging.getLogger("predlog.http")
@@ -45,26 +44,6 @@ _PROCESS = ROUTES[b"/process"]
 Handler = Callable[[Request, Exchange], None]
 
 
-class _Post(Publication):
-    """The event of a POST /process."""
-
-    __slots__ = ("_event", "_exchange", "_intake")
-
-    def __init__(self, event: NormalEvent, message_id: bytes, intake: Intake, exchange: Exchange) -> None:
-        self.body = event.body
-        self.message_id = message_id
-        self._event = event
-        self._intake = intake
-        self._exchange = exchange
-
-    def confirmed(self, seconds: float) -> None:
-        self._intake.count(self._event, seconds)
-        self._exchange.answer(200, self.body)
-
-    def failed(self, error: NotConfirmed) -> None:
-        self._exchange.fail(self._intake.as_http(error))
-
-
 class Api:
     """The application of the HTTP server. `rows` are the metrics of every worker."""
 
@@ -77,9 +56,7 @@ class Api:
         rows: Sequence[Sequence[float]],
     ) -> None:
         self._settings = settings
-        self._max_preds = settings.max_preds
         self._publishers = publishers
-        self._only_publisher = publishers[0] if len(publishers) == 1 else None
         self._counters = counters
         self._turns = turns
         self._rows = rows
@@ -140,9 +117,11 @@ class Api:
             raise HttpError(405, f"this page takes {allow}", (("Allow", allow),))
         if self._tokens and route.wants_token(self._settings.protect_pages):
             self._authorize(head)
-        if route.takes_events:
-            if head.content_type != b"application/json":
-                require_json(head.content_type, lines=route.takes_lines)
+        if route.takes:
+            if media_type(head.content_type) not in route.takes:
+                accepted = b" or ".join(route.takes).decode()
+                fields = (("Accept", accepted.replace(" or ", ", ")),)
+                raise HttpError(415, f"content must be {accepted}, in UTF-8", fields)
             content_coding(head.content_encoding)
 
     def _authorize(self, head: Head) -> None:
@@ -177,55 +156,38 @@ class Api:
     # Events
 
     def _process(self, request: Request, exchange: Exchange) -> None:
-        head = request.head
-        key = idempotency_key(head.idempotency_key)
-        if head.content_encoding is None and len(request.body) <= WHOLE_BYTES:
-            self._take(request.body, key, exchange)
+        key = idempotency_key(request.head.idempotency_key)
+        if request.head.content_encoding is None and len(request.body) <= WHOLE_BYTES:
+            try:
+                event = normalise_event(request.body, self._settings.max_preds)
+            except InvalidEvent as error:
+                exchange.answer(422, write_json({"detail": error.faults}))
+            else:
+                self._intake.publish(event, key, exchange)
         else:
-            self._in_turns(self._take_in_stages(request, key, exchange), request, exchange)
+            self._in_turns(self._process_in_stages(request, key, exchange), request, exchange)
 
-    def _take(self, body: bytes, key: bytes | None, exchange: Exchange) -> None:
-        try:
-            event = normalise_event(body, self._max_preds)
-        except InvalidEvent as error:
-            exchange.answer(422, write_json({"detail": error.faults}))
-        else:
-            self._publish(event, key, exchange)
-
-    def _publish(self, event: NormalEvent, key: bytes | None, exchange: Exchange) -> None:
-        try:
-            publisher = self._only_publisher or self._intake.publisher_for(event)
-            publisher.publish(_Post(event, self._intake.message_id(event, key), self._intake, exchange))
-        except NotConfirmed as error:
-            # The traceback's frames hold the event and the error: a cycle that would keep both until a collection.
-            error.__traceback__ = None
-            exchange.fail(self._intake.as_http(error))
-
-    def _take_in_stages(self, request: Request, key: bytes | None, exchange: Exchange) -> Job:
+    def _process_in_stages(self, request: Request, key: bytes | None, exchange: Exchange) -> Job:
         body = decoded(request.head.content_encoding, request.body, self._settings.max_body_bytes)
         exchange.hold(len(body))
         yield None
-        if len(body) <= UNBOUNDED_BYTES:
-            self._take(body, key, exchange)
-            return
-        try:
-            event = yield from normalise_in_stages(body, self._max_preds)
-        except InvalidEvent as error:
-            exchange.answer(422, write_json({"detail": error.faults}))
-        else:
-            yield None
-            self._publish(event, key, exchange)
+        event = yield from normalise_in_stages(body, self._settings.max_preds)
+        self._intake.publish(event, key, exchange)
 
     def _process_batch(self, request: Request, exchange: Exchange) -> None:
-        head, settings = request.head, self._settings
-        key = idempotency_key(head.idempotency_key)
+        key = idempotency_key(request.head.idempotency_key)
         troubles = self._troubles()
-        if len(troubles) == len(self._publishers):
+        if troubles[0] is not None and all(troubles):
             raise self._intake.as_http(troubles[0])
-        batch = Batch(self._intake, exchange, key, settings.confirm_timeout_ms / 1000)
-        lines = is_json_lines(head.content_type)
-        steps = batch.steps(request.body, head.content_encoding, lines, settings.max_body_bytes, settings.max_preds)
-        self._in_turns(steps, request, exchange)
+        batch = Batch(self._intake, exchange, key, self._settings.confirm_timeout_ms / 1000)
+        self._in_turns(self._batch_in_stages(request, batch, exchange), request, exchange)
+
+    def _batch_in_stages(self, request: Request, batch: Batch, exchange: Exchange) -> Job:
+        head, settings = request.head, self._settings
+        content = decoded(head.content_encoding, request.body, settings.max_body_bytes)
+        exchange.hold(PARSED_FACTOR * len(content))
+        yield None
+        yield from batch.steps(content, media_type(head.content_type) == NDJSON, settings.max_preds)
 
     def _in_turns(self, job: Job, request: Request, exchange: Exchange) -> None:
         exchange.hold(len(request.body))
@@ -235,6 +197,8 @@ class Api:
         """Run the job; answer 500 if it fails, as the server does for `handle`."""
         try:
             yield from job
+        except InvalidEvent as error:
+            exchange.answer(422, write_json({"detail": error.faults}))
         except HttpError as error:
             exchange.fail(error)
         except Exception:
@@ -251,7 +215,7 @@ class Api:
         if reason := self.not_ready():
             raise HttpError(503, reason, retry_after())
         # A load balancer that took this producer out would take it from the devices of all partitions.
-        down = _named([publisher.trouble() for publisher in self._publishers])
+        down = _named(self._troubles())
         exchange.answer(200, write_json({"status": "ready", "down": down}) if down else b'{"status":"ready"}')
 
     def _metrics(self, request: Request, exchange: Exchange) -> None:
@@ -267,11 +231,12 @@ class Api:
         """Return why no event can be accepted now, or "" if one can."""
         if self._stops:
             return "the server is shutting down"
-        troubles = [publisher.trouble() for publisher in self._publishers]
+        troubles = self._troubles()
         return _named(troubles) if all(troubles) or (self._starts and any(troubles)) else ""
 
-    def _troubles(self) -> list[Unavailable]:
-        return [trouble for publisher in self._publishers if (trouble := publisher.trouble()) is not None]
+    def _troubles(self) -> list[Unavailable | None]:
+        """Return why each partition takes no event now, and None for one that does."""
+        return [publisher.trouble() for publisher in self._publishers]
 
     # Metrics
 
@@ -294,8 +259,9 @@ class Api:
         values[counters.unconfirmed] = sum(publisher.unconfirmed for publisher in publishers)
         values[counters.unconfirmed_bytes] = sum(publisher.unconfirmed_bytes for publisher in publishers)
         values[counters.connected] = all(publisher.connected for publisher in publishers)
-        values[counters.blocked] = any(publisher.is_blocked for publisher in publishers)
-        values[counters.stalled] = any(publisher.is_stalled for publisher in publishers)
+        values[counters.blocked] = any(publisher.health.is_blocked for publisher in publishers)
+        values[counters.stalled] = any(publisher.health.is_stalled for publisher in publishers)
+        values[counters.messages] = sum(publisher.messages_confirmed for publisher in publishers)
         values[counters.reconnects] = sum(publisher.links_lost for publisher in publishers)
         for index, publisher in zip(counters.partitions_up, publishers, strict=False):
             values[index] = publisher.trouble() is None
@@ -305,7 +271,7 @@ class Api:
         self._counters.metrics.values[self._counters.connections] = connections
         for publisher in self._publishers:
             publisher.sweep()
-        self._starts = self._starts and bool(self._troubles())
+        self._starts = self._starts and any(self._troubles())
         self._counters.metrics.settle()
         self._set_gauges()
 

@@ -13,11 +13,9 @@ log = logging.getLogger("predlog.producer")
 
 STALL_SECONDS = 5.0  # after so long without a confirm, new events are refused and /readyz is 503
 # Nacks without an ack between them end the link after this long. RabbitMQ 3.10 never again takes a message on a channel
-# that met a full queue (overflow reject-publish) if the policy is then removed; a new channel works. If that one only
-# nacks as well, the queue is full or has no leader (a node was cut off), and the next attempt waits twice as long.
-NACKS_FIRST_SECONDS, NACKS_MOST_SECONDS = 2.0, 30.0
+# that met a full queue (overflow reject-publish) if the policy is then removed; a new channel works.
+NACKS_SECONDS = 10.0
 _NACKED = "the broker refuses every event (nack): the queue is full, limited by a policy, or has no leader"
-
 
 # Reasons why no event can be accepted, each with the text for a client; the first that holds counts.
 _TROUBLES = {
@@ -43,8 +41,8 @@ class BrokerHealth:
         self._log_prefix = "" if partition is None else f"partition {partition}: "
         self._why = dict.fromkeys(_TROUBLES, "")  # for the log and /readyz; "" while the reason does not hold
         self._progress_at = 0.0  # of the last ack, or of the start of the link
-        self._nacked_since: float | None = None  # time of the first nack after the last ack
-        self._nacks_seconds = NACKS_FIRST_SECONDS
+        self._nacked_since: float | None = None  # time of the first nack after the last ack, on this link
+        self._nacked_before = False  # the last link ended with nacks
         self._set(broker_away="no broker: not connected yet")
 
     @property
@@ -60,11 +58,9 @@ class BrokerHealth:
         self._progress_at = now
         self._set(broker_away="")
 
-    def down(self, reason: str, now: float) -> None:
+    def down(self, reason: str) -> None:
         """Note why there is no link."""
-        if self._only_nacks(now):
-            self._nacks_seconds = min(2 * self._nacks_seconds, NACKS_MOST_SECONDS)
-        self._nacked_since = None
+        self._nacked_before, self._nacked_since = self._nacked_since is not None, None
         self._set(broker_away=f"no broker: {reason}", broker_blocked="", stalled="")
 
     def close(self) -> None:
@@ -82,8 +78,8 @@ class BrokerHealth:
 
     def ack(self, now: float) -> None:
         """Note an ack."""
-        self._progress_at, self._nacked_since, self._nacks_seconds = now, None, NACKS_FIRST_SECONDS
-        if self.is_stalled:
+        self._progress_at, self._nacked_since, self._nacked_before = now, None, False
+        if self._why["stalled"]:
             log.info("%sthe broker confirms events again", self._log_prefix)
             self._set(stalled="")
 
@@ -91,27 +87,23 @@ class BrokerHealth:
         """Note a nack that came without an ack."""
         if self._nacked_since is None:
             self._nacked_since = now
-            if self._nacks_seconds > NACKS_FIRST_SECONDS:  # the last link had only nacks too
+            if self._nacked_before:  # so a new link does not help
                 self._stall(_NACKED)
 
-    def wait(self, since: float, now: float) -> None:
-        """Note that an event that was sent at `since` has no confirm yet."""
-        if not self.is_blocked and now - max(since, self._progress_at) >= STALL_SECONDS:
-            self._stall(f"the broker has confirmed nothing for {STALL_SECONDS:g} s")
+    def judge(self, since: float | None, now: float) -> str:
+        """Take note of the time. Return why another link should be tried, which may reach a live broker, or "".
 
-    def reason_to_leave(self, since: float | None, now: float) -> str:
-        """Return why another link should be tried, or "". `since` is when the oldest event without a confirm was sent.
-
-        A new link may reach a live broker.
+        `since` is when the oldest event without a confirm was sent.
         """
         if self.is_blocked:
             return ""
-        if since is not None and now - max(since, self._progress_at) >= self._confirm_timeout:
+        silent_seconds = 0.0 if since is None else now - max(since, self._progress_at)
+        if silent_seconds >= self._confirm_timeout:
             return f"no confirm for {self._confirm_timeout:g} s"
-        return _NACKED if self._only_nacks(now) else ""
-
-    def _only_nacks(self, now: float) -> bool:
-        return self._nacked_since is not None and now - self._nacked_since >= self._nacks_seconds
+        if silent_seconds >= STALL_SECONDS:
+            self._stall(f"the broker has confirmed nothing for {STALL_SECONDS:g} s")
+        only_nacks = self._nacked_since is not None and now - self._nacked_since >= NACKS_SECONDS
+        return _NACKED if only_nacks else ""
 
     def _stall(self, why: str) -> None:
         if not self.is_stalled:

@@ -59,7 +59,3 @@ class Counters:
         self.connections = m.gauge("predlog_http_connections", "Open client connections.")
         self.start_time = m.gauge("process_start_time_seconds", "Start of the process, Unix time.", max)
         m.values[m.gauge("predlog_info", "Version and process.", max, version=__version__, process="producer")] = 1.0
-
-    def count_messages(self, count: int) -> None:
-        """Count messages that the broker has confirmed."""
-        self.metrics.values[self.messages] += count

@@ -19,7 +19,7 @@ def document(template: str, version: str, settings: ProducerSettings, has_tokens
 
     The template asks for a token at every path that ever wants one.
     """
-    text = template.replace("@VERSION@", version).replace("@MAX_BODY@", _size(settings.max_body_bytes))
+    text = template.replace("@VERSION@", version).replace("@MAX_BODY@", f"{settings.max_body_bytes} bytes")
     text = text.replace('"@MAX_PREDS@"', str(settings.max_preds)).replace("@MAX_EVENTS@", f"{MAX_EVENTS:,}")
     result = json.loads(text)
     for path, operations in result["paths"].items():
@@ -49,8 +49,3 @@ def page_headers(page: bytes) -> bytes:
         "Cache-Control: no-cache",
     )
     return "".join(f"{line}\r\n" for line in lines).encode()
-
-
-def _size(size_bytes: int) -> str:
-    mebibytes, rest = divmod(size_bytes, 1 << 20)
-    return f"{size_bytes} bytes" if rest else f"{mebibytes} MiB"

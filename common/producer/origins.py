@@ -45,16 +45,13 @@ class Origins:
             return self._vary  # links may lead here from anywhere, and the browser lets no other page read the answer
         if head.sec_fetch_site is not None:
             # The browser sets this field and no page can. It holds also behind a proxy that changes Host.
-            foreign = head.sec_fetch_site not in (b"same-origin", b"none")
+            is_own = head.sec_fetch_site in (b"same-origin", b"none")
         else:
-            foreign = origin is not None and not _is_own(origin, head.host)
-        if foreign:
-            raise HttpError(
-                403,
-                "a page of another origin may not do this unless CORS_ORIGINS lists it "
-                f"(Origin: {_shown(origin)}; Host: {_shown(head.host)})",
-            )
-        return b""
+            is_own = origin is None or _is_own(origin, head.host)
+        if is_own:
+            return b""
+        shown = f"Origin: {_shown(origin)}; Host: {_shown(head.host)}"
+        raise HttpError(403, f"a page of another origin may not do this unless CORS_ORIGINS lists it ({shown})")
 
 
 def _is_own(origin: bytes, host: bytes | None) -> bool:

@@ -1,8 +1,8 @@
 """The publisher of one queue, which owns each event in flight until its confirm, nack or time-out.
 
 Independent of HTTP and sockets: a lane sends bytes, and a publication receives its outcome. The events of one turn of
-the event loop go out together, several in one message. Events in flight on a lost link are held and published again on
-the next, with the same ids. The consumer drops the duplicate.
+the event loop go out together, several in one message. Events in flight on a lost link are published again on the next,
+with the same ids. The consumer drops the duplicate.
 """
 
 from __future__ import annotations
@@ -15,21 +15,22 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Protocol
 
-from common.amqp.codec import Confirm, Delivery, Part, PublishEncoder, packed_seconds
+from common.amqp.codec import NDJSON, Confirm, Delivery, Part, PublishEncoder, packed_seconds
 from common.amqp.link import Link
 from common.amqp.topology import QUEUE_ARGUMENTS, begin_publishing, declare
 from common.amqp.window import ConfirmWindow
 from common.errors import NotConfirmed, OutcomeUnknown, TooLarge, Unavailable
+from common.event.ids import ID_END, LINE_START
 from common.producer.broker_health import BrokerHealth
 
 # After a sweep this late, confirms may be unread in the socket: the process was late, not the broker.
 LATE_SWEEP_SECONDS = 0.5
 
 GROUP_BYTES = 64 * 1024  # of the body of a message of several events, which is then one frame
-_LINE = b'{"message_id":"%b",%b\n'  # an event in such a message: its id becomes its first member
-_LINE_BYTES = len(_LINE % (bytes(32), b"")) - 1  # that a line has more than its event
+_LINE_BYTES = len(LINE_START) + 32 + len(ID_END)  # that a line of such a message has more than its event
 
 # The reason with which RabbitMQ 3.8 and later closes the channel (max_message_size).
 _TOO_LARGE = re.compile(r"larger than configured max size (\d+)")
@@ -65,47 +66,6 @@ class Publication(ABC):
         """Take note that the event was not accepted, or that its outcome is unknown."""
 
 
-def grouped(events: Sequence[Publication], most_events: int, most_bytes: int) -> list[list[Publication]]:
-    """Return the events of each message, in order. One that is too large for a group of `most_bytes` is alone."""
-    if len(events) == 1:  # the most frequent case, at half the cost
-        return [list(events)]
-    groups: list[list[Publication]] = []
-    count, size = most_events, 0
-    for event in events:
-        line_bytes = len(event.body) + _LINE_BYTES
-        count, size = count + 1, size + line_bytes
-        if count > most_events or size > most_bytes:
-            group: list[Publication] = []
-            groups.append(group)
-            count, size = 1, line_bytes
-        group.append(event)
-    return groups
-
-
-class _Channel:
-    """What lives exactly as long as one channel: its lane, and the window of its delivery tags."""
-
-    def __init__(self, lane: Lane, queue_name: str, frame_max: int, most_events: int, most_bytes: int) -> None:
-        self.lane = lane
-        self.window = ConfirmWindow[list[Publication]]()  # of messages, each a list of events, oldest first
-        self._encode_event = PublishEncoder(queue_name, frame_max).encode
-        self._encode_group = PublishEncoder(queue_name, frame_max, b"application/x-ndjson").encode
-        self._most_events = most_events
-        self._most_bytes = most_bytes
-
-    def send(self, events: Sequence[Publication], stamp: bytes) -> None:
-        """Publish `events` in as few messages as possible, with one write."""
-        parts: list[Part] = []
-        for group in grouped(events, self._most_events, self._most_bytes):
-            if len(group) == 1:
-                parts += self._encode_event(group[0].body, group[0].message_id, stamp)
-            else:
-                body = b"".join([_LINE % (event.message_id, event.body[1:]) for event in group])
-                parts += self._encode_group(body, uuid.uuid4().hex.encode(), stamp)
-            self.window.add(group)
-        self.lane.send(parts)
-
-
 @dataclass(frozen=True, slots=True)
 class PublisherLimits:
     """The bounds of one publisher."""
@@ -116,12 +76,51 @@ class PublisherLimits:
     events_per_message: int
 
 
+class _Channel:
+    """What lives exactly as long as one channel: its lane, and the window of its delivery tags."""
+
+    def __init__(self, lane: Lane, queue_name: str, frame_max: int, most_events: int, most_bytes: int) -> None:
+        self.lane = lane
+        self.window = ConfirmWindow[Sequence[Publication]]()  # of messages, each with its events
+        self._encode_event = PublishEncoder(queue_name, frame_max).encode
+        self._encode_group = PublishEncoder(queue_name, frame_max, NDJSON).encode
+        self._most_events = most_events
+        self._most_bytes = most_bytes
+
+    def send(self, events: Sequence[Publication], stamp: bytes) -> None:
+        """Publish `events` in as few messages as possible, with one write."""
+        if len(events) == 1:  # the most frequent case, without a detour
+            self.window.add(events)
+            self.lane.send(self._encode_event(events[0].body, events[0].message_id, stamp))
+            return
+        parts: list[Part] = []
+        group: list[Publication] = []
+        room = self._most_bytes
+        for event in events:
+            line_bytes = len(event.body) + _LINE_BYTES
+            room -= line_bytes
+            if group and (room < 0 or len(group) == self._most_events):
+                parts += self._message(group, stamp)
+                group, room = [], self._most_bytes - line_bytes
+            group.append(event)
+        parts += self._message(group, stamp)
+        self.lane.send(parts)
+
+    def _message(self, events: Sequence[Publication], stamp: bytes) -> Sequence[Part]:
+        self.window.add(events)
+        if len(events) == 1:
+            return self._encode_event(events[0].body, events[0].message_id, stamp)
+        pieces: list[bytes] = []
+        for event in events:
+            pieces += (LINE_START, event.message_id, ID_END, event.body[1:], b"\n")
+        return self._encode_group(b"".join(pieces), uuid.uuid4().hex.encode(), stamp)
+
+
 class Publisher:
     """The publisher of one queue, and the listener of its link.
 
     `now` is a monotonic clock, `wall` the Unix time. `call_soon` calls a function at the end of the turn of the event
-    loop. `count_messages` takes the number of messages that the broker has acked. `partition` is None for the only
-    queue.
+    loop. `partition` is None for the only queue.
     """
 
     def __init__(
@@ -131,12 +130,12 @@ class Publisher:
         now: Callable[[], float],
         wall: Callable[[], float],
         call_soon: Callable[[Callable[[], None]], object],
-        count_messages: Callable[[int], None],
         partition: int | None = None,
     ) -> None:
         self.limits = limits
-        self.unconfirmed = 0  # events in flight
+        self.health = BrokerHealth(limits.confirm_timeout_seconds, partition)
         self.unconfirmed_bytes = 0
+        self.messages_confirmed = 0
         self.links_lost = 0
         self.name = "producer" if partition is None else f"producer-{partition}"
         self.was_up = asyncio.Event()  # set once the first link is up
@@ -144,13 +143,10 @@ class Publisher:
         self._now = now
         self._wall = wall
         self._call_soon = call_soon
-        self._count_messages = count_messages
-        self._health = BrokerHealth(limits.confirm_timeout_seconds, partition)
         self._is_blocked = asyncio.Event()
         self._channel: _Channel | None = None
-        # An event in flight is in one of three places: gathered in this turn, in the channel's window, or held.
-        self._gathered: list[Publication] = []
-        self._held: deque[Publication] = deque()  # of a lost link, oldest first
+        self._in_flight: dict[Publication, None] = {}  # a set in order, oldest first
+        self._gathered: list[Publication] = []  # the last of them, which go out at the end of this turn
         self._waiting: deque[Callable[[], None]] = deque()  # batches that wait for room
         self._most_body_bytes = sys.maxsize  # that the broker takes, once it has said so
         self._swept_at = now()
@@ -158,28 +154,25 @@ class Publisher:
         self._stamp = packed_seconds(int(wall()))  # of the last sweep
 
     @property
+    def unconfirmed(self) -> int:
+        """Events in flight."""
+        return len(self._in_flight)
+
+    @property
     def connected(self) -> bool:
         return self._channel is not None
 
-    @property
-    def is_blocked(self) -> bool:
-        return self._health.is_blocked
-
-    @property
-    def is_stalled(self) -> bool:
-        return self._health.is_stalled
-
     def trouble(self) -> Unavailable | None:
         """Return why no event can be accepted now; None if one can be, given room in the window."""
-        return self._health.trouble
+        return self.health.trouble
 
     def has_room_for_batch(self) -> bool:
         """Tell whether an event of a batch may be published now. Half of the window is kept for single events."""
         return (
-            self._health.trouble is None
+            self.health.trouble is None
             and self._channel is not None
             and not self._channel.lane.congested
-            and 2 * self.unconfirmed < self.limits.unconfirmed
+            and 2 * len(self._in_flight) < self.limits.unconfirmed
             and 2 * self.unconfirmed_bytes < self.limits.unconfirmed_bytes
         )
 
@@ -189,17 +182,17 @@ class Publisher:
 
     def publish(self, event: Publication) -> None:
         """Send one event at the end of the turn; it is then told its outcome. Raise Unavailable or TooLarge if not."""
-        channel, body_bytes = self._channel, len(event.body)
+        channel, limits, body_bytes = self._channel, self.limits, len(event.body)
         if (
-            self._health.trouble is not None
+            self.health.trouble is not None
             or channel is None  # then there is trouble, too
             or channel.lane.congested
             or body_bytes > self._most_body_bytes
-            or self.unconfirmed_bytes >= self.limits.unconfirmed_bytes
-            or self.unconfirmed >= self.limits.unconfirmed
+            or self.unconfirmed_bytes >= limits.unconfirmed_bytes
+            or len(self._in_flight) >= limits.unconfirmed
         ):
             raise self._refusal(body_bytes)  # not in a local variable, which would keep the event alive in a cycle
-        self.unconfirmed += 1
+        self._in_flight[event] = None
         self.unconfirmed_bytes += body_bytes
         event.since, event.sent_before = self._now(), False
         if not self._gathered:
@@ -209,13 +202,11 @@ class Publisher:
     def _refusal(self, body_bytes: int) -> NotConfirmed:
         if body_bytes > self._most_body_bytes:
             return TooLarge(self._most_body_bytes)
-        return self._health.trouble or Unavailable("window_full", "too many events wait for the broker's confirm")
+        return self.health.trouble or Unavailable("window_full", "too many events wait for the broker's confirm")
 
     def _send_gathered(self) -> None:
         gathered, self._gathered = self._gathered, []
-        if self._channel is None:
-            self._held += gathered
-        else:
+        if gathered and self._channel is not None:
             self._channel.send(gathered, self._stamp)
 
     # The link
@@ -227,27 +218,28 @@ class Publisher:
         self.link_up(link.lane, link.frame_max)
 
     def link_up(self, lane: Lane, frame_max: int) -> None:
-        """Begin with a new channel. Publish what is held again, before anything new."""
+        """Begin with a new channel. Publish what is in flight again, before anything new."""
         group_bytes = min(GROUP_BYTES, frame_max - 8) if frame_max else GROUP_BYTES
         if self._most_body_bytes < group_bytes:
             group_bytes = 0
         self._channel = _Channel(lane, self._queue_name, frame_max, self.limits.events_per_message, group_bytes)
-        held, self._held = self._held, deque()
-        if held:
-            self._channel.send(held, self._stamp)
-        self._health.up(self._now())
+        self._gathered = list(self._in_flight)
+        self._send_gathered()
+        self.health.up(self._now())
         self.was_up.set()
 
     def down(self, reason: str) -> None:
-        """Hold what is unconfirmed for the next channel.
+        """Keep what is in flight for the next channel.
 
         Fail what the broker closed the channel for, since it would close the next one too: an event that is too large,
         and every event if the user may not publish.
         """
+        in_flight = list(self._in_flight)
+        sent = in_flight[: len(in_flight) - len(self._gathered)] if self._channel is not None else []
         self.links_lost += self._channel is not None
-        in_flight = self._end_channel()
+        self._channel = None
         self._is_blocked.clear()
-        self._health.down(reason, self._now())
+        self.health.down(reason)
         refusal = _TOO_LARGE.search(reason)
         self._most_body_bytes = int(refusal[1]) if refusal else sys.maxsize
         for event in in_flight:
@@ -255,32 +247,22 @@ class Publisher:
                 self._fail(event, OutcomeUnknown())
             elif len(event.body) > self._most_body_bytes:
                 self._fail(event, OutcomeUnknown() if event.sent_before else TooLarge(self._most_body_bytes))
-            else:
-                event.sent_before = True
-                self._held.append(event)
+        for event in sent:
+            event.sent_before = True
         self._resume_batches()
 
     def close(self) -> None:
         """Publish nothing from now on, and fail what is in flight: the end of a drain that took too long."""
-        self._health.close()
-        gathered, self._gathered = self._gathered, []
-        for event in (*self._end_channel(), *gathered):
+        self.health.close()
+        self._channel = None  # with its window: late confirms mean nothing
+        for event in list(self._in_flight):
             self._fail(event, OutcomeUnknown())
-
-    def _end_channel(self) -> list[Publication]:
-        """Drop the channel with its window, whose late confirms then mean nothing; return what was held or in it."""
-        in_flight = list(self._held)
-        self._held.clear()
-        if self._channel is not None:
-            in_flight += [event for group in self._channel.window.unsettled() for event in group]
-            self._channel = None
-        return in_flight
 
     def blocked(self, reason: str) -> None:
         """Refuse events while the broker reads none, during a memory or disk alarm."""
         if reason:
             self._is_blocked.set()
-        self._health.block(reason, self._now())
+        self.health.block(reason, self._now())
         self._resume_batches()
 
     def deliveries(self, deliveries: list[Delivery]) -> None:
@@ -290,35 +272,37 @@ class Publisher:
         """Tell each event its outcome."""
         if self._channel is None:
             return
-        now, acked, nacked = self._now(), 0, False
-        for group, ok in self._channel.window.settle(confirms):
-            if ok:
-                acked += 1
-                self.unconfirmed -= len(group)
-                for event in group:
+        now, acked, nacked, in_flight = self._now(), 0, False, self._in_flight
+        for events, ok in self._channel.window.settle(confirms):
+            acked += ok
+            nacked = nacked or not ok
+            for event in events:
+                if event not in in_flight:
+                    continue  # it had timed out
+                if ok:
+                    del in_flight[event]
                     self.unconfirmed_bytes -= len(event.body)
                     event.confirmed(now - event.since)
-            else:
-                nacked = True
-                for event in group:  # of one that was sent before, the first copy may be stored
-                    nack = Unavailable("nacked", "the broker refused the event")
-                    self._fail(event, OutcomeUnknown() if event.sent_before else nack)
+                elif event.sent_before:  # the first copy may be stored
+                    self._fail(event, OutcomeUnknown())
+                else:
+                    self._fail(event, Unavailable("nacked", "the broker refused the event"))
         if acked:
-            self._count_messages(acked)
-            self._health.ack(now)
+            self.messages_confirmed += acked
+            self.health.ack(now)
         elif nacked:
-            self._health.nack(now)
+            self.health.nack(now)
         if self._waiting:
             self._resume_batches()
 
     def _fail(self, event: Publication, error: NotConfirmed) -> None:
-        self.unconfirmed -= 1
+        del self._in_flight[event]
         self.unconfirmed_bytes -= len(event.body)
         event.failed(error)
 
     def _resume_batches(self) -> None:
         for _ in range(len(self._waiting)):
-            if self._health.trouble is None and not self.has_room_for_batch():
+            if self.health.trouble is None and not self.has_room_for_batch():
                 return
             self._waiting.popleft()()
 
@@ -335,26 +319,12 @@ class Publisher:
             self._waiting.popleft()()
         if late:
             return
-        oldest = now - self.limits.confirm_timeout_seconds
-        while self._held and self._held[0].since <= oldest:
-            self._fail(self._held.popleft(), OutcomeUnknown())
-        if (channel := self._channel) is None:
-            return
-        waiting = channel.window.oldest()
-        reason = self._health.reason_to_leave(waiting[0].since if waiting else None, now)
-        for event in _take_sent_until(oldest, channel.window):
+        oldest = next(iter(self._in_flight), None)
+        reason = self.health.judge(None if oldest is None else oldest.since, now)
+        last = now - self.limits.confirm_timeout_seconds
+        for event in list(takewhile(lambda event: event.since <= last, self._in_flight)):
             self._fail(event, OutcomeUnknown())
-        if reason:
-            channel.lane.fail(reason)
-        elif waiting := channel.window.oldest():
-            self._health.wait(waiting[0].since, now)
-
-
-def _take_sent_until(moment: float, window: ConfirmWindow[list[Publication]]) -> list[Publication]:
-    """Take the events that were sent until then. A message of which others are left stays, without them."""
-    taken = [event for group in window.take_oldest_while(lambda group: group[-1].since <= moment) for event in group]
-    if group := window.oldest():
-        left = [event for event in group if event.since > moment]
-        taken += group[: len(group) - len(left)]
-        group[:] = left
-    return taken
+        if self._channel is not None:
+            self._channel.window.forget_oldest_while(lambda events: events[-1] not in self._in_flight)
+            if reason:
+                self._channel.lane.fail(reason)

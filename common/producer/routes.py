@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from common.http.fields import JSON, NDJSON
+
 GET = (b"GET", b"HEAD")
 POST = (b"POST",)
 
@@ -14,20 +16,19 @@ class Route(NamedTuple):
     name: str
     label: str  # in the metrics
     methods: tuple[bytes, ...]
-    takes_events: bool = False
+    takes: tuple[bytes, ...] = ()  # media types; only events have one
     is_page: bool = False  # that PROTECT_PAGES protects
-    takes_lines: bool = False  # NDJSON
 
     def wants_token(self, protect_pages: bool) -> bool:
         """Tell whether a request needs a token, where there are any."""
-        return self.takes_events or (self.is_page and protect_pages)
+        return bool(self.takes) or (self.is_page and protect_pages)
 
 
-_PROCESS = Route("process", "/process", POST, takes_events=True)
+_PROCESS = Route("process", "/process", POST, takes=(JSON,))
 ROUTES = {
     b"/process": _PROCESS,
     b"/process/": _PROCESS,  # as devices of the original call it
-    b"/process/batch": Route("process_batch", "/process/batch", POST, takes_events=True, takes_lines=True),
+    b"/process/batch": Route("process_batch", "/process/batch", POST, takes=(JSON, NDJSON)),
     b"/healthz": Route("healthz", "/healthz", GET),
     b"/readyz": Route("readyz", "/readyz", GET),
     b"/metrics": Route("metrics", "/metrics", GET, is_page=True),

@@ -21,7 +21,7 @@ from common.http.server import HttpServer
 from common.http.turns import Turns
 from common.process import end, first_of, raise_file_limit, read_file
 from common.producer.api import Api
-from common.producer.batch import PARSED_FACTOR
+from common.producer.intake import PARSED_FACTOR
 from common.producer.metrics import Counters
 from common.producer.publisher import Publisher, PublisherLimits
 from common.producer.tls import Certificate
@@ -91,7 +91,6 @@ class Producer:
                 time.monotonic,
                 time.time,
                 call_soon,
-                counters.count_messages,
                 partition if settings.partitions > 1 else None,
             )
             for partition, queue_name in enumerate(queue_names(settings.queue_name, settings.partitions))

@@ -35,24 +35,26 @@ def seeds() -> list[bytes]:
 def read(
     pieces: Iterable[bytes], limits: Limits = LIMITS, on_request: Callable[[Request], None] | None = None
 ) -> Outcome:
-    """Feed a stream piece by piece. Fails when the parser stores more than its limits allow, or forgets its error."""
+    """Feed a stream piece by piece. Fails when the parser stores more than its limits allow."""
     parser = RequestParser(limits)
     requests: list[tuple[Head, bytes]] = []
     status: int | None = None
+    ended = False  # by a request that is the last, or by an error
     for piece in pieces:
+        if ended:
+            break
         parser.receive_data(piece)
         try:
-            while (request := parser.next_request()) is not None:
+            while not ended and (request := parser.next_request()) is not None:
                 requests.append((request.head, request.body))
                 if on_request is not None:
                     on_request(request)
-            now = None
+                ended = not request.head.keep_alive
         except HttpError as error:
-            now = error.status
-        assert status in (None, now), "an error was forgotten"
-        status = now
-        assert parser.buffered_bytes <= limits.head_bytes + limits.body_bytes + limits.chunk_overhead_bytes
-    return Outcome(tuple(requests), status, parser.idle)
+            status = error.status
+            ended = True
+        assert ended or parser.buffered_bytes <= limits.head_bytes + limits.body_bytes + limits.chunk_overhead_bytes
+    return Outcome(tuple(requests), status, not ended and parser.idle)
 
 
 def single_bytes(stream: bytes) -> list[bytes]:

@@ -76,7 +76,6 @@ class FakeProducer:
                 lambda: self.now,
                 lambda: self.now,
                 self._soon.append,
-                self.counters.count_messages,
                 k if count > 1 else None,
             )
             for k in range(count)

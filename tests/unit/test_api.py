@@ -10,8 +10,7 @@ import pytest
 
 from common.config import ProducerSettings
 from common.http.tokens import parse_tokens
-from common.producer.batch import PARSED_FACTOR
-from common.producer.intake import random_uuids
+from common.producer.intake import PARSED_FACTOR, random_uuids
 from common.producer.service import limits_of
 from tests.support.polling import wait_until
 from tests.support.producer import Answer, FakeProducer, an_event, post
@@ -178,8 +177,22 @@ def test_events_of_one_turn_share_a_message_and_its_confirm() -> None:
     *answers, batch = producer.confirm(2, multiple=True)
     assert [answer.content["device_id"] for answer in answers] == ["d0", "d1", "d2"]
     assert [result["status"] for result in batch.content["results"]] == [200, 200]
+    producer.api.tick(0)
     counters = producer.counters
     assert [counters.metrics.values[index] for index in (counters.events, counters.messages)] == [5, 2]
+
+
+@pytest.mark.parametrize(
+    ("path", "content_type", "accept"),
+    [
+        ("/process", "application/x-ndjson", "application/json"),
+        ("/process/batch", "text/plain", "application/json, application/x-ndjson"),
+    ],
+)
+def test_content_that_a_page_does_not_take_is_415(path: str, content_type: str, accept: str) -> None:
+    """JSON lines are taken for a batch only."""
+    (answer,) = FakeProducer().send(post(path, an_event(), Content_Type=content_type))
+    assert (answer.status, answer.fields["accept"]) == (415, accept)
 
 
 # Partitions
@@ -235,7 +248,7 @@ def test_requests_are_counted_by_the_owner_of_their_token(caplog: pytest.LogCapt
 
 def test_tokens_are_replaced_while_it_runs() -> None:
     producer = FakeProducer(api_token="shop-1:one")
-    with pytest.raises(ValueError, match="name without a token"):
+    with pytest.raises(ValueError, match="name:token"):
         producer.api.reload_tokens("shop-2:")
     producer.api.reload_tokens("shop-1:new,shop-2:two")
     for token, status in (("one", 401), ("new", 200), ("two", 200)):

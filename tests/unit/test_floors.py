@@ -36,7 +36,6 @@ PURE = {
     "common.http.phases",
     "common.http.pool",
     "common.http.turns",
-    "common.http.response",
     "common.http.fields",
     "common.http.coding",
     "common.http.tokens",

@@ -12,7 +12,7 @@ import pytest
 
 from common.errors import HttpError
 from common.http.coding import content_coding, decoded
-from common.http.fields import JSON, NDJSON, idempotency_key, is_json_lines, media_type, require_json
+from common.http.fields import JSON, NDJSON, idempotency_key, media_type
 from tests.support.least import least
 
 
@@ -61,19 +61,6 @@ def refusal(action: Callable[..., object], *args: object) -> HttpError:
 )
 def test_rfc_9110_section_8_3_media_type(value: bytes | None, expected: bytes | None) -> None:
     assert media_type(value) == expected
-
-
-def test_json_lines_are_taken_only_where_they_are_asked_for() -> None:
-    require_json(JSON)
-    require_json(None, lines=True)
-    require_json(NDJSON, lines=True)
-    error = refusal(require_json, NDJSON)
-    assert (error.status, error.fields) == (415, b"Accept: application/json\r\n")
-    error = refusal(require_json, b"text/plain", True)
-    assert (error.status, error.fields) == (415, b"Accept: application/json, application/x-ndjson\r\n")
-    assert is_json_lines(NDJSON)
-    assert not is_json_lines(JSON)
-    assert not is_json_lines(None)
 
 
 def test_a_hostile_media_type_is_read_in_linear_time() -> None:

@@ -205,7 +205,7 @@ def test_limits_are_those_of_the_settings() -> None:
     small = openapi.document(ProducerSettings(max_preds=7, max_body_bytes=1000))
     assert b'"maxItems":7' in write_json(small)
     assert b"1000 bytes" in write_json(small)
-    assert b"8 MiB" in write_json(OPEN)
+    assert b"8388608 bytes" in write_json(OPEN)
     assert b"@" not in write_json(OPEN)
 
 

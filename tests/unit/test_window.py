@@ -20,7 +20,7 @@ def window_of(count: int) -> ConfirmWindow[int]:
 @given(st.lists(st.tuples(st.integers(1, 20), st.booleans(), st.booleans()), max_size=30), st.integers(1, 20))
 def test_each_message_is_settled_once_by_its_first_confirm(confirms: list[tuple[int, bool, bool]], count: int) -> None:
     window = window_of(count)
-    settled = list(window.settle([Confirm(*each) for each in confirms]))
+    settled = window.settle([Confirm(*each) for each in confirms])
     expected: dict[int, bool] = {}
     for tag, multiple, ok in confirms:
         for covered in range(1 if multiple else tag, min(tag, count) + 1):
@@ -33,7 +33,8 @@ def test_each_message_is_settled_once_by_its_first_confirm(confirms: list[tuple[
 def test_a_tag_is_never_given_twice() -> None:
     """Whatever was taken out or settled: a confirm that is late must not be one of a later message."""
     window = window_of(2)
-    assert window.take_oldest_while(lambda _: True) == [1, 2]
+    window.forget_oldest_while(lambda _: True)
+    assert window.unsettled() == []
     window.add(3)
     assert list(window.settle([Confirm(2, True, True)])) == []
     assert list(window.settle([Confirm(3, False, True)])) == [(3, True)]
@@ -41,7 +42,6 @@ def test_a_tag_is_never_given_twice() -> None:
 
 def test_a_late_confirm_of_what_was_given_up_means_nothing() -> None:
     window = window_of(3)
-    assert window.take_oldest_while(lambda number: number < 3) == [1, 2]
-    assert window.oldest() == 3
+    window.forget_oldest_while(lambda number: number < 3)
     assert list(window.settle([Confirm(3, True, False)])) == [(3, False)]
-    assert window.oldest() is None
+    assert window.unsettled() == []
