@@ -9,7 +9,7 @@ The way of an event, from the socket to the broker and back:
     FastLane.send              common/amqp/lane.py            one write for what it is given
     FastLane.data_received     common/amqp/lane.py            the broker's confirms
     Publisher.confirms         common/producer/publisher.py   from delivery tag to event
-    _Post.confirmed            common/producer/api.py         200
+    _Post.confirmed            common/producer/intake.py      200
     Exchange.answer            common/http/exchange.py        answers in the order of the requests
 """
 
