@@ -66,7 +66,8 @@ class HttpServer:
             else:
                 self._server = await create(host, port, reuse_port=reuse_port or None)
         except OSError as error:
-            raise StartupError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
+            why = error.strerror or error
+            raise StartupError(f"cannot listen on {host}:{port}: {why}; free it, or choose another") from None
         for listener in self._server.sockets:
             with suppress(OSError, AttributeError):  # Linux has it; each accepted socket inherits it
                 listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES_IN_KERNEL)
