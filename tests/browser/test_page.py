@@ -160,7 +160,6 @@ def is_listening(url: str) -> bool:
 
 
 def test_sending_the_example_shows_200_and_the_event(page: Page, url: str) -> None:
-    """Sending the example shows 200 the time and the event as it was published."""
     page.open(url)
     assert page.send() == "200 OK"
     assert re.fullmatch(r"[\d.]+ (ms|s)", page.text("#time"))
@@ -261,7 +260,6 @@ def test_the_live_panel_moves(page: Page, url: str) -> None:
 
 
 def test_everything_can_be_done_with_the_keyboard_in_order(page: Page, url: str) -> None:
-    """Everything can be done with the keyboard in the order of the page."""
     page.open(url)
     page.run("document.activeElement.blur()")
     stops = []
@@ -381,7 +379,6 @@ def test_nothing_moves_for_those_who_want_no_motion(page: Page, url: str) -> Non
 
 
 def test_the_token_goes_nowhere_but_into_requests(page: Page, producer: Start) -> None:
-    """Without the token 401 is shown and the token goes nowhere but into requests."""
     page.open(producer(API_TOKEN="s3cret-token").url)
     assert page.send().startswith("401 ")
     assert "WWW-Authenticate: Bearer" in page.text("#outcome")
@@ -403,7 +400,6 @@ def test_without_a_broker_the_page_says_so_and_why(page: Page, producer: Start) 
 
 
 def test_a_producer_that_is_gone_leaves_the_page_usable(page: Page, producer: Start) -> None:
-    """A producer that is gone leaves the page usable and is noticed."""
     service = producer()
     page.open(service.url)
     page.until(lambda: page.text("#ready") == "Ready")

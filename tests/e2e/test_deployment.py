@@ -50,7 +50,6 @@ def events() -> Events:
 
 
 def test_each_prediction_of_1000_calls_is_one_row(events: Events) -> None:
-    """Each prediction of 1000 calls is one row of the shared csv."""
     load = Load(Target.parse(URL), events, count=CALLS, concurrency=32)
     asyncio.run(load.run())
     assert load.ledger.answers == {200: CALLS}
@@ -59,7 +58,6 @@ def test_each_prediction_of_1000_calls_is_one_row(events: Events) -> None:
 
 
 def test_a_retry_with_the_same_key_makes_no_second_row(events: Events) -> None:
-    """A retry with the same idempotency key makes no second row."""
     key = events.id(0).decode()
     for variant in range(3):  # the same event, written differently
         assert post(events.body(1, variant), {"Idempotency-Key": key})[0] == 200

@@ -14,6 +14,5 @@ def test_a_paused_node_is_silent_and_goes_on_when_resumed(broker: RabbitMQ) -> N
 
 
 def test_rabbitmqctl_and_signals_reach_this_node(broker: RabbitMQ) -> None:
-    """Rabbitmqctl speaks to this node and signals reach its vm."""
     assert broker.process is not None
     assert broker.ctl("eval", "os:getpid().").strip() == f'"{broker.process.pid}"'

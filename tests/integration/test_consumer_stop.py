@@ -109,7 +109,6 @@ async def test_sigterm_in_a_backlog_acks_exactly_what_is_stored(
 async def test_sigterm_while_the_broker_is_away_ends_in_time(
     broker: RabbitMQ, queue_name: str, consumer: Start, trouble: str
 ) -> None:
-    """Sigterm while the broker is away ends in time with exit code 0."""
     async with Proxy(broker.port) as proxy:
         if trouble == "never there":
             await proxy.close()

@@ -34,7 +34,6 @@ def partitioned(consumer: Start) -> Service:
 def test_each_partition_has_a_csv_and_one_port_tells_of_all(
     broker: RabbitMQ, queue_name: str, partitioned: Service, tmp_path: Path
 ) -> None:
-    """Each partition has its own csv and one port tells of all."""
     partitioned.wait_until_ready()
     for number in range(4):
         publish(broker.url, f"{queue_name}.{number}", [event(f"device-{number}")] * (number + 1))

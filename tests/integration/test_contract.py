@@ -81,7 +81,6 @@ async def test_200_echoes_the_event_as_it_was_published(producer: Start, broker:
 async def test_a_queue_with_other_arguments_is_one_clear_line(
     producer: Start, consumer: Start, broker: RabbitMQ, queue_name: str
 ) -> None:
-    """The queue is durable and quorum and other arguments are one clear line."""
     async with aiormq.connect(broker.url) as connection:
         channel = await connection.channel()
         await channel.queue_declare(queue_name, durable=True)
@@ -174,7 +173,6 @@ def shared_producer(request: pytest.FixtureRequest, broker: RabbitMQ, tmp_path_f
 
 
 async def test_key_and_event_together_give_the_message_id(producer: Start, broker: RabbitMQ, queue_name: str) -> None:
-    """The same key and event give the same message id and another event another."""
     service = producer()
     other = {**EVENT, "device_id": "e"}
     for document, key in ((EVENT, "k"), (EVENT, '"k"'), (other, "k"), (EVENT, "k2")):
@@ -303,7 +301,6 @@ def test_why_there_is_no_broker_is_told_in_words(which: str, request: pytest.Fix
 def test_what_waiting_does_not_fix_is_exit_1_with_one_line(
     which: str, settings: dict[str, str], code: int, words: str, request: pytest.FixtureRequest, broker: RabbitMQ
 ) -> None:
-    """What waiting does not fix ends the process with one clear line."""
     start: Callable[..., Service] = request.getfixturevalue(which)
     service = start(wait=False, **{name: value.format(port=broker.port) for name, value in settings.items()})
     assert service.process.wait(20) == code

@@ -82,7 +82,6 @@ def test_the_answer_to_a_refused_head_has_no_content(producer: Start) -> None:
 
 
 def test_half_a_request_behind_an_end_is_not_waited_for(producer: Start) -> None:
-    """Half a request behind the end of a stream is not waited for."""
     with connected(producer(), timeout=10) as client:  # half of the time that a body has
         client.sendall(request() + request()[:-1])
         client.shutdown(socket.SHUT_WR)
@@ -131,7 +130,6 @@ def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def test_a_refused_client_gets_its_answer_and_no_reset(producer: Start) -> None:
-    """A refused client that is still sending gets its answer and no reset."""
     service = producer(MAX_BODY_BYTES=1000)
     with connected(service) as client:
         client.sendall(request(b"x" * 500_000))

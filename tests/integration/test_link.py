@@ -96,7 +96,6 @@ async def set_up_bytes(broker: RabbitMQ, queue_name: str) -> int:
 
 @pytest.mark.parametrize("reset", [False, True], ids=["fin", "rst"])
 async def test_cut_at_any_byte_of_the_set_up_it_ends_connected(broker: RabbitMQ, queue_name: str, reset: bool) -> None:
-    """Cut at any byte of the first handshake and set up it ends connected."""
     total = await set_up_bytes(broker, queue_name)
 
     async def through_every(first: int) -> None:
@@ -131,7 +130,6 @@ async def test_cancelled_at_any_turn_of_the_loop_after_a_cut_it_ends(
 
 
 async def test_cancelled_at_any_turn_after_a_loss_in_a_call_it_ends(broker: RabbitMQ, queue_name: str) -> None:
-    """Cancelled at any turn of the loop after a loss during a call it ends."""
     async with Proxy(broker.port) as proxy:
         for turns in range(30):
             proxy.silent = False

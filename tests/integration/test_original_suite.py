@@ -17,7 +17,6 @@ DEADLINE_SECONDS = 30.0
 async def test_1000_concurrent_calls_become_exactly_their_rows(
     producer: Start, consumer: Start, record_property: Callable[[str, object], None]
 ) -> None:
-    """1000 concurrent calls of up to 10 predictions become exactly their rows."""
     target, csv_file = Target.parse(producer().url), consumer().csv_file
     events = Events(seed=1000)
     expected_bytes = len(HEADER) + sum(len(row) for number in range(CALLS) for row in events.rows(number))

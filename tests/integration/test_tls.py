@@ -81,7 +81,6 @@ def test_sighup_loads_a_new_certificate_and_keeps_a_good_one(producer: Start, tm
 
 
 def test_tls_clients_that_leave_early_fill_no_log(producer: Start, tmp_path: Path) -> None:
-    """Tls clients that leave with an event under way fill no log."""
     authority = trustme.CA()
     issue(authority, tmp_path)
     service = producer(wait=False, TLS_CERT=tmp_path / "cert.pem", TLS_KEY=tmp_path / "key.pem")

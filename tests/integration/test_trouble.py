@@ -120,7 +120,6 @@ def messages(node: RabbitMQ, queue_name: str) -> int:
 
 
 def test_a_standby_takes_over_within_seconds_of_a_kill(producer: Start, consumer: Start) -> None:
-    """A standby waits and takes over within seconds of a kill."""
     active, standby = consumer(), consumer(wait=False)
     traffic = Traffic(producer(), active.csv_file)
     until_not_ready(standby, "standby")
@@ -196,7 +195,6 @@ def test_while_nothing_can_be_stored_nothing_is_acked(
 
 
 def test_an_event_too_large_for_the_broker_disturbs_no_other(producer: Start, consumer: Start, node: RabbitMQ) -> None:
-    """An event that is too large for the broker disturbs no other."""
     limit = "application:set_env(rabbit, max_message_size, {0}), persistent_term:put(max_message_size, {0})."
     node.ctl("eval", limit.format(100_000))
     try:
@@ -241,7 +239,6 @@ def test_a_new_connection_takes_nothing_during_disk_trouble(producer: Start, con
 
 
 def test_a_killed_broker_keeps_what_it_confirmed(producer: Start, consumer: Start, node: RabbitMQ) -> None:
-    """A killed broker is waited for and keeps what it confirmed."""
     posting, storing = producer(AMQP_URL=node.url), consumer(AMQP_URL=node.url)
     node.sync_new_queues()
     traffic = Traffic(posting, storing.csv_file)
@@ -347,7 +344,6 @@ async def test_secrets_in_files_are_read_again_on_sighup(producer: Start, broker
 
 
 def test_a_memory_alarm_refuses_events_until_it_ends(producer: Start, consumer: Start, node: RabbitMQ) -> None:
-    """A memory alarm refuses events with the reason until it ends."""
     posting, storing = producer(AMQP_URL=node.url), consumer(AMQP_URL=node.url)
     traffic = Traffic(posting, storing.csv_file)
     traffic.wait_for_more()

@@ -272,7 +272,6 @@ def test_what_is_not_amqp_is_refused_not_guessed(stream: bytes, what: str) -> No
     ],
 )
 def test_the_end_of_a_channel_is_noticed_and_handed_on(frame: Frame, notice: Notice) -> None:
-    """The end of a channel is noticed and still handed to aiormq."""
     decoder = FrameDecoder()
     assert decoder.feed(wire(frame)) == wire(frame)
     assert decoder.notices == [notice]

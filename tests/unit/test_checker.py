@@ -47,7 +47,6 @@ def test_a_good_file_has_no_finding() -> None:
 
 
 def test_rows_may_be_spread_over_rotated_files() -> None:
-    """Rows may be spread over rotated files that each have a header."""
     rows = all_rows()
     files = [("b", rows[:1000]), ("a", rows[1000:1001]), ("c", rows[1001:])]
     streams = [(name, io.BytesIO(HEADER + b"".join(part))) for name, part in files] + [("new", io.BytesIO())]
@@ -94,7 +93,6 @@ CUTS: dict[str, Callable[[bytes], int]] = {
 
 @pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
 def test_a_cut_row_is_torn_and_takes_no_other_one_with_it(cut: Callable[[bytes], int]) -> None:
-    """A row that was cut is torn and takes no other one with it."""
     rows = all_rows()
     at = next(at for at, row in enumerate(rows) if b';"' in row and row.count(b"\r\n") == 1 and row.count(b'"') > 1)
     rows[at] = rows[at][: cut(rows[at])]
@@ -114,7 +112,6 @@ def test_a_row_that_nobody_sent_is_foreign() -> None:
 
 
 def test_a_changed_cell_is_a_foreign_row_and_a_lost_event() -> None:
-    """A row with a changed cell is foreign and its event lost."""
     rows = all_rows()
     at = rows.index(EVENTS.rows(KEYED)[0])
     rows[at] = rows[at].replace(b"0/", b"1/", 1)

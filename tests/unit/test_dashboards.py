@@ -66,7 +66,6 @@ def test_the_dashboard_fits_any_data_source_name() -> None:
 
 
 def test_panels_have_a_unit_a_description_and_their_own_place() -> None:
-    """Panels have a unit a description and a place of their own."""
     assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])
     taken: set[tuple[int, int]] = set()
     for panel in DASHBOARD["panels"]:

@@ -79,7 +79,7 @@ def defined_in(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("program", ["producer.py", "consumer.py"])
-def test_the_walk_at_the_head_of_a_program_names_what_its_files_define(program: str) -> None:
+def test_the_walk_of_a_program_names_what_its_files_define(program: str) -> None:
     walk = ast.get_docstring(ast.parse((ROOT / program).read_text()), clean=False)
     steps = re.findall(r"^    (\w[\w., ]+?) +(common/[\w/]+\.py) ", walk or "", re.MULTILINE)
     assert len(steps) >= 6

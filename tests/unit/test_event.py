@@ -207,7 +207,6 @@ NUMBER_TEXTS = [
     ids=lambda template: json.dumps(template)[:60],
 )
 def test_every_value_in_every_place_is_answered_as_fastapi_does(reference: Reference, template: dict[str, Any]) -> None:
-    """Every kind of value in every place is answered as fastapi answers it."""
     for literal in LITERALS:
         body = one_value(template, literal)
         assert answer(body) == reference.answer(body), literal
@@ -331,7 +330,6 @@ def test_every_fault_is_named_at_once() -> None:
 
 
 def test_normal_form_is_compact_json_in_the_contracts_order() -> None:
-    """Normal form is compact json of the known members in the contracts order."""
     body = b"""{"x": 1, "data": {"preds": [{"tags": [], "y": {}, "prob": 1, "image_frame": "\\u00e9"}],
         "license_id": 7}, "created_at": 1675781809386042, "client_id": -0,
         "device_id": 18446744073709551615}"""
@@ -393,7 +391,7 @@ def test_a_nul_that_is_no_nul_or_is_dropped_is_taken() -> None:
     assert faults_of(an_event(other=NUL)) == []
 
 
-def test_a_nul_that_a_producer_of_1_0_accepted_still_becomes_a_row() -> None:
+def test_a_nul_that_1_0_accepted_still_becomes_a_row() -> None:
     body = write_json(with_preds(a_pred(image_frame=NUL, tags=[NUL])))
     assert csv_rows(body, 0.25) == ([f"d;c;t;l;{NUL};0.5;{NUL}\r\n"], 1)
 
@@ -466,7 +464,6 @@ def test_what_json_leaves_open_and_we_refuse(body: bytes, position: int | None) 
 
 
 def test_the_reason_is_one_short_line_without_the_text() -> None:
-    """The reason is one short line without the documents text."""
     with pytest.raises(InvalidEvent) as caught:
         read_event(b'{"device_id":"secret\\n","client_id":[]}')
     assert describe_faults(caught.value.faults) == "body.client_id: Input should be a valid string (and 2 more)"
@@ -593,7 +590,6 @@ def test_an_image_becomes_a_part_of_its_own() -> None:
 
 
 def test_rows_are_counted_whatever_the_strings_hold() -> None:
-    """Rows are counted without parsing whatever the strings hold."""
     tricky = a_pred(image_frame='"prob":', tags=['{"prob":1}', '\\"prob":', "prob"])
     for preds in [], [tricky], [tricky] * 3:
         assert count_rows(write_json(validate_event(with_preds(*preds)))) == len(preds)
@@ -641,7 +637,6 @@ def test_a_batch_that_cannot_be_taken_is_refused_whole(body: bytes, kind: str) -
 
 
 def test_beyond_the_most_faults_an_event_has_one_that_says_so() -> None:
-    """Beyond the most faults an event of a batch has one that says so."""
     *bad, good = events_of(b"\n".join([b"{}"] * 2501 + [write_json(an_event())]), True, 10_000)
     assert isinstance(good, NormalEvent)
     faults = [item.faults for item in bad if isinstance(item, InvalidEvent)]
@@ -652,7 +647,6 @@ def test_beyond_the_most_faults_an_event_has_one_that_says_so() -> None:
 
 
 def test_predictions_are_bounded_for_each_event_of_a_batch() -> None:
-    """The predictions of a batch are bounded for each event only."""
     events = events_of(json.dumps([with_preds(*[a_pred()] * 6)] * 50).encode(), False, MAX_PREDS)
     assert len([event for event in events if isinstance(event, NormalEvent)]) == 50
 

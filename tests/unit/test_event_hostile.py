@@ -89,7 +89,6 @@ TOO_MANY_VALUES: dict[str, Callable[[], bytes]] = {
 
 @pytest.mark.parametrize("make", TOO_MANY_VALUES.values(), ids=TOO_MANY_VALUES)
 def test_too_many_values_are_refused_before_parsing(make: Callable[[], bytes], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A body with too many values is refused before it is parsed."""
 
     def never(body: bytes) -> None:
         raise AssertionError("parsed")
@@ -238,7 +237,7 @@ def batch_body(lines: bool, count: int, frame: str) -> bytes:
 
 @pytest.mark.parametrize("lines", [True, False])
 @pytest.mark.parametrize("frame", ["frame-1", "data:image/jpeg;base64," + "A" * 210])
-def test_a_batch_of_5000_ordinary_events_is_taken_in_short_stages(lines: bool, frame: str) -> None:
+def test_a_batch_of_5000_events_is_taken_in_short_stages(lines: bool, frame: str) -> None:
     body = batch_body(lines, 5000, frame)
     assert len(body) <= BODY_BYTES
     assert kind_of(lambda: normalise_batch(body, lines, MAX_PREDS)) == "ok"

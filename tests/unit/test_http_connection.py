@@ -288,7 +288,7 @@ def test_a_free_place_is_given_to_the_next(server: Server) -> None:
     assert not transport.closing
 
 
-def test_who_was_refused_and_only_lingers_gives_its_place_up_first(server: Server) -> None:
+def test_who_was_refused_and_lingers_gives_its_place_up_first(server: Server) -> None:
     (refused, transport), *others = [server.connect() for _ in range(3)]
     refused.data_received(b"POST /none HTTP/1.1\r\nHost: h\r\nContent-Length: 7000000\r\n\r\n")
     server.now += 3

@@ -359,7 +359,6 @@ def test_accepts(stream: bytes, expected: dict[str, object]) -> None:
 
 @pytest.mark.parametrize(("stream", "_"), ACCEPTED)
 def test_no_beginning_of_a_request_is_taken_for_it(stream: bytes, _: object) -> None:
-    """No beginning of a good request is refused or taken for it."""
     for length in range(len(stream)):
         outcome = read([stream[:length]], ROOMY)
         assert (outcome.requests, outcome.status) == ((), None)
@@ -384,7 +383,6 @@ def test_refuses(status: int | None, stream: bytes) -> None:
 
 @pytest.mark.parametrize(("status", "stream"), REFUSED)
 def test_requests_before_a_bad_one_are_answered_none_after(status: int | None, stream: bytes) -> None:
-    """Requests before a bad one are answered and nothing after it."""
     outcome = read([GET, GET + stream + GET, GET], ROOMY)
     assert [head.path for head, _ in outcome.requests] == [b"/good", b"/good"]
     assert outcome.status == status
@@ -413,7 +411,6 @@ def test_rfc_9112_2_2_empty_lines_stand_before_any_request() -> None:
 
 
 def test_a_cached_head_is_judged_by_its_own_parsers_limits() -> None:
-    """A cached head is judged by the limits of its own parser."""
     stream = post(b"Content-Length: 5", body=b"hello")
     assert read([stream], Limits()).status is None
     assert read([stream], Limits(body_bytes=4)).status == 413
@@ -544,7 +541,6 @@ def test_no_input_makes_a_pattern_backtrack(stream: bytes) -> None:
 
 
 def test_memory_grows_with_what_has_arrived_only() -> None:
-    """Memory grows with what has arrived not with what was announced."""
     tracemalloc.start()
     try:
         parsers = [RequestParser(ROOMY) for _ in range(100)]
@@ -589,7 +585,6 @@ def progress(parser: RequestParser) -> tuple[object, bool, int]:
 
 
 def test_buffered_bytes_and_head_tell_how_far_it_has_come() -> None:
-    """Buffered bytes and head tell how far a request has come."""
     parser = RequestParser(ROOMY)
     assert parser.idle
     parser.receive_data(b"POST / HTTP/1.1\r\nHost: x\r\n")

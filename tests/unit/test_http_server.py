@@ -316,7 +316,7 @@ async def test_a_stop_answers_a_client_in_its_tls_handshake(tls: ssl.SSLContext,
 
 
 @on_uvloop
-async def test_clients_that_never_begin_tls_delay_a_stop_by_a_second_in_all(tls: ssl.SSLContext) -> None:
+async def test_clients_that_never_begin_tls_delay_a_stop_by_a_second(tls: ssl.SSLContext) -> None:
     """It waited 10 s for each that was in the queue, one after the other."""
     server = HttpServer(LIMITS, Hello())
     listener = socket.create_server(("127.0.0.1", 0))

@@ -110,7 +110,6 @@ def test_an_answer_that_is_no_200_is_recorded_as_what_it_means() -> None:
 
 
 def test_with_retries_an_event_is_sent_until_it_is_answered_200() -> None:
-    """With retries an event is sent with its key until it is answered 200."""
     server, load = drive(lambda n: (503, 504, CUT, 200)[n % 4], count=5, concurrency=1, retries=True)
     assert list(load.ledger.accepted[1:]) == [1] * 4
     sent = Counter(zip(map(device_id, server.bodies), server.keys, strict=True))
@@ -124,7 +123,6 @@ def test_a_refusal_for_good_is_not_retried() -> None:
 
 
 def test_with_retries_some_answered_events_are_sent_again() -> None:
-    """With retries some events are sent again though they were answered."""
     server, load = drive(lambda _: 200, count=3000, concurrency=8, retries=True)
     assert set(load.ledger.accepted) == {1, 2}
     assert len(server.bodies) > len(load.ledger) + 60
@@ -222,7 +220,6 @@ def test_a_url_names_host_port_and_path() -> None:
 
 
 def test_the_files_of_a_csv_are_live_and_rotated_each_once(tmp_path: Path) -> None:
-    """The files of a csv are the live one and the rotated ones each once."""
     names = ["data.csv", "data-1.csv", "data-2.csv.gz", "data-3.csv", "data-3.csv.gz"]
     others = ["data.csv.journal", "data.csv.uncommitted-1", "data-4.csv.gz.part", "other.csv"]
     for name in names + others:
@@ -233,7 +230,6 @@ def test_the_files_of_a_csv_are_live_and_rotated_each_once(tmp_path: Path) -> No
 
 
 def test_files_of_partitions_are_found_with_rotated_ones(tmp_path: Path) -> None:
-    """The files of partitions are found with the rotated ones."""
     names = ["data.0.csv", "data.0-1.csv", "data.10.csv", "data.10-2.csv.gz"]
     for name in [*names, "data.0.csv.journal", "data.old.csv"]:
         (tmp_path / name).write_bytes(gzip.compress(b"x"))

@@ -58,7 +58,6 @@ def resolve(node: dict[str, Any]) -> Any:
 
 
 def test_every_reference_leads_to_a_component() -> None:
-    """Every reference leads somewhere and every component is used."""
     used = set(references(DOCUMENT))
     for reference in used:
         resolve({"$ref": reference})
@@ -114,7 +113,6 @@ def test_batch_examples_are_what_they_say() -> None:
 
 
 def test_a_refused_example_has_the_faults_it_promises() -> None:
-    """A refused example is refused with the faults it promises."""
     faults = {}
     for name, example in openapi.REFUSED_EXAMPLES.items():
         value = example["value"]
@@ -148,7 +146,6 @@ events = st.fixed_dictionaries(
 
 @given(events)
 def test_whatever_matches_the_schema_is_accepted(document: dict[str, Any]) -> None:
-    """Whatever matches the schema is accepted and answered as described."""
     try:
         answer = read_json(normalise_event(json.dumps(document).encode(), MAX_PREDS).body)
     except InvalidEvent:
@@ -168,7 +165,6 @@ def test_a_numeric_string_by_the_schema_is_a_finite_number(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["", " ", "high", "nan", "inf", "-Infinity", "0x10", "1,5", "1.5.2", "٣", "1e", "--1"])
 def test_what_is_no_number_matches_neither_schema_nor_code(text: str) -> None:
-    """What is no number matches neither the schema nor the validation."""
     document = {**openapi.EVENT, "data": {"license_id": "", "preds": [{"image_frame": "", "prob": text, "tags": []}]}}
     assert not EVENT_IN.is_valid(document)
     with pytest.raises(InvalidEvent):
@@ -177,7 +173,6 @@ def test_what_is_no_number_matches_neither_schema_nor_code(text: str) -> None:
 
 @given(st.from_regex(r'[!-~"\\ é]{0,4}', fullmatch=True) | st.text(st.characters(max_codepoint=0x7F), min_size=250))
 def test_a_key_is_accepted_just_when_the_schema_says_so(key: str) -> None:
-    """An idempotency key is accepted just when the schema says so."""
     schema = DOCUMENT["components"]["parameters"]["IdempotencyKey"]["schema"]
     matches = re.fullmatch(schema["pattern"].removeprefix("^").removesuffix("$"), key) is not None
     try:

@@ -57,7 +57,6 @@ def test_a_full_batch_does_not_wait() -> None:
 
 
 def test_a_batch_does_not_wait_for_what_cannot_come() -> None:
-    """A batch does not wait for what cannot come before an ack."""
     pending = Pending(batch_max_rows=100, prefetch_count=3, flush_interval_seconds=60)
     pending.add(deliveries(b"", b""), 0.0)
     assert not pending.full

@@ -138,7 +138,6 @@ def test_a_message_with_a_broken_header_is_poison(store: Store) -> None:
 
 
 def test_what_is_not_an_event_is_poison_though_its_id_is_known(store: Store) -> None:
-    """What is not an event is poison although its id is known."""
     good = json.dumps(random_event(random.Random(1), 1)).encode()
     prepared = prepare_batch([message(1, good, b"a" * 32), message(2, b"not json", b"a" * 32)], store.seen, 0.25)
     assert (prepared.rows > 0, prepared.duplicates, len(prepared.poison)) == (True, 0, 1)

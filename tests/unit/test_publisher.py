@@ -119,7 +119,6 @@ def test_an_event_is_confirmed_only_by_its_own_confirm() -> None:
 
 @given(st.lists(st.tuples(st.integers(1, 30), st.booleans(), st.booleans()), max_size=40), st.integers(1, 30))
 def test_every_event_hears_exactly_one_outcome(confirms: list[tuple[int, bool, bool]], count: int) -> None:
-    """Every event hears exactly one outcome whatever the order of confirms."""
     bench = Bench()
     events = [bench.publish(number) for number in range(1, count + 1)]
     expected: dict[int, str | int] = {}
@@ -154,7 +153,6 @@ def test_no_confirm_in_time_is_unknown_and_stays_so() -> None:
 
 
 def test_a_link_without_one_confirm_is_given_up() -> None:
-    """A link without one confirm in the whole time is given up."""
     bench = Bench()
     bench.publish()
     bench.wait(4.9)

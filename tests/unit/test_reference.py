@@ -72,7 +72,7 @@ def fragments() -> list[str]:
     return [fragment for cell in rows for fragment in re.findall(r"`(.+?)`", cell)]
 
 
-def test_every_line_of_the_log_that_asks_for_something_has_its_row() -> None:
+def test_every_log_line_that_asks_for_something_has_its_row() -> None:
     """A text without a word of its own (`%s: %s`) carries the error, which is another row."""
     missing = [text for text in logged() if re.sub(r"%\.?\d*[sdfr]|\W", "", text)]
     missing = [text for text in missing if not any(fragment in text for fragment in fragments())]
