@@ -14,9 +14,10 @@ from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 from common import __version__
-from common.amqp.address import AddressError, is_host, masked_url, parse_address
+from common.amqp.address import is_host, masked_url, parse_address
 from common.errors import SettingError
 from common.http.parser import Limits
+from common.http.tokens import parse_tokens
 
 DEFAULT_AMQP_URL = "amqp://guest:guest@localhost:5672/"
 SECRETS = ("amqp_url", "api_token")
@@ -95,8 +96,7 @@ class ConsumerSettings(Settings):
     flush_interval_ms: int = _setting(50, "longest wait of a row for its batch, ms", high=600_000)
     low_prob_threshold: float = _setting(0.25, "predictions below it get the tag low_prob", low=-1e308, high=1e308)
     dedup_window: int = _setting(
-        200_000,
-        f"how many message ids are remembered to drop duplicates (at least {LEAST_DEDUP_WINDOW})",
+        200_000, f"how many message ids are remembered to drop duplicates (at least {LEAST_DEDUP_WINDOW})"
     )
     dedup_warn_seconds: int = _setting(60, "warn when message ids are forgotten sooner than this, s (0: never)")
     rotate_bytes: int = _setting(0, "start a new CSV when this one has so many bytes (0: off)")
@@ -118,16 +118,15 @@ _FORMS = {  # the pattern of a text, and in words
     "log_format": ("(?i:text|json)", "text or json"),
     "allowed_hosts": (f"(?:(?:{_HOST})?(?:,|$))*", "host names without a port, separated by commas"),
     "cors_origins": (f"(?:(?:{_ORIGIN})?(?:,|$))*", "origins such as https://dash.example:8443, separated by commas"),
-    "api_token": ("(?=.*[^,])[!-~]+", "visible ASCII characters, several tokens separated by commas"),
 }
 
 
 def _fault(name: str, text: str) -> str:
     """Return what is wrong with the text of a setting, as words that follow its name; "" if nothing is."""
-    if name == "amqp_url":
+    if name in SECRETS:
         try:
-            parse_address(text)
-        except AddressError as error:
+            (parse_address if name == "amqp_url" else parse_tokens)(text)
+        except ValueError as error:
             return str(error)
     if name.endswith("_host") and not is_host(text):
         return "must be an address, such as 0.0.0.0 or ::, or a host name, without a port"
@@ -216,7 +215,9 @@ def read_again(settings: S, read_file: Callable[[str], str]) -> S:
     for item in fields(settings):
         if item.name in SECRETS and (path := getattr(settings, f"{item.name}_file")):
             try:
-                found[item.name] = _convert(item, read_file(path).rstrip("\r\n"))
+                if not (text := read_file(path).rstrip("\r\n")):
+                    raise ValueError("it is empty")
+                found[item.name] = _convert(item, text)
             except (OSError, ValueError, SettingError) as error:  # ValueError: it is not UTF-8, or a path with a NUL
                 why = getattr(error, "strerror", None) or error
                 raise SettingError(f"{item.name.upper()}_FILE is {path!r}, which is of no use: {why}") from None

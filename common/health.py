@@ -41,9 +41,4 @@ class Health:
         """Count nothing: the health port has no metrics of its own."""
 
 
-HEALTH_LIMITS = ServerLimits(
-    request=Limits(body_bytes=1024),
-    connections=100,
-    buffered_bytes=2**20,
-    idle_seconds=75.0,
-)
+HEALTH_LIMITS = ServerLimits(request=Limits(body_bytes=1024), connections=100, buffered_bytes=2**20, idle_seconds=75.0)

@@ -27,16 +27,19 @@ JOINED_BYTES = 4096  # parts that are larger on average cost less to write one b
 
 
 class LaneListener(Protocol):
-    """The receiver of the hot frames of one connection. It is called from the event loop and must not raise."""
+    """The receiver of one connection's hot frames, which ignores those that it does not override. It must not raise."""
 
     def deliveries(self, deliveries: list[Delivery]) -> None:
         """Take messages for the consumer of the hot channel, in order."""
+        return
 
     def confirms(self, confirms: list[Confirm]) -> None:
         """Take confirms of what was published on the hot channel."""
+        return
 
     def blocked(self, reason: str) -> None:
         """Note why the broker stopped reading what is published (connection.blocked); "" when it reads again."""
+        return
 
 
 class FastLane(asyncio.StreamReaderProtocol):

@@ -41,10 +41,9 @@ def file_of(csv_path: str) -> str:
 
 def size_of(csv_path: str) -> int:
     """Return the size of the dead letters of a CSV, in bytes; 0 without any."""
-    try:
+    with suppress(OSError):
         return os.stat(file_of(csv_path)).st_size
-    except OSError:
-        return 0
+    return 0
 
 
 # Writing

@@ -10,19 +10,13 @@ from itertools import chain, count
 import aiormq
 from aiormq.abc import AbstractConnection
 
-from common.amqp.codec import Confirm, Delivery
+from common.amqp.lane import LaneListener
 from common.amqp.link import open_link
 from common.amqp.topology import dead_letter_queue
 
 
-class Deaf:
+class Deaf(LaneListener):
     """The listener of a link on which nothing hot is expected."""
-
-    def deliveries(self, deliveries: list[Delivery]) -> None: ...
-
-    def confirms(self, confirms: list[Confirm]) -> None: ...
-
-    def blocked(self, reason: str) -> None: ...
 
 
 async def look(url: str, queue_name: str, partitions: int, base_queue_name: str) -> dict[str, int]:

@@ -15,8 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from math import inf
 from typing import TypeVar
 
-from common.amqp.codec import Confirm, Delivery, ack_frame
-from common.amqp.link import CALL_TIMEOUT_SECONDS, CONNECTION_ERRORS, Link, cancelled
+from common.amqp.codec import Delivery, ack_frame
+from common.amqp.link import CALL_TIMEOUT_SECONDS, CONNECTION_ERRORS, Link, LinkListener, cancelled
 from common.amqp.topology import QUEUE_ARGUMENTS, consume, declare
 from common.config import ConsumerSettings
 from common.consumer import dead_letters
@@ -38,7 +38,7 @@ WINDOW_SECONDS = 3600.0  # between two lines of the log about ids that are forgo
 MOST_EVENTS = 1000  # in a message, for which the remembered ids are enough whatever is delivered again
 
 
-class Worker:
+class Worker(LinkListener):
     """The listener of a link, and the loop that stores its deliveries batch by batch and acks them.
 
     Make it while the event loop runs. `running` is its loop as a task, which ends early only by an error.
@@ -120,12 +120,6 @@ class Worker:
             self._wake.set()
         if pending.bytes > HELD_BACK_BYTES and self._link is not None:
             self._link.lane.hold_back(True)
-
-    def confirms(self, confirms: list[Confirm]) -> None:
-        """Ignore them: nothing is published on this connection."""
-
-    def blocked(self, reason: str) -> None:
-        """Ignore it: an alarm of the broker stops publishers only."""
 
     # The loop
 

@@ -25,7 +25,6 @@ class Member(Protocol):
     held_bytes: int  # of memory, for its client
 
     def __hash__(self) -> int: ...
-
     def silent_seconds(self, now: float) -> float: ...
 
 

@@ -22,19 +22,19 @@ def parse_tokens(text: str) -> list[Token]:
     """Return the tokens of an API_TOKEN value: `name:token` or `token`, separated by commas; none if it is empty.
 
     A token without a name is called token-1, token-2 and so on, by its place. `name:token` is accepted whole as well,
-    since 1.0 had no names and took it so. Raise ValueError with one line that holds no part of a token.
+    since 1.0 had no names and took it so. Raise ValueError with words that follow API_TOKEN and hold no part of it.
     """
     tokens = []
     for place, item in enumerate(filter(None, text.split(",")), 1):
         if not _TOKEN.fullmatch(item):
-            raise ValueError(f"API_TOKEN must be token or name:token in visible ASCII, but in place {place} is neither")
+            raise ValueError(f"must be token or name:token in visible ASCII, but in place {place} is neither")
         named = _NAMED.fullmatch(item)
         if named is None:
             tokens.append(Token(f"token-{place}", (item.encode(),)))
         else:
             tokens.append(Token(named[1], (named[2].encode(), item.encode())))
     if text and not tokens:
-        raise ValueError("API_TOKEN has commas, but no token: set one, or leave it empty")
+        raise ValueError("has commas, but no token: set one, or leave it empty")
     return tokens
 
 

@@ -15,7 +15,7 @@ from common.config import ProducerSettings
 from common.errors import HttpError, InvalidEvent, Unavailable
 from common.event.document import write_json
 from common.event.schema import normalise_event, normalise_in_stages
-from common.http.coding import content_coding, decoded
+from common.http.coding import decoded, is_gzipped
 from common.http.exchange import Exchange
 from common.http.fields import NDJSON, idempotency_key, media_type
 from common.http.parser import Head, Request
@@ -122,7 +122,7 @@ class Api:
                 accepted = b" or ".join(route.takes).decode()
                 fields = (("Accept", accepted.replace(" or ", ", ")),)
                 raise HttpError(415, f"content must be {accepted}, in UTF-8", fields)
-            content_coding(head.content_encoding)
+            is_gzipped(head.content_encoding)  # or else 415
 
     def _authorize(self, head: Head) -> None:
         given = head.authorization
@@ -261,8 +261,10 @@ class Api:
         values[counters.connected] = all(publisher.connected for publisher in publishers)
         values[counters.blocked] = any(publisher.health.is_blocked for publisher in publishers)
         values[counters.stalled] = any(publisher.health.is_stalled for publisher in publishers)
-        values[counters.messages] = sum(publisher.messages_confirmed for publisher in publishers)
-        values[counters.reconnects] = sum(publisher.links_lost for publisher in publishers)
+        for publisher in publishers:  # added up, as a worker continues the counts of the one that it replaces
+            values[counters.messages] += publisher.messages_confirmed
+            values[counters.reconnects] += publisher.links_lost
+            publisher.messages_confirmed = publisher.links_lost = 0
         for index, publisher in zip(counters.partitions_up, publishers, strict=False):
             values[index] = publisher.trouble() is None
 

@@ -42,7 +42,8 @@ async def serve(
 def serve_all(settings: ProducerSettings, inherited: socket.socket | None) -> int:
     """Run WORKERS producers until a signal; return the exit code."""
     counters = Counters(settings.partitions, parse_tokens(settings.api_token))
-    Certificate.load(settings.tls_cert, settings.tls_key)  # so that a bad one is reported once, not by each worker
+    if settings.tls_cert:
+        Certificate(settings.tls_cert, settings.tls_key)  # so that a bad one is reported once, not by each worker
     port = inherited or workers.reserve_port(settings.http_host, settings.http_port)
     rows = workers.shared_rows(settings.workers, counters.metrics.size)
 

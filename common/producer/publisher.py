@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Protocol
 
-from common.amqp.codec import NDJSON, Confirm, Delivery, Part, PublishEncoder, packed_seconds
-from common.amqp.link import Link
+from common.amqp.codec import NDJSON, Confirm, Part, PublishEncoder, packed_seconds
+from common.amqp.link import Link, LinkListener
 from common.amqp.topology import QUEUE_ARGUMENTS, begin_publishing, declare
 from common.amqp.window import ConfirmWindow
 from common.errors import NotConfirmed, OutcomeUnknown, TooLarge, Unavailable
@@ -116,7 +116,7 @@ class _Channel:
         return self._encode_group(b"".join(pieces), uuid.uuid4().hex.encode(), stamp)
 
 
-class Publisher:
+class Publisher(LinkListener):
     """The publisher of one queue, and the listener of its link.
 
     `now` is a monotonic clock, `wall` the Unix time. `call_soon` calls a function at the end of the turn of the event
@@ -264,9 +264,6 @@ class Publisher:
             self._is_blocked.set()
         self.health.block(reason, self._now())
         self._resume_batches()
-
-    def deliveries(self, deliveries: list[Delivery]) -> None:
-        """Ignore them: nothing is consumed on this link."""
 
     def confirms(self, confirms: Sequence[Confirm]) -> None:
         """Tell each event its outcome."""

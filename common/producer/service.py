@@ -82,18 +82,11 @@ class Producer:
         self._settings = settings
         self._shared_port = shared_port
         self._inherited = inherited
-        self._certificate = Certificate.load(settings.tls_cert, settings.tls_key)
+        self._certificate = Certificate(settings.tls_cert, settings.tls_key) if settings.tls_cert else None
         call_soon, limits = asyncio.get_running_loop().call_soon, publisher_limits_of(settings)
         self._publishers = [
-            Publisher(
-                queue_name,
-                limits,
-                time.monotonic,
-                time.time,
-                call_soon,
-                partition if settings.partitions > 1 else None,
-            )
-            for partition, queue_name in enumerate(queue_names(settings.queue_name, settings.partitions))
+            Publisher(name, limits, time.monotonic, time.time, call_soon, k if settings.partitions > 1 else None)
+            for k, name in enumerate(queue_names(settings.queue_name, settings.partitions))
         ]
         turns = Turns(call_soon, time.monotonic)
         self._api = Api(settings, self._publishers, counters, turns, rows or (counters.metrics.values,))
@@ -171,7 +164,7 @@ class Producer:
         try:
             settings = read_again(self._settings, read_file)
             self._api.reload_tokens(settings.api_token)
-        except (SettingError, ValueError) as error:
+        except SettingError as error:
             log.error("%s; the old secrets stay", error)
         else:
             self._settings = settings

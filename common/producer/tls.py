@@ -19,11 +19,6 @@ class Certificate:
         self._key_file = key_file
         self.context = self._load()
 
-    @classmethod
-    def load(cls, cert_file: str, key_file: str) -> Certificate | None:
-        """Load the certificate that is configured; return None without one. Raise StartupError."""
-        return cls(cert_file, key_file) if cert_file else None
-
     def reload(self) -> None:
         """Load both files again for new connections. If they cannot be used, log that and keep the old ones."""
         try:

@@ -99,6 +99,7 @@ def test_two_consumers_without_locks_lose_nothing(stage: SingleStage) -> None:
     assert a.exit_code == 1
     assert len(said(a)) == 1
     stage.take_over()
+    stage.wait_until("enough is accepted", lambda: thread.load.ledger.accepted_events > 500, 60)
     thread.finish(now=True)
     stage.wait_until_stored()
     assert b.stop() == 0

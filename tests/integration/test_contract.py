@@ -127,7 +127,7 @@ def test_a_malformed_event_is_422_that_names_every_fault(producer: Start) -> Non
         ("POST", "/process", {"Content_Type": "application/x-ndjson"}, 415, None),
         ("POST", "/process", {"Content_Type": "application/json; charset=latin-1"}, 415, None),
         ("POST", "/process", {"Content_Type": "application/vnd.x+json; charset=UTF-8"}, 200, None),
-        ("POST", "/process", {"Content_Encoding": "br"}, 415, ("accept-encoding", "gzip, deflate")),
+        ("POST", "/process", {"Content_Encoding": "br"}, 415, ("accept-encoding", "gzip")),
         ("POST", "/process/", {"Content_Encoding": "identity"}, 200, None),
         ("POST", "/process?x=%zz", {"Content_Type": "application/json; charset=us-ascii"}, 200, None),
         ("POST", "/process", {"Idempotency_Key": "a b"}, 400, None),
