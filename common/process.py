@@ -35,8 +35,8 @@ class Collector:
 
     Events and connections are many small objects that form no cycle. Python's own rules, which differ between its
     versions, let hundreds of thousands gather and look at all of them at once. So Python never begins a collection, and
-    what is too much for one is frozen: it is never looked at again, and freed as soon as nothing refers to it. What
-    stays for ever is a cycle that was in use at that moment, such as that of a connection to the broker.
+    what is too much for one is frozen: it is never looked at again, and freed as soon as nothing refers to it. Only a
+    cycle that was in use at that moment stays, such as that of a connection to the broker.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:

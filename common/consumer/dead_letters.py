@@ -22,6 +22,7 @@ from common.event.document import write_json
 from common.event.ids import id_digest
 from common.storage.files import mode_of, naming, open_regular, sync_directory, write_all
 
+MOST_ID_BYTES = 255  # of a message_id (AMQP 0-9-1, 4.2.5.3)
 _ROW = "{:32.32}  {:40.40}  {:24.24}  {:>9}  {}"
 TABLE_HEAD = _ROW.format("ID", "WHY", "WHEN", "SIZE", "FIRST BYTES")
 
@@ -106,10 +107,12 @@ def _line(poison: Poison, when: str) -> bytes:
 
 
 def _text_id(event_id: bytes | None) -> str:
-    try:
-        return uuid.uuid4().hex if event_id is None else event_id.decode()
-    except UnicodeDecodeError:
-        return id_digest(event_id or b"").hex()  # under which the journal would know it
+    if event_id is None:
+        return uuid.uuid4().hex
+    with suppress(UnicodeDecodeError):
+        if len(event_id) <= MOST_ID_BYTES:
+            return event_id.decode()
+    return id_digest(event_id).hex()  # under which the journal would know it
 
 
 # Reading
@@ -123,7 +126,7 @@ def parse(line: bytes) -> Letter:
             base64.b64decode(entry["body_base64"], validate=True) if "body_base64" in entry else entry["body"].encode()
         )
         when, why, letter_id = (entry[name] + "" for name in ("when", "why", "id"))  # TypeError unless all are strings
-        if len(letter_id.encode()) <= 255:  # as a message_id must be
+        if len(letter_id.encode()) <= MOST_ID_BYTES:
             return Letter(when, why, letter_id, body)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass

@@ -95,8 +95,7 @@ class ConsumerService:
     async def close(self) -> None:
         """End everything, drained or not."""
         await end(*self._tasks)
-        release = self._lock.release if self._store is None else self._store.close  # after what the thread still does
-        await asyncio.get_running_loop().run_in_executor(self._thread, release)
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._release)  # after what it still does
         self._thread.shutdown(wait=False)
         self._server.abort()
 
@@ -119,8 +118,7 @@ class ConsumerService:
 
     async def _work(self) -> None:
         """Own the CSV, recover it, and consume."""
-        self._store = await self._opened()
-        self._worker = worker = Worker(self._settings, self._store, self._thread, self._counters)
+        self._worker = worker = Worker(self._settings, await self._opened(), self._thread, self._counters)
         self._tasks.append(worker.running)
         self._counters.metrics.values[self._counters.active] = 1.0
         log.info("rows go to %s", self._settings.csv_file)
@@ -149,9 +147,13 @@ class ConsumerService:
 
     def _open(self) -> Store:
         its = self._settings
-        return Store.open(
+        self._store = Store.open(
             *(its.csv_file, its.dedup_window, its.prefetch_count, log, its.rotate_gzip, self._lock, its.rotate_keep)
         )
+        return self._store
+
+    def _release(self) -> None:
+        (self._lock.release if self._store is None else self._store.close)()
 
     async def _tick(self) -> None:
         while True:

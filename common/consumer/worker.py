@@ -1,8 +1,7 @@
 """The consumer's loop: deliveries in, batches into the store, acks out.
 
-The event loop owns everything here. The store has a thread of its own, one call at a time: prepare a batch, which
-reads the ids that the journal remembers; append it, with its dead letters; rotate; reopen. The event loop only reads
-the committed bytes and the period of the store.
+The store has a thread of its own, one call at a time: prepare a batch, which reads the ids that the journal remembers;
+append it, with its dead letters; rotate; reopen. The event loop owns all else.
 """
 
 from __future__ import annotations

@@ -113,7 +113,8 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._enter(CLOSED, self.now())
-        self._due.clear()
+        while self._due:
+            self._due.popleft().release()
         self.state.pool.leave(self)
 
     def _enter(self, phase: Phase, now: float) -> None:
@@ -129,7 +130,7 @@ class Connection(asyncio.Protocol):
             return
         phase, state = self.phase, self.state
         if phase is not IDLE:
-            if phase is BODY or phase is LINGERING:
+            if phase is BODY or (phase is LINGERING and not state.draining):
                 self.since = after_progress(self.since, len(data), state.now())
             if phase >= LAST:
                 return  # and drop it
@@ -286,8 +287,11 @@ class Connection(asyncio.Protocol):
 
     def flush(self) -> None:
         """Write the answers that are due. Called after each answer."""
-        if not self._pumping and self._write_answers() and not self._waiting and self._pump():
-            self._wait_for_turn()
+        if not self._pumping and self._write_answers() and not self._waiting:
+            turns = self.state.turns
+            turns.worked_since(self.now())  # one confirm can answer thousands, each with a request behind it
+            if self.now() > turns.ends or self._pump():
+                self._wait_for_turn()
 
     def _write_answers(self) -> bool:
         """Write the answers that are due. Return whether there can be more to handle."""

@@ -55,22 +55,22 @@ class Exchange:
         self._held_bytes = 0
 
     def hold(self, size_bytes: int) -> None:
-        """Count memory of the request until its answer. Raise HttpError 503 when all connections hold too much."""
+        """Count memory until the answer is written. Raise HttpError 503 when all connections hold too much."""
         more_bytes = size_bytes - self._held_bytes
         self._held_bytes = size_bytes
         self.client.hold(more_bytes)
 
-    def answer(self, status: int, body: bytes, content_type: bytes = JSON, extra: bytes = b"") -> None:
-        """Answer the request. `extra` is whole header lines, each with its CRLF. Nothing is sent to a client that left.
+    def release(self) -> None:
+        if self._held_bytes:
+            self.client.hold(-self._held_bytes)
+            self._held_bytes = 0
 
-        Raise RuntimeError if it has an answer.
-        """
+    def answer(self, status: int, body: bytes, content_type: bytes = JSON, extra: bytes = b"") -> None:
+        """Answer the request, once. `extra` is whole header lines. Nothing is sent to a client that left."""
         if self.response is not None:
             raise RuntimeError("an exchange is answered once")
         self.response = status, body, content_type, extra + self.fields if self.fields else extra
         client = self.client
-        if self._held_bytes:
-            client.hold(-self._held_bytes)
         client.application.answered(self, status)
         client.flush()
 
@@ -85,6 +85,7 @@ class Exchange:
         `date` is an IMF-fixdate (RFC 9110 section 5.6.7).
         """
         assert self.response is not None
+        self.release()
         status, body, content_type, extra = self.response
         head = self.head
         prefix = _prefix(status, content_type, date, self.close, head is not None and head.http10)

@@ -31,7 +31,6 @@ from common.producer.routes import OTHER, ROUTES
 
 log = logging.getLogger("predlog.http")
 
-HTML = b"text/html; charset=utf-8"
 PAGE = Path(__file__).parent / "page.html"
 OPENAPI = Path(__file__).parent / "openapi.json"
 # A plain event of this size costs less than a slice, whatever is in it.
@@ -225,7 +224,7 @@ class Api:
         exchange.answer(200, self._document)
 
     def _docs(self, request: Request, exchange: Exchange) -> None:
-        exchange.answer(200, self._page, HTML, self._page_headers)
+        exchange.answer(200, self._page, b"text/html; charset=utf-8", self._page_headers)
 
     def not_ready(self) -> str:
         """Return why no event can be accepted now, or "" if one can."""

@@ -1,7 +1,4 @@
-"""What one publisher knows of its broker: whether it takes events, and whether its link should be left.
-
-Pure: whoever calls gives the time, in seconds of a monotonic clock.
-"""
+"""What one publisher knows of its broker: whether it takes events, and whether its link should be left. Pure."""
 
 from __future__ import annotations
 
@@ -28,7 +25,7 @@ _OF_ONE_PARTITION = ("broker_away", "stalled")
 
 
 class BrokerHealth:
-    """The state of the broker as its link and its confirms show it.
+    """The state of the broker as its link and its confirms show it. `now` is a monotonic clock, in seconds.
 
     `trouble` is why no event can be accepted now, or None. `partition` is None for the only queue; otherwise trouble
     with the queue is reported as that of one partition.
@@ -97,6 +94,8 @@ class BrokerHealth:
         """
         if self.is_blocked:
             return ""
+        if since is None and self.is_stalled and self._nacked_since is None:
+            return self._why["stalled"]  # without an event in flight, only another link can end the stall
         silent_seconds = 0.0 if since is None else now - max(since, self._progress_at)
         if silent_seconds >= self._confirm_timeout:
             return f"no confirm for {self._confirm_timeout:g} s"

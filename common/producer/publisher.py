@@ -257,6 +257,7 @@ class Publisher(LinkListener):
         self._channel = None  # with its window: late confirms mean nothing
         for event in list(self._in_flight):
             self._fail(event, OutcomeUnknown())
+        self._resume_batches()
 
     def blocked(self, reason: str) -> None:
         """Refuse events while the broker reads none, during a memory or disk alarm."""

@@ -138,7 +138,6 @@ class Journal:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-        self._mark.close()
 
     def _remember(self, ids: Sequence[bytes], packed: bytes) -> None:
         self._ids.update(ids)
@@ -164,10 +163,10 @@ class Journal:
         write_all(fd, b"\n" + fence)  # a torn commit may come before it
         os.fsync(fd)
         os.lseek(fd, position, os.SEEK_SET)  # appending has moved it
-        if not read_lines(file, reading, fence):
-            raise OSError(errno.EBUSY, "was changed while it was read")
-        status = os.fstat(fd)
+        came, status = read_lines(file, reading, fence), os.fstat(fd)
         self._place = status.st_dev, status.st_ino, file.tell()
+        if not (came and self._is_untouched()):  # another run goes on beside it, perhaps in another file
+            raise OSError(errno.EBUSY, "was changed while it was read")
 
     def _is_untouched(self) -> bool:
         """Tell whether the journal is as this run left it."""
@@ -195,7 +194,7 @@ class Journal:
 
     def _replace(self, commit: bytes, new_bytes: int) -> None:
         """Write a new journal: the ids that stay in the window beside `new_bytes` of new ones, then the commit."""
-        self.close()  # also the mark, as the folder may be a new one
+        self.close()
         new = f"{self.path}.new"
         fd = open_regular(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, self.mode)
         try:

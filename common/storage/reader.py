@@ -13,6 +13,7 @@ import time
 import zlib
 from collections.abc import Iterator
 from contextlib import suppress
+from io import FileIO
 from typing import NamedTuple
 
 from common.errors import StartupError
@@ -40,7 +41,6 @@ class MarkFile:
         self.last = NOTHING
         self._csv_path = csv_path
         self._path = f"{csv_path}.committed"
-        self._fd = -1
 
     def load(self) -> Mark:
         """Return what the last run wrote. Raise OSError."""
@@ -52,25 +52,19 @@ class MarkFile:
         self.last = mark  # a failed write may have reached the disk
         text = b'{"inode": %d, "committed_bytes": %d, "generation": %d' % mark
         line = b'%b, "crc32": %d}' % (text, zlib.crc32(text))
-        with naming(self._path):
-            os.pwrite(self._open(), line.ljust(_LINE_BYTES - 1) + b"\n", 0)
+        with self._open() as file, naming(self._path):
+            file.write(line.ljust(_LINE_BYTES - 1) + b"\n")
 
     def clear(self) -> None:
         """Let the mark say nothing, durably. Raise OSError."""
-        with naming(self._path):
-            os.ftruncate(self._open(), 0)
-            os.fsync(self._fd)
+        with self._open() as file, naming(self._path):
+            os.ftruncate(file.fileno(), 0)
+            os.fsync(file.fileno())
         self.last = NOTHING
 
-    def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-    def _open(self) -> int:
-        if self._fd < 0:
-            self._fd = open_regular(self._path, os.O_RDWR | os.O_CREAT, 0o644)
-        return self._fd
+    def _open(self) -> FileIO:
+        """Open the file that is at the path now, or make one, since anyone can remove it."""
+        return FileIO(open_regular(self._path, os.O_RDWR | os.O_CREAT, 0o644), "r+")
 
 
 def read_mark(csv_path: str) -> Mark:

@@ -78,7 +78,7 @@ def decide(journal: LastRun | Corrupt | None, file: FileFacts) -> Plan:
         return Plan(set_journal_aside=journal.outdated, note=NO_JOURNAL)
     plan = Plan()
     known = file.intact and _is_known(file, journal)
-    if not journal.clean and (file.device, file.inode) != (state.device, state.inode):
+    if not (journal.clean or journal.outdated) and (file.device, file.inode) != (state.device, state.inode):
         plan = Plan(cut_renamed=state, not_found="" if known else MOVED_AWAY.format(state.committed_bytes))
     more = file.size - state.committed_bytes
     # A run that ended in order left nothing uncommitted: the rest may be committed rows, and the journal a copy.

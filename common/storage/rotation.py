@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import threading
+import uuid
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -77,7 +78,7 @@ def remove_oldest(csv_path: str, keep: int) -> list[str]:
 
 def tend(csv_path: str, keep: int, compresses: bool, log: logging.Logger) -> None:
     """Remove all but the latest `keep` rotated files (0: none), and compress the others."""
-    part = f"{csv_path}.gz.part"
+    part = f"{csv_path}.{uuid.uuid4().hex}.gz.part"  # another consumer can still be at work here
     with _tending:
         try:
             for path in remove_oldest(csv_path, keep):

@@ -281,7 +281,7 @@ def _recover(path: str, journal: Journal, notes: list[str]) -> tuple[CsvFile, Fi
 def _remove_leftovers(csv_path: str) -> None:
     """Remove temporary files that a crash left, and what only predlog 1.0 used. Raise OSError."""
     stem, suffix = map(escape, os.path.splitext(csv_path))
-    patterns = [f"{stem}{suffix}{end}" for end in (".gz.part", ".uncommitted-*.part", ".journal.new", ".journal.mark")]
+    patterns = [f"{stem}{suffix}{end}" for end in ("*.gz.part", ".uncommitted-*.part", ".journal.new", ".journal.mark")]
     for pattern in [*patterns, f"{stem}-[0-9]*T[0-9]*Z*{suffix}.gz.part"]:
         for path in glob(pattern):
             os.unlink(path)

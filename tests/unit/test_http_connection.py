@@ -443,6 +443,17 @@ def test_what_an_exchange_holds_counts_until_its_answer(server: Server) -> None:
         assert server.state.pool.held_bytes == 0
 
 
+def test_an_answer_behind_one_that_is_due_counts_as_memory(server: Server) -> None:
+    connection, _ = server.connect()
+    connection.data_received(LATER + LATER)
+    first, second = server.waiting
+    second.hold(400_000)
+    second.answer(200, b"")
+    assert server.state.pool.held_bytes == 400_000
+    first.answer(200, b"")
+    assert server.state.pool.held_bytes == 0
+
+
 def test_who_waits_for_a_turn_does_not_count_as_stalled(server: Server) -> None:
     """It is our delay, not the client's: its connection is not closed in favour of another."""
     (waiting, transport), (slow, _) = server.connect(), server.connect()
