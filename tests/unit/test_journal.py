@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 import shutil
@@ -125,6 +126,30 @@ def test_a_commit_cut_short_after_it_was_done_is_told(path: Path) -> None:
         again = open_journal(path)
         assert again.load() == LastRun(STATE, False, GONE)
         assert again.seen(*ids(1))
+
+
+def test_a_mark_that_was_removed_is_written_again(path: Path) -> None:
+    journal = open_journal(path)
+    journal.commit(STATE, ids(1))
+    mark_of(path).unlink()
+    journal.commit(STATE._replace(committed_bytes=99), ids(2))
+    assert json.loads(mark_of(path).read_text())["committed_bytes"] == 99
+
+
+def test_a_journal_replaced_while_it_is_read_is_read_again(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fence of the new run is in the old file, and a run without a working lock goes on in another."""
+    open_journal(path).commit(STATE, ids(1))
+    read_lines = journal_module.read_lines
+
+    def replaced(*arguments: Any) -> bool:
+        monkeypatch.setattr(journal_module, "read_lines", read_lines)
+        os.replace(shutil.copy(path, path.with_name("copy")), path)
+        return read_lines(*arguments)
+
+    monkeypatch.setattr(journal_module, "read_lines", replaced)
+    with pytest.raises(OSError, match="was changed while it was read"):
+        open_journal(path).load()
+    assert open_journal(path).load() == LastRun(STATE, False, "")
 
 
 @pytest.mark.parametrize("mark", [b"", b"\0" * 110, b"0000000a {}", b"not a mark\n"])

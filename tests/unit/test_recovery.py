@@ -71,6 +71,7 @@ TABLE: list[tuple[str, LastRun | Corrupt | None, FileFacts, Plan]] = [
     ("rows in our file, none committed", NO_ROWS_CRASHED, csv(500), Plan(continue_after=ONLY_HEADER)),
     ("a CSV with rows over ours, which had none", NO_ROWS_CLEAN, csv(500), Plan(note=REPLACED)),
     ("a CSV for ours without rows", NO_ROWS_CRASHED, csv(500, inode=3), LOOK_TOO._replace(note=REPLACED)),
+    ("a CSV put back with an outdated journal", OUTDATED[0], csv(inode=3), CONTINUE),  # another file may have more
     ("a corrupt journal", Corrupt("a bad line"), csv(intact=False), weaker("a bad line")),
     ("a corrupt journal and no CSV", Corrupt("empty"), NEW, weaker("empty")),
     ("a journal whose end is gone", OUTDATED[0], csv(1200), weaker(GONE)),

@@ -123,3 +123,13 @@ def test_one_glob_finds_the_rotated_files_and_no_other() -> None:
     names += [f"data.csv{end}-20260101T000000Z" for end in (".uncommitted", ".journal.corrupt")]
     assert fnmatch.filter(names, "data*-*.csv*") == stem
     assert fnmatch.filter(names, "data-*.csv*") == stem[:2]
+
+
+def test_what_another_consumer_compresses_is_left_to_it(tmp_path: Path) -> None:
+    """One that has just given up its lock can still be at work."""
+    csv, its_part = tmp_path / "data.csv", tmp_path / "data.csv.abc.gz.part"
+    (tmp_path / "data-20261129T000000Z.csv").write_text("rows")
+    its_part.write_text("half")
+    rotation.tend(str(csv), 0, True, log)
+    assert its_part.read_text() == "half"
+    assert sorted(os.listdir(tmp_path)) == ["data-20261129T000000Z.csv.gz", "data.csv.abc.gz.part"]
