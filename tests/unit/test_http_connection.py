@@ -24,7 +24,7 @@ from common.http.phases import (
 )
 from common.http.pool import MOST_LEAVING, SILENT_SECONDS
 from common.http.server import SWEEP_SECONDS, HttpServer
-from common.http.turns import Turns
+from common.http.turns import TURN_SECONDS, Turns
 from tests.support.transport import FakeTransport
 
 LIMITS = ServerLimits(
@@ -452,6 +452,20 @@ def test_an_answer_behind_one_that_is_due_counts_as_memory(server: Server) -> No
     assert server.state.pool.held_bytes == 400_000
     first.answer(200, b"")
     assert server.state.pool.held_bytes == 0
+
+
+def test_many_answers_at_once_give_the_loop_back() -> None:
+    """One confirm can answer thousands, each with a request behind it that costs less than a slice."""
+    server = Server(replace(LIMITS, connections=100, pipelined=1))
+    for _ in range(50):
+        connection, _ = server.connect()
+        connection.data_received(LATER + GET)
+    server.slow_seconds, began, waiting = 0.001, server.now, list(server.waiting)
+    for exchange in waiting:
+        exchange.answer(200, b"")
+    assert server.now - began < 3 * TURN_SECONDS
+    server.run()
+    assert server.now - began > 0.049
 
 
 def test_who_waits_for_a_turn_does_not_count_as_stalled(server: Server) -> None:
