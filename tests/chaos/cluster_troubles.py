@@ -78,9 +78,26 @@ class ClusterTrouble(Trouble):
             self.stage.wait_until(f"{service.name} is ready with {what}", service.is_ready_or_raise, FAILOVER_SECONDS)
         self.note(f"ready with {what}", time.monotonic() - began)
 
+    def wait_for_rows(self, what: str) -> None:
+        """Every partition gets rows while a node is away; notes how long that takes.
+
+        Without consumer_disconnected_timeout, RabbitMQ 4.3 delivers nothing to some for a minute.
+        """
+        began = time.monotonic()
+        paths = [csv.with_name(f"{csv.name}.committed") for csv in self.stage.queues.values()]
+        marks = {path: path.stat().st_mtime_ns for path in paths}
+        for mark, before in marks.items():
+            self.stage.wait_until(f"{mark.name} moves with {what}", partial(_moved, mark, before), FAILOVER_SECONDS / 2)
+        self.note(f"rows in every partition with {what}", time.monotonic() - began)
+
+
+def _moved(path: Path, before: int) -> bool:
+    return path.stat().st_mtime_ns != before
+
 
 def kill_node(trouble: ClusterTrouble) -> None:
     trouble.kill(trouble.node())
+    trouble.wait_for_rows("a node killed")
     trouble.fail_over("a node killed")
 
 
