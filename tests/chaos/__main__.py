@@ -147,8 +147,9 @@ class _Display:
     def _poll(self) -> None:
         if time.monotonic() >= self._metrics_due:
             self._metrics_due = time.monotonic() + METRICS_SECONDS
-            stored = sum(service.metrics()["predlog_rows_total"] for service in self._stage.services)
-            self.samples.append(Sample(self.seconds, self._load.accepted_predictions, stored))
+            for service in self._stage.services:
+                service.metrics()
+            self.samples.append(Sample(self.seconds, self._load.accepted_predictions))
         answers = self._load.ledger.answers
         others = sum(answers.values()) - answers[200]
         p99_ms = percentile(self._load.recent_seconds, 99) * 1000
@@ -320,7 +321,7 @@ def draw(report: Report, path: Path) -> None:
     kills = sum(mark.kills for mark in report.marks)
     accepted, rows = report.load.ledger.accepted_events, report.verdict.rows
     title = f"{kills} kills, {accepted:,} events answered 200, {rows:,} rows in the CSV: {findings}"
-    picture.draw(path, title, report.samples, report.marks)
+    picture.draw(path, title, report.samples, report.marks, rows)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The picture of a chaos run: predictions answered 200 and rows stored over time, and a mark for each trouble."""
+"""The picture of a chaos run: predictions answered 200 over time, the rows at the end, and a mark for each trouble."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ class Sample(NamedTuple):
 
     seconds: float
     answered: int  # predictions of events that were answered 200
-    stored: int  # rows, as far as the consumers' metrics were read before they were killed
 
 
 class Mark(NamedTuple):
@@ -29,12 +28,14 @@ class Mark(NamedTuple):
     kills: bool
 
 
-def draw(path: Path, title: str, samples: list[Sample], marks: list[Mark]) -> None:
+def draw(path: Path, title: str, samples: list[Sample], marks: list[Mark], rows: int) -> None:
     """Write an SVG file."""
     figure, axes = pyplot.subplots(figsize=(12, 3.4), layout="constrained")
     seconds = [sample.seconds for sample in samples]
     axes.plot(seconds, [each.answered for each in samples], color="#0b6bcb", label="predictions answered 200")
-    axes.plot(seconds, [each.stored for each in samples], color="#d9822b", linestyle="--", label="rows in the CSV")
+    axes.plot(
+        seconds[-1:], [rows] * len(seconds[-1:]), "o", color="#d9822b", label=f"{rows:,} rows in the CSV at the end"
+    )
     for kills, colour, label in ((True, "#c03030", "kill -9"), (False, "#9aa4ae", "another trouble")):
         at = [mark.seconds for mark in marks if mark.kills == kills]
         axes.plot(at, [0] * len(at), "|", color=colour, markersize=14, markeredgewidth=1.2, label=label, clip_on=False)
