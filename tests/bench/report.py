@@ -74,8 +74,7 @@ TOPICS = (
         "`wrk -t1`, closed loop, as many requests as are answered; RabbitMQ on the same cores. All answer only after "
         "the publisher confirm of a persistent message in a quorum queue. *mq-bridge* validates nothing, echoes "
         "nothing, and its messages have no id and are not mandatory; it runs with its defaults and *tuned*, in the "
-        "best combination of its settings that was found. *plain aiormq* is predlog's own HTTP server and API with "
-        "`channel.basic_publish` instead of the fast lane. *The floor* is the smallest program on uvloop and orjson "
+        "best combination of its settings that was found. *The floor* is the smallest program on uvloop and orjson "
         "that reads a request, publishes its event and echoes it, and checks neither. *RabbitMQ alone* takes "
         "pre-encoded frames, one event a message, from a bare socket with 4,096 unconfirmed. predlog can be faster: "
         "under load it puts several events into one message. *One event a message* is predlog with "
@@ -97,8 +96,7 @@ TOPICS = (
     Topic(
         "consumer", "Consumer: queue → CSV",
         "The drain of a backlog, measured from the first row in the file to the last; the size of the file is "
-        "checked. predlog syncs and remembers every batch before it acks; the baseline only flushes. *plain aiormq* "
-        "is predlog's own store with `basic_consume` and `basic_ack` instead of the fast lane. *RabbitMQ alone* "
+        "checked. predlog syncs and remembers every batch before it acks; the baseline only flushes. *RabbitMQ alone* "
         "delivers and takes an ack for every 256 messages, and nothing is done with them. predlog's small events were "
         "posted on 256 connections, so they share messages as under load; *one event a message* and all others "
         "read a queue in which each event is a message of its own.",

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 PREDLOG, BASELINE = "predlog", "FastAPI + aio-pika"
 SINGLE = "predlog, one event a message"  # EVENTS_PER_MESSAGE=1
 BRIDGE, BRIDGE_TUNED = "mq-bridge (Rust)", "mq-bridge (Rust), tuned"
-PLAIN, FLOOR, LIMIT = "plain aiormq", "the floor", "RabbitMQ alone"
+FLOOR, LIMIT = "the floor", "RabbitMQ alone"
 
 SMALL, IMAGES = "small events", "5 images of 20 KB"
 IMAGES_CASE = f"32 connections, {IMAGES}"  # of the producer; its small events have the number of connections only

@@ -25,7 +25,6 @@ from tests.bench.results import (
     IMAGES_CASE,
     LIMIT,
     MANY,
-    PLAIN,
     PREDLOG,
     SINGLE,
     SMALL,
@@ -53,7 +52,7 @@ HIGHEST_OFFERED = 0.8  # of what predlog itself has taken at most
 
 # A backlog that takes about a second, on two cores.
 BACKLOG = {
-    SMALL: {PREDLOG: 50_000, SINGLE: 50_000, BASELINE: 5_000, PLAIN: 20_000},
+    SMALL: {PREDLOG: 50_000, SINGLE: 50_000, BASELINE: 5_000},
     IMAGES: {PREDLOG: 1_500, BASELINE: 400},
 }
 
@@ -65,12 +64,12 @@ def producer(stage: Stage, _: Results) -> Iterator[Record]:
     small, images = events.small(), events.with_frames()
     cases = (
         ("1 connection", small, 1, (*SUBJECTS, SINGLE)),
-        (FEW, small, 32, (*SUBJECTS, SINGLE, *BRIDGES, PLAIN, FLOOR)),
+        (FEW, small, 32, (*SUBJECTS, SINGLE, *BRIDGES, FLOOR)),
         (MANY, small, 256, (*SUBJECTS, SINGLE, *BRIDGES, FLOOR)),
-        (IMAGES_CASE, images, 32, (*SUBJECTS, *BRIDGES, PLAIN, FLOOR)),
+        (IMAGES_CASE, images, 32, (*SUBJECTS, *BRIDGES, FLOOR)),
     )
     limits = {MANY: 20_000, IMAGES_CASE: 500}  # messages for each second of measuring
-    with _producers(stage, *SUBJECTS, SINGLE, *BRIDGES, PLAIN, FLOOR) as running, stage.queue("bench-limit") as limit:
+    with _producers(stage, *SUBJECTS, SINGLE, *BRIDGES, FLOOR) as running, stage.queue("bench-limit") as limit:
         for case, messages, connections, subjects in cases:
             file = load.write_bodies(messages, stage.folder / "bodies.jsonl")
             for subject in subjects:

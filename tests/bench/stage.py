@@ -17,7 +17,7 @@ from tests.bench import load
 from tests.bench.bare_amqp import BareConnection, blobs
 from tests.bench.events import Load
 from tests.bench.process import Process
-from tests.bench.results import BASELINE, BRIDGE, BRIDGE_TUNED, FLOOR, PLAIN, PREDLOG, SINGLE
+from tests.bench.results import BASELINE, BRIDGE, BRIDGE_TUNED, FLOOR, PREDLOG, SINGLE
 
 PROGRAMS: dict[str, dict[str, tuple[str, ...]]] = {
     PREDLOG: {"producer": ("producer.py",), "consumer": ("consumer.py",)},
@@ -28,10 +28,6 @@ PROGRAMS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     BRIDGE: {"producer": ("-m", "tests.bench.baseline_bridge")},
     BRIDGE_TUNED: {"producer": ("-m", "tests.bench.baseline_bridge", "tuned")},
-    PLAIN: {
-        "producer": ("-m", "tests.bench.plain_producer"),
-        "consumer": ("-m", "tests.bench.plain_consumer"),
-    },
     FLOOR: {"producer": ("-m", "tests.bench.floor_producer")},
 }
 SETTINGS = {SINGLE: {"EVENTS_PER_MESSAGE": "1"}}

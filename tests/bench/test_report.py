@@ -14,7 +14,6 @@ from tests.bench.results import (
     FEW,
     FLOOR,
     HALF_LOAD,
-    PLAIN,
     PREDLOG,
     SINGLE,
     SMALL,
@@ -22,10 +21,10 @@ from tests.bench.results import (
     Results,
 )
 
-RATES = {PREDLOG: 10_000.0, SINGLE: 6000.0, BRIDGE_TUNED: 5000.0, BASELINE: 1000.0, PLAIN: 4000.0, FLOOR: 8000.0}
+RATES = {PREDLOG: 10_000.0, SINGLE: 6000.0, BRIDGE_TUNED: 5000.0, BASELINE: 1000.0, FLOOR: 8000.0}
 
 
-CPU_US = {PREDLOG: 50.0, SINGLE: 60.0, BRIDGE_TUNED: 40.0, BASELINE: 700.0, PLAIN: 100.0, FLOOR: 34.0}
+CPU_US = {PREDLOG: 50.0, SINGLE: 60.0, BRIDGE_TUNED: 40.0, BASELINE: 700.0, FLOOR: 34.0}
 
 
 def made_up(rate: float = 10_000.0) -> Results:
