@@ -30,7 +30,7 @@ PROGRAMS: dict[str, dict[str, tuple[str, ...]]] = {
     BRIDGE_TUNED: {"producer": ("-m", "tests.bench.baseline_bridge", "tuned")},
     FLOOR: {"producer": ("-m", "tests.bench.floor_producer")},
 }
-SETTINGS = {SINGLE: {"EVENTS_PER_MESSAGE": "1"}}
+SETTINGS = {SINGLE: {"EVENTS_PER_MESSAGE": "1"}, BASELINE: {"PREFETCH_COUNT": "2000"}}
 SUBJECTS = (PREDLOG, BASELINE)
 BRIDGES = (BRIDGE, BRIDGE_TUNED) if importlib.util.find_spec("mq_bridge") else ()
 
@@ -94,16 +94,16 @@ class Stage:
             yield Producer(process, port, queue)
 
     @contextlib.contextmanager
-    def consumer(self, subject: str, queue: str, csv_file: Path, **settings: str) -> Iterator[Consumer]:
+    def consumer(self, subject: str, queue: str, csv_file: Path, **given: str) -> Iterator[Consumer]:
         """A consumer that was just started on `csv_file`."""
         port = free_port()
         settings = {
             "AMQP_URL": self.amqp_url,
             "QUEUE_NAME": queue,
             "CSV_FILE": str(csv_file),
-            "PREFETCH_COUNT": "2000",
             "HEALTH_PORT": str(port),
-        } | settings
+        }
+        settings |= SETTINGS.get(subject, {}) | given
         command = (sys.executable, *PROGRAMS[subject]["consumer"])
         with Process(command, settings, self.folder / "consumer.log") as process:
             yield Consumer(process, port)
