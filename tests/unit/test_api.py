@@ -119,7 +119,7 @@ def test_a_batch_waits_for_the_window_and_leaves_half_of_it() -> None:
 
 
 def test_a_batch_that_finds_no_room_in_time_is_refused() -> None:
-    producer = FakeProducer(confirm_timeout_ms=1)
+    producer = FakeProducer(confirm_timeout_ms=500)
     producer.lanes[0].congested = True
     assert producer.send(batch(3)) == []
     answers: list[Answer] = []
