@@ -20,7 +20,7 @@ from common.amqp.properties import readable_properties
 from common.consumer.prepare import Poison
 from common.event.document import write_json
 from common.event.ids import id_digest
-from common.storage.files import mode_of, naming, open_regular, sync_directory, write_all
+from common.storage.files import is_at, mode_of, naming, open_regular, sync_directory, write_all
 
 MOST_ID_BYTES = 255  # of a message_id (AMQP 0-9-1, 4.2.5.3)
 _ROW = "{:32.32}  {:40.40}  {:24.24}  {:>9}  {}"
@@ -84,14 +84,6 @@ def _append(fd: int, path: str, lines: Sequence[bytes]) -> None:
         with suppress(OSError):
             os.ftruncate(fd, size)
         raise
-
-
-def is_at(fd: int, path: str) -> bool:
-    """Tell whether the open file is the one at `path`."""
-    try:
-        return os.path.samestat(os.fstat(fd), os.stat(path))
-    except FileNotFoundError:
-        return False
 
 
 def _line(poison: Poison, when: str) -> bytes:

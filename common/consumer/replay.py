@@ -27,7 +27,7 @@ from common.consumer import dead_letters
 from common.consumer.dead_letters import TABLE_HEAD, printable, table_row
 from common.consumer.leftovers import Deaf, messages_in
 from common.errors import StartupError
-from common.storage.files import explain_os_error, naming, sync_directory
+from common.storage.files import explain_os_error, is_at, naming, sync_directory
 
 PAGE_LETTERS = 16  # in memory and in flight at one time; each can have many megabytes
 CONFIRM_TIMEOUT_SECONDS = 30.0  # of a page
@@ -129,7 +129,7 @@ async def _pages_of_file(path: str) -> AsyncIterator[tuple[list[Message], int]]:
             yield [(letter.body, _properties(letter.id, "application/json")) for letter in letters], len(begins) - 1
             with naming(path):
                 os.ftruncate(file.fileno(), begins[first])
-        if dead_letters.is_at(file.fileno(), _taken(path)):
+        if is_at(file.fileno(), _taken(path)):
             os.unlink(_taken(path))
 
 
@@ -167,7 +167,7 @@ def _take(path: str) -> int:
     fd = os.open(source, os.O_RDWR)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not dead_letters.is_at(fd, source) or (source == path and os.path.exists(taken)):
+        if not is_at(fd, source) or (source == path and os.path.exists(taken)):
             raise BlockingIOError
         if source == path:
             os.rename(path, taken)

@@ -61,9 +61,8 @@ class Exchange:
         self.client.hold(more_bytes)
 
     def release(self) -> None:
-        if self._held_bytes:
-            self.client.hold(-self._held_bytes)
-            self._held_bytes = 0
+        self.client.hold(-self._held_bytes)
+        self._held_bytes = 0
 
     def answer(self, status: int, body: bytes, content_type: bytes = JSON, extra: bytes = b"") -> None:
         """Answer the request, once. `extra` is whole header lines. Nothing is sent to a client that left."""
@@ -85,7 +84,8 @@ class Exchange:
         `date` is an IMF-fixdate (RFC 9110 section 5.6.7).
         """
         assert self.response is not None
-        self.release()
+        if self._held_bytes:
+            self.release()
         status, body, content_type, extra = self.response
         head = self.head
         prefix = _prefix(status, content_type, date, self.close, head is not None and head.http10)
@@ -95,7 +95,7 @@ class Exchange:
         if head is not None and head.method == b"HEAD":
             body = b""
         if len(body) <= JOINED_BYTES:
-            return (b"%b%d\r\n%b\r\n%b" % (prefix, content_bytes, extra, body),)
+            return (b"".join((prefix, b"%d\r\n" % content_bytes, extra, b"\r\n", body)),)
         return b"%b%d\r\n%b\r\n" % (prefix, content_bytes, extra), body
 
     def seconds(self) -> float:

@@ -26,7 +26,7 @@ from common.producer import openapi
 from common.producer.intake import PARSED_FACTOR, Batch, Intake, retry_after
 from common.producer.metrics import Counters
 from common.producer.origins import Origins
-from common.producer.publisher import Publisher
+from common.producer.publisher import Counts, Publisher
 from common.producer.routes import OTHER, ROUTES
 
 log = logging.getLogger("predlog.http")
@@ -235,7 +235,7 @@ class Api:
 
     def _troubles(self) -> list[Unavailable | None]:
         """Return why each partition takes no event now, and None for one that does."""
-        return [publisher.trouble() for publisher in self._publishers]
+        return [publisher.health.trouble for publisher in self._publishers]
 
     # Metrics
 
@@ -261,11 +261,14 @@ class Api:
         values[counters.blocked] = any(publisher.health.is_blocked for publisher in publishers)
         values[counters.stalled] = any(publisher.health.is_stalled for publisher in publishers)
         for publisher in publishers:  # added up, as a worker continues the counts of the one that it replaces
-            values[counters.messages] += publisher.messages_confirmed
-            values[counters.reconnects] += publisher.links_lost
-            publisher.messages_confirmed = publisher.links_lost = 0
+            counts, publisher.counts = publisher.counts, Counts()
+            values[counters.messages] += counts.messages
+            values[counters.events] += counts.events
+            values[counters.predictions] += counts.rows
+            values[counters.event_bytes] += counts.event_bytes
+            values[counters.reconnects] += counts.links_lost
         for index, publisher in zip(counters.partitions_up, publishers, strict=False):
-            values[index] = publisher.trouble() is None
+            values[index] = publisher.health.trouble is None
 
     def tick(self, connections: int) -> None:
         """Act on time-outs, and set the gauges for whichever worker is scraped. Call it ten times a second."""

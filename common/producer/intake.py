@@ -49,15 +49,6 @@ class Intake:
             error.__traceback__ = None
             exchange.fail(self.as_http(error))
 
-    def count(self, event: NormalEvent, seconds: float) -> None:
-        """Count an event that was confirmed `seconds` after it was sent."""
-        counters = self._counters
-        values = counters.metrics.values
-        values[counters.events] += 1.0
-        values[counters.predictions] += event.rows
-        values[counters.event_bytes] += len(event.body)
-        counters.confirm_seconds.observe(seconds)
-
     def as_http(self, error: NotConfirmed) -> HttpError:
         """Return the answer for an event that was not confirmed; count a refusal by its reason."""
         if isinstance(error, Unavailable):
@@ -70,17 +61,15 @@ class Intake:
 class _Post(Publication):
     """The event of a POST /process."""
 
-    __slots__ = ("_event", "_exchange", "_intake")
+    __slots__ = ("_exchange", "_intake")
 
     def __init__(self, event: NormalEvent, message_id: bytes, intake: Intake, exchange: Exchange) -> None:
-        self.body = event.body
+        self.body, _, self.rows = event
         self.message_id = message_id
-        self._event = event
         self._intake = intake
         self._exchange = exchange
 
-    def confirmed(self, seconds: float) -> None:
-        self._intake.count(self._event, seconds)
+    def confirmed(self) -> None:
         self._exchange.answer(200, self.body)
 
     def failed(self, error: NotConfirmed) -> None:
@@ -143,24 +132,22 @@ class Batch:
 
 
 def _is_full(publisher: Publisher) -> bool:
-    return publisher.trouble() is None and not publisher.has_room_for_batch()
+    return publisher.health.trouble is None and not publisher.has_room_for_batch()
 
 
 class _BatchEvent(Publication):
     """One event of a batch."""
 
-    __slots__ = ("_batch", "_event", "_intake", "_position")
+    __slots__ = ("_batch", "_intake", "_position")
 
     def __init__(self, event: NormalEvent, message_id: bytes, intake: Intake, batch: Batch, position: int) -> None:
-        self.body = event.body
+        self.body, _, self.rows = event
         self.message_id = message_id
-        self._event = event
         self._intake = intake
         self._batch = batch
         self._position = position
 
-    def confirmed(self, seconds: float) -> None:
-        self._intake.count(self._event, seconds)
+    def confirmed(self) -> None:
         self._batch.settle(self._position, _ACCEPTED)
 
     def failed(self, error: NotConfirmed) -> None:

@@ -49,17 +49,18 @@ class Lane(Protocol):
 class Publication(ABC):
     """An event in flight. Exactly one of the two methods is called, once."""
 
-    __slots__ = ("body", "message_id", "sent_before", "since")
+    __slots__ = ("body", "message_id", "rows", "sent_before", "since")
 
     body: bytes
     message_id: bytes
+    rows: int
     # Set by the publisher:
     since: float  # when it was published first
     sent_before: bool  # on a link that was lost
 
     @abstractmethod
-    def confirmed(self, seconds: float) -> None:
-        """Take note that the broker has the event on disk, `seconds` after it was first sent."""
+    def confirmed(self) -> None:
+        """Take note that the broker has the event on disk."""
 
     @abstractmethod
     def failed(self, error: NotConfirmed) -> None:
@@ -74,6 +75,17 @@ class PublisherLimits:
     unconfirmed_bytes: int
     confirm_timeout_seconds: float
     events_per_message: int
+
+
+@dataclass(slots=True)
+class Counts:
+    """What the broker has confirmed, and how often its connection was lost."""
+
+    messages: int = 0
+    events: int = 0
+    rows: int = 0
+    event_bytes: int = 0
+    links_lost: int = 0
 
 
 class _Channel:
@@ -120,7 +132,7 @@ class Publisher(LinkListener):
     """The publisher of one queue, and the listener of its link.
 
     `now` is a monotonic clock, `wall` the Unix time. `call_soon` calls a function at the end of the turn of the event
-    loop. `partition` is None for the only queue.
+    loop. `observe` takes the seconds from an event's publish to its confirm. `partition` is None for the only queue.
     """
 
     def __init__(
@@ -130,19 +142,20 @@ class Publisher(LinkListener):
         now: Callable[[], float],
         wall: Callable[[], float],
         call_soon: Callable[[Callable[[], None]], object],
+        observe: Callable[[float], None],
         partition: int | None = None,
     ) -> None:
         self.limits = limits
         self.health = BrokerHealth(limits.confirm_timeout_seconds, partition)
         self.unconfirmed_bytes = 0
-        self.messages_confirmed = 0
-        self.links_lost = 0
+        self.counts = Counts()  # for the caller to read and replace
         self.name = "producer" if partition is None else f"producer-{partition}"
         self.was_up = asyncio.Event()  # set once the first link is up
         self._queue_name = queue_name
         self._now = now
         self._wall = wall
         self._call_soon = call_soon
+        self._observe = observe
         self._is_blocked = asyncio.Event()
         self._channel: _Channel | None = None
         self._in_flight: dict[Publication, None] = {}  # a set in order, oldest first
@@ -161,10 +174,6 @@ class Publisher(LinkListener):
     @property
     def connected(self) -> bool:
         return self._channel is not None
-
-    def trouble(self) -> Unavailable | None:
-        """Return why no event can be accepted now; None if one can be, given room in the window."""
-        return self.health.trouble
 
     def has_room_for_batch(self) -> bool:
         """Tell whether an event of a batch may be published now. Half of the window is kept for single events."""
@@ -236,7 +245,7 @@ class Publisher(LinkListener):
         """
         in_flight = list(self._in_flight)
         sent = in_flight[: len(in_flight) - len(self._gathered)] if self._channel is not None else []
-        self.links_lost += self._channel is not None
+        self.counts.links_lost += self._channel is not None
         self._channel = None
         self._is_blocked.clear()
         self.health.down(reason)
@@ -270,28 +279,32 @@ class Publisher(LinkListener):
         """Tell each event its outcome."""
         if self._channel is None:
             return
-        now, acked, nacked, in_flight = self._now(), 0, False, self._in_flight
+        now, acked, nacked, counts = self._now(), 0, False, self.counts
+        pop, observe = self._in_flight.pop, self._observe
         for events, ok in self._channel.window.settle(confirms):
             acked += ok
             nacked = nacked or not ok
             for event in events:
-                if event not in in_flight:
-                    continue  # it had timed out
+                if pop(event, True):  # it had timed out
+                    continue
+                event_bytes = len(event.body)
+                self.unconfirmed_bytes -= event_bytes
                 if ok:
-                    del in_flight[event]
-                    self.unconfirmed_bytes -= len(event.body)
-                    event.confirmed(now - event.since)
+                    counts.events += 1
+                    counts.rows += event.rows
+                    counts.event_bytes += event_bytes
+                    observe(now - event.since)
+                    event.confirmed()
                 elif event.sent_before:  # the first copy may be stored
-                    self._fail(event, OutcomeUnknown())
+                    event.failed(OutcomeUnknown())
                 else:
-                    self._fail(event, Unavailable("nacked", "the broker refused the event"))
+                    event.failed(Unavailable("nacked", "the broker refused the event"))
         if acked:
-            self.messages_confirmed += acked
+            counts.messages += acked
             self.health.ack(now)
         elif nacked:
             self.health.nack(now)
-        if self._waiting:
-            self._resume_batches()
+        self._resume_batches()
 
     def _fail(self, event: Publication, error: NotConfirmed) -> None:
         del self._in_flight[event]

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 
 from common.event.rows import CSV_HEADER
-from common.storage.files import BLOCK_BYTES, free_name, naming, open_regular, sync_directory, write_all
+from common.storage.files import BLOCK_BYTES, free_name, is_at, naming, open_regular, sync_directory, write_all
 
 CHUNK_BYTES = 64 << 10  # of the committed end, whose checksum identifies the file
 
@@ -55,11 +55,7 @@ class CsvFile:
 
     def is_at(self, path: str) -> bool:
         """Tell whether `path` leads to this file: nothing was renamed, removed or replaced."""
-        try:
-            status = os.stat(path)
-        except FileNotFoundError:
-            return False
-        return status.st_ino == self.inode and status.st_dev == self.device
+        return is_at(self._fd, path)
 
     def write(self, data: bytes) -> None:
         """Append `data`. After an error any part of it may be at the end of the file."""

@@ -51,6 +51,14 @@ def mode_of(path: str) -> int | None:
     return None
 
 
+def is_at(fd: int, path: str) -> bool:
+    """Tell whether the open file is the one at `path`."""
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
 def write_all(fd: int, data: bytes | bytearray) -> None:
     """Write `data`. After an OSError any part of it may be written."""
     rest = memoryview(data)

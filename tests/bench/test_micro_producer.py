@@ -90,9 +90,10 @@ class _Event(Publication):
     def __init__(self) -> None:
         self.body = BODY
         self.message_id = MESSAGE_ID
+        self.rows = 1
         self.heard = 0
 
-    def confirmed(self, seconds: float) -> None:
+    def confirmed(self) -> None:
         self.heard += 1
 
     def failed(self, error: NotConfirmed) -> None:
@@ -103,7 +104,7 @@ def _connected_publisher() -> tuple[Publisher, Callable[[], None]]:
     """A publisher, and what ends its turn of the event loop."""
     soon: list[Callable[[], None]] = []
     limits = PublisherLimits(WINDOW, 2**30, 10.0, 64)
-    publisher = Publisher("predictions", limits, lambda: 1.0, lambda: 1.0, soon.append)
+    publisher = Publisher("predictions", limits, lambda: 1.0, lambda: 1.0, soon.append, lambda _: None)
     publisher.link_up(_Lane(), FRAME_MAX)
     return publisher, lambda: soon.pop()()
 

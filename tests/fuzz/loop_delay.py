@@ -16,7 +16,6 @@ from typing import NamedTuple
 import uvloop
 
 from common.config import ProducerSettings
-from common.errors import Unavailable
 from common.http.connection import Connection
 from common.http.parser import Limits
 from common.http.phases import ServerLimits
@@ -46,10 +45,7 @@ class ConfirmingPublisher(Publisher):
     """A publisher without a broker: each event is confirmed in the next round of the loop."""
 
     def publish(self, event: Publication) -> None:
-        asyncio.get_running_loop().call_soon(event.confirmed, 0.0)
-
-    def trouble(self) -> Unavailable | None:
-        return None
+        asyncio.get_running_loop().call_soon(event.confirmed)
 
     def has_room_for_batch(self) -> bool:
         return True
@@ -77,7 +73,8 @@ async def _measure(streams: Sequence[bytes], timeout_seconds: float) -> Delay:
     Collector(loop)
     settings, counters = ProducerSettings(), Counters()
     limits = PublisherLimits(4096, 2**26, 10.0, 64)
-    publisher = ConfirmingPublisher("q", limits, time.monotonic, time.time, loop.call_soon)
+    publisher = ConfirmingPublisher("q", limits, time.monotonic, time.time, loop.call_soon, lambda _: None)
+    publisher.health.up(time.monotonic())
     turns = Turns(loop.call_soon, time.monotonic)
     api = Api(settings, [publisher], counters, turns, (counters.metrics.values,))
     server = HttpServer(_LIMITS, api, turns)

@@ -33,6 +33,7 @@ def test_an_event_is_answered_when_it_is_confirmed(packed: bool) -> None:
     assert producer.send(post("/process", an_event(preds=3), packed=packed)) == []
     (answer,) = producer.confirm(1)
     assert (answer.status, answer.content) == (200, an_event(preds=3))
+    producer.api.tick(0)
     assert producer.counters.metrics.values[producer.counters.predictions] == 3
 
 

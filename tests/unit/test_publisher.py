@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from common.amqp.codec import Confirm, Part, PublishEncoder, packed_seconds
 from common.errors import NotConfirmed, OutcomeUnknown, TooLarge, Unavailable
-from common.producer.publisher import GROUP_BYTES, Publication, Publisher, PublisherLimits
+from common.producer.publisher import GROUP_BYTES, Counts, Publication, Publisher, PublisherLimits
 from tests.support.published import Published, published
 
 FRAME_MAX = 131_072
@@ -50,9 +50,10 @@ class Event(Publication):
     def __init__(self, body: bytes, message_id: bytes) -> None:
         self.body = body
         self.message_id = message_id
+        self.rows = 1
         self.outcomes: list[str | int] = []
 
-    def confirmed(self, seconds: float) -> None:
+    def confirmed(self) -> None:
         self.outcomes.append("confirmed")
 
     def failed(self, error: NotConfirmed) -> None:
@@ -66,9 +67,12 @@ class Bench:
 
     def __init__(self, max_unconfirmed: int = 100, max_bytes: int = 10_000_000, events_per_message: int = 64) -> None:
         self.time = 1000.0
+        self.waits: list[float] = []  # for a confirm, in seconds
         self._soon: list[Callable[[], None]] = []
         limits = PublisherLimits(max_unconfirmed, max_bytes, 10.0, events_per_message)
-        self.publisher = Publisher("q", limits, lambda: self.time, lambda: self.time, self._soon.append)
+        self.publisher = Publisher(
+            "q", limits, lambda: self.time, lambda: self.time, self._soon.append, self.waits.append
+        )
         self.lane = self.link_up()
 
     def link_up(self, frame_max: int = FRAME_MAX) -> Lane:
@@ -218,7 +222,7 @@ def test_what_cannot_be_sent_is_refused_with_its_reason(trouble: str) -> None:
     """What cannot be sent is refused at once and the refusal says why."""
     bench = Bench(max_unconfirmed=2, max_bytes=100)
     publisher = bench.publisher
-    assert publisher.trouble() is None
+    assert publisher.health.trouble is None
     if trouble == "away":
         publisher.down("cut")
     elif trouble == "blocked":
@@ -235,9 +239,9 @@ def test_what_cannot_be_sent_is_refused_with_its_reason(trouble: str) -> None:
     assert len(bench.lane.sent) == sent
     if trouble in ("count", "bytes", "congested"):
         assert refusal.value.reason == "window_full"
-        assert publisher.trouble() is None, "a full window that moves is no trouble"
+        assert publisher.health.trouble is None, "a full window that moves is no trouble"
     else:
-        assert str(publisher.trouble()) == str(refusal.value)
+        assert str(publisher.health.trouble) == str(refusal.value)
     if trouble == "blocked":
         assert "low on memory" in str(refusal.value)
 
@@ -290,7 +294,7 @@ def test_a_stall_is_told_refused_and_ended_by_one_confirm() -> None:
     with pytest.raises(Unavailable, match="confirms no events"):
         bench.publish()
     bench.publisher.confirms([Confirm(1, False, True)])
-    assert (bench.publisher.health.is_stalled, bench.publisher.trouble()) == (False, None)
+    assert (bench.publisher.health.is_stalled, bench.publisher.health.trouble) == (False, None)
 
 
 def test_our_own_lateness_is_not_the_brokers_silence() -> None:
@@ -320,7 +324,7 @@ def test_only_nacks_take_a_new_link_at_times() -> None:
     for _ in range(4):
         bench.lane.failed, began, tag = "", bench.time, 0
         while not bench.lane.failed:
-            if bench.publisher.trouble() is None:
+            if bench.publisher.health.trouble is None:
                 tag += 1
                 assert bench.publish().outcomes == []
                 bench.publisher.confirms([Confirm(tag, False, False)])
@@ -329,7 +333,7 @@ def test_only_nacks_take_a_new_link_at_times() -> None:
         assert "nack" in bench.lane.failed
         bench.publisher.down(bench.lane.failed)
         bench.link_up()
-        assert bench.publisher.trouble() is None, "of the new one nothing bad is known"
+        assert bench.publisher.health.trouble is None, "of the new one nothing bad is known"
     assert lived == [10] * 4
 
 
@@ -393,8 +397,10 @@ def test_a_republished_event_above_the_brokers_limit_is_unknown() -> None:
 
 def test_the_trouble_of_a_partition_is_its_devices_alone() -> None:
     limits = PublisherLimits(10, 1000, 10.0, 64)
-    publisher = Publisher("q.3", limits, lambda: 0.0, lambda: 0.0, list[Callable[[], None]]().append, 3)
-    trouble = publisher.trouble()
+    publisher = Publisher(
+        "q.3", limits, lambda: 0.0, lambda: 0.0, list[Callable[[], None]]().append, list[float]().append, 3
+    )
+    trouble = publisher.health.trouble
     assert trouble is not None
     assert (trouble.reason, str(trouble)[:13]) == ("partition_down", "the partition")
 
@@ -459,12 +465,13 @@ def test_a_large_event_among_small_ones_goes_alone() -> None:
 def test_a_confirm_or_nack_holds_for_each_event_of_its_message(ok: bool, outcome: str | int) -> None:
     bench = Bench()
     first, later = bench.together(1, 2, 3), bench.together(4, 5)
-    assert (bench.publisher.unconfirmed, bench.publisher.messages_confirmed) == (5, 0), "the window counts events"
+    assert (bench.publisher.unconfirmed, bench.publisher.counts.messages) == (5, 0), "the window counts events"
     bench.confirm(1, ok=ok)
     assert [event.outcomes for event in (*first, *later)] == [[outcome]] * 3 + [[]] * 2
     assert (bench.publisher.unconfirmed, bench.publisher.unconfirmed_bytes) == (2, 40)
     bench.confirm(1, ok=True)
-    assert bench.publisher.messages_confirmed == ok
+    assert bench.publisher.counts == (Counts(messages=1, events=3, rows=3, event_bytes=60) if ok else Counts())
+    assert bench.waits == [0.0] * 3 * ok
 
 
 def test_a_group_without_the_event_that_timed_out_goes_on() -> None:
