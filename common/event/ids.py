@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from hashlib import blake2b
 from zlib import crc32
 
@@ -27,11 +26,8 @@ def keyed_message_id(key: bytes, normalised: bytes) -> bytes:
 def id_digest(message_id: str | bytes) -> bytes:
     """Return the 16 bytes that the journal keeps of a message id: its own if it is 32 hex digits, else a digest."""
     text = message_id.encode(errors="surrogateescape") if isinstance(message_id, str) else message_id
-    if len(text) == _ID_CHARS:
-        with suppress(ValueError):
-            own = bytes.fromhex(text.decode())
-            if own.hex().encode() == text:  # fromhex skips white space and takes capitals
-                return own
+    if len(text) == _ID_CHARS and not text.translate(None, _HEX_DIGITS):
+        return bytes.fromhex(text.decode())
     return blake2b(text, digest_size=16, person=b"predlog-digest").digest()
 
 
