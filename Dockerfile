@@ -1,7 +1,7 @@
-# One image for producer, consumer and tests; what differs is the command, and pytest in the stage `tests`.
+# One image for producer and consumer, which differ only in the command. The stage `tests` adds pytest and the tests.
 #
 # A release sets PYTHON_IMAGE to a digest (.github/workflows/release.yml). Its default is the stage below, because
-# Dependabot updates FROM and no ARG.
+# Dependabot updates FROM, but not ARG.
 ARG PYTHON_IMAGE=python-by-tag
 FROM python:3.13-slim AS python-by-tag
 
@@ -22,16 +22,16 @@ LABEL org.opencontainers.image.title="predlog" \
       org.opencontainers.image.version="2.0.0"
 ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PATH=/opt/venv/bin:$PATH
 WORKDIR /app
-# A new volume on data/ gets the owner of the folder in the image.
+# A new volume mounted on data/ gets the owner that the folder has in the image.
 RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin predlog && install -d -o predlog -g predlog data
 COPY --from=build /opt/venv /opt/venv
 COPY --from=build /app ./
-# By number, so that Kubernetes can see that it is not root.
+# The user is given by number, so that Kubernetes can see that it is not root.
 USER 10001
 ENV HTTP_HOST=0.0.0.0 HTTP_PORT=8000 HEALTH_HOST=0.0.0.0 HEALTH_PORT=8001
 EXPOSE 8000 8001
-# Liveness (/healthz). Readiness (/readyz) is for load balancers: while the broker is away the producer is alive, but
-# not ready, and a restart would not help.
+# This asks for liveness (/healthz). Readiness (/readyz) is for load balancers. While the broker is unreachable, the
+# producer is alive but not ready, and a restart would not help.
 HEALTHCHECK --interval=5s --timeout=10s --start-period=30s --retries=3 CMD ["python", "healthcheck.py"]
 CMD ["python", "producer.py"]
 
@@ -45,5 +45,5 @@ USER predlog
 HEALTHCHECK NONE
 CMD ["python", "-m", "pytest", "-p", "no:cacheprovider", "-v", "tests/e2e"]
 
-# The default target is the one without pytest.
+# The default target has no pytest.
 FROM predlog

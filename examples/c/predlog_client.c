@@ -2,20 +2,20 @@
  *
  * C99, POSIX files and libcurl; no threads. On an ESP32, let the folder be on LittleFS or an SD card, and set the same
  * options on esp_http_client. In a program, call put() for each event, and turn() from the main loop. As a program,
- * with one JSON event per line on stdin; it ends when all of them were answered:
+ * it reads one JSON event per line from stdin, and ends when all of them have been answered:
  *
  *     cc -std=c99 -O2 -o predlog_client predlog_client.c -lcurl
  *     API_TOKEN=... ./predlog_client http://predlog.example:8000 spool < events.ndjson
  *
- * The spool is a folder, used by one process at a time:
+  * The spool is a folder that one process uses at a time:
  *
  *     open               events that were never sent, one JSON line each; only appended to
  *     <number>-<random>  a request; it never changes, its name is its Idempotency-Key, it stays until it is answered
- *     refused            the first MB of events that predlog will never take (413, 422), for a person
+ *     refused            the first MB of events that predlog will never take (413, 422), for a person to look at
  *
  * Key and position name an event of a batch, so a retry must repeat the same bytes under the same key. That is why
- * `open` becomes a request by being renamed, and is never sent before. One waiting event is a POST /process, several
- * are a batch. */
+ * `open` is first renamed to a request, and only then sent. A single waiting event is sent to /process, several as a
+ * batch. */
 #define _POSIX_C_SOURCE 200809L
 #include <curl/curl.h>
 #include <dirent.h>
@@ -65,7 +65,7 @@ static void random_bytes(void *into, size_t size) { /* esp_fill_random() */
     close(file);
 }
 
-/* Files: names are relative to the spool, which is the working directory. */
+/* The names of files are relative to the spool, which is the working directory. */
 
 static long size_of(const char *name) {
     struct stat info;
@@ -82,7 +82,7 @@ static int append(const char *name, const char *bytes, size_t size) {
     long start = size_of(name);
     int file = open(name, O_WRONLY | O_APPEND | O_CREAT, 0600);
     int failed = file < 0 || write(file, bytes, size) != (ssize_t)size || fsync(file);
-    if (failed && file >= 0 && ftruncate(file, start)) perror("predlog"); /* no half of a line */
+    if (failed && file >= 0 && ftruncate(file, start)) perror("predlog"); /* leave no half line */
     if (file >= 0) close(file);
     if (!failed && start == 0) sync_folder();
     return failed ? -1 : 0;
@@ -113,7 +113,7 @@ static long requests(int greatest, char found[NAME_BYTES]) {
     return size;
 }
 
-/* Makes what is in `open` a request, before its first attempt. */
+/* Makes a request of what is in `open`, before its first attempt. */
 static void seal(void) {
     char last[NAME_BYTES], name[NAME_BYTES];
     unsigned r[4];
@@ -124,11 +124,11 @@ static void seal(void) {
     sync_folder(); /* after a power cut, the request must still have the name it was sent with */
 }
 
-/* Begin with the spool in this folder. */
+/* Opens the spool in this folder. */
 static int begin(const char *folder) {
     mkdir(folder, 0700);
     if (chdir(folder)) return -1;
-    struct buffer text = contents("open"); /* a kill can leave half a line, of a put() that never returned */
+    struct buffer text = contents("open"); /* a kill can leave half a line, from a put() that never returned */
     while (text.size && text.bytes[text.size - 1] != '\n') text.size--;
     int failed = size_of("open") && truncate("open", text.size);
     free(text.bytes);
@@ -137,7 +137,7 @@ static int begin(const char *folder) {
     return failed || !curl ? -1 : 0;
 }
 
-/* Store an event, one line of JSON with its '\n', on disk. Returns -1 when the spool or the disk is full. */
+/* Stores an event, one line of JSON with its '\n', on disk. Returns -1 when the spool or the disk is full. */
 static int put(const char *line, size_t size) {
     char name[NAME_BYTES];
     long open_size = size_of("open");
@@ -146,7 +146,7 @@ static int put(const char *line, size_t size) {
     return append("open", line, size);
 }
 
-/* Send a request; returns its status (0: no answer, so the outcome is unknown). */
+/* Sends a request; returns its status, or 0 if there was no answer, so that the outcome is unknown. */
 static long post(const char *key, struct buffer body, int is_batch, struct buffer *answer, long *retry_after) {
     char text[1024];
     long status = 0;
@@ -179,13 +179,13 @@ static long post(const char *key, struct buffer body, int is_batch, struct buffe
 
 static int is_refused(long status) { return status == 413 || status == 422; } /* the event is at fault */
 
-/* Of a 207, the next status in its results. A quote within a string of JSON has a backslash, so none matches. */
+/* Returns the next status in the results of a 207. A quote in a JSON string has a backslash, so no string matches. */
 static long next_status(const char **results) {
     *results = strstr(*results, "\"status\":");
     return *results ? strtol(*results += 9, NULL, 10) : 0;
 }
 
-/* Send the oldest request if it is time. Returns the ms until it wants to be called again; -1: the spool is empty. */
+/* Sends the oldest request if it is time. Returns the ms until the next call is due, or -1 if the spool is empty. */
 static int turn(void) {
     char name[NAME_BYTES];
     if (!requests(0, name) && size_of("open")) seal(), requests(0, name);

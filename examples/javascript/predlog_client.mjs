@@ -8,7 +8,7 @@
  *     client.run();
  *     client.put(event); // returns once the event is stored; throws when the spool or the disk is full
  *
- * As a program, with one JSON event per line on stdin; it ends when all of them were answered:
+  * As a program, it reads one JSON event per line from stdin, and ends when all of them have been answered:
  *
  *     API_TOKEN=... node predlog_client.mjs http://predlog.example:8000 spool/ < events.ndjson
  *
@@ -17,11 +17,11 @@
  *
  *     open               events that were never sent, one JSON line each; only appended to
  *     <number>-<random>  a request; it never changes, its name is its Idempotency-Key, it stays until it is answered
- *     refused            the first MB of events that predlog will never take (413, 422), for a person
+ *     refused            the first MB of events that predlog will never take (413, 422), for a person to look at
  *
  * Key and position name an event of a batch, so a retry must repeat the same bytes under the same key. That is why
- * `open` becomes a request by being renamed, and is never sent before. One waiting event is a POST /process, several
- * are a batch.
+ * `open` is first renamed to a request, and only then sent. A single waiting event is sent to /process, several as a
+ * batch.
  */
 
 const BATCH_LENGTH = 256 * 1024; // characters of one request; predlog takes MAX_BODY_BYTES (8 MiB)
@@ -38,7 +38,7 @@ export class Client {
     this.spool = spool;
     this.fields = token ? { Authorization: `Bearer ${token}` } : {};
     const open = spool.read("open");
-    // A kill can leave half a line, of a `put` that never returned.
+    // A kill can leave half a line, from a `put` that never returned.
     if (!open.endsWith("\n")) spool.write("open", open.slice(0, open.lastIndexOf("\n") + 1));
   }
 
@@ -50,7 +50,7 @@ export class Client {
     this.spool.append("open", line);
   }
 
-  /** Send what is in the spool, oldest first, for ever; or until it is empty and `ended()` is true. */
+  /** Send what is in the spool, oldest first, until it is empty and `ended()` is true. */
   async run(ended = () => false) {
     for (let attempts = 0; ; ) {
       if (!this.requests().length && this.spool.read("open")) this.seal();
@@ -88,7 +88,7 @@ export class Client {
     const headers = { "Content-Type": `application/${type}`, "Idempotency-Key": key, ...this.fields };
     const signal = AbortSignal.timeout(ANSWER_MS);
     try {
-      // "error": a captive portal's redirect is no answer, and neither is its page, which is no JSON.
+      // "error", because a captive portal's redirect is no answer. Neither is its page, which is not JSON.
       const request = { method: "POST", body: lines.join(""), headers, signal, redirect: "error" };
       const answer = await fetch(this.url + path, request);
       const text = await answer.text();
@@ -102,7 +102,7 @@ export class Client {
     }
   }
 
-  /** Make what is in `open` a request, before its first attempt. */
+  /** Make a request of what is in `open`, before its first attempt. */
   seal() {
     const number = Number.parseInt(this.requests().at(-1) ?? "0", 10) + 1;
     const bytes = [...crypto.getRandomValues(new Uint8Array(16))];
@@ -127,7 +127,7 @@ export async function folder(path) {
       if (text !== undefined) fs.writeFileSync(file, text);
       fs.fsyncSync(file);
     } catch (error) {
-      if (text !== undefined) fs.ftruncateSync(file, size); // the disk is full: no half of a line
+      if (text !== undefined) fs.ftruncateSync(file, size); // the disk is full; leave no half line
       throw error;
     } finally {
       fs.closeSync(file);
@@ -149,8 +149,9 @@ export async function folder(path) {
 }
 
 /**
- * A spool in the browser's localStorage, of some 5 MB: all files in one item, so that each change is whole. It outlives
- * tabs. A browser that crashes can fall back by seconds, and what was put or sent then is lost or stored twice.
+  * A spool in the browser's localStorage, of some 5 MB. All files are in one item, so that each change is atomic. The
+ * spool outlives tabs. A browser that crashes can lose the changes of its last seconds, and what was put or sent then
+ * is lost or stored twice.
  */
 export function browserStorage(item) {
   let files = JSON.parse(localStorage.getItem(item) ?? "{}");

@@ -6,18 +6,18 @@ Standard library only, Python 3.10 or newer. In a program:
     threading.Thread(target=client.run, daemon=True).start()
     client.put(event)  # returns once the event is on this device's disk
 
-As a program, with one JSON event per line on stdin; it ends when all of them were answered:
+As a program, it reads one JSON event per line from stdin, and ends when all of them have been answered:
 
     API_TOKEN=... python3 predlog_client.py http://predlog.example:8000 spool/ < events.ndjson
 
-The spool is a folder, used by one process at a time:
+The spool is a folder that one process uses at a time:
 
     open               events that were never sent, one JSON line each; only appended to
     <number>-<random>  a request; it never changes, its name is its Idempotency-Key, and it stays until it is answered
-    refused            the first MB of events that predlog will never take (413, 422), for a person
+    refused            the first MB of events that predlog will never take (413, 422), for a person to look at
 
 Key and position name an event of a batch, so a retry must repeat the same bytes under the same key. That is why `open`
-becomes a request by being renamed, and is never sent before. One waiting event is a POST /process, several are a batch.
+is first renamed to a request, and only then sent. A single waiting event is sent to /process, several as a batch.
 """
 
 import http.client
@@ -47,7 +47,7 @@ class Client:
         self._lock = threading.Lock()  # of the spool
         self._changed = threading.Event()
         os.makedirs(folder, exist_ok=True)
-        with open(self._path("open"), "ab+") as file:  # a kill can leave half a line, of a `put` that never returned
+        with open(self._path("open"), "ab+") as file:  # a kill can leave half a line, from a `put` that never returned
             file.seek(0)
             file.truncate(file.read().rfind(b"\n") + 1)
 
@@ -63,7 +63,7 @@ class Client:
         self._changed.set()
 
     def run(self, until: threading.Event | None = None) -> None:
-        """Send what is in the spool, oldest first, for ever; or until it is empty and the event `until` is set."""
+        """Send what is in the spool, oldest first, until it is empty and the event `until` is set."""
         attempts = 0
         while True:
             name = self._oldest()
@@ -121,7 +121,7 @@ class Client:
             return min(self._requests(), default=None)
 
     def _seal(self) -> None:
-        """Make what is in `open` a request, before its first attempt."""
+        """Make a request of what is in `open`, before its first attempt."""
         number = int(max(self._requests(), default="0").partition("-")[0]) + 1
         os.rename(self._path("open"), self._path(f"{number:010}-{uuid.uuid4().hex}"))
         self._sync_folder()  # after a power cut, the request must still have the name it was sent with
@@ -134,7 +134,7 @@ class Client:
                     raise OSError("the disk is full")
                 os.fsync(file.fileno())
             except OSError:
-                file.truncate(start)  # no half of a line
+                file.truncate(start)  # leave no half line
                 raise
         if start == 0:
             self._sync_folder()

@@ -1,4 +1,5 @@
--- wrk script: POSTs the lines of a file in rotation. Arguments: file, then "statuses" to count answers by status.
+-- A wrk script that POSTs the lines of a file in rotation. Its arguments are the file, then "statuses" to count answers
+-- by status.
 local requests, next_request, threads = {}, 0, {}
 
 function setup(thread)
