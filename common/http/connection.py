@@ -113,9 +113,7 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._enter(CLOSED, self.now())
-        while self._due:
-            self._due.popleft().release()
-        self.state.pool.leave(self)
+        self.state.pool.leave(self)  # what its requests hold counts on until they are answered
 
     def _enter(self, phase: Phase, now: float) -> None:
         if phase not in NEXT[self.phase]:

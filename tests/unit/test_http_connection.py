@@ -77,6 +77,7 @@ class Server:
         return connection, transport
 
     def lose(self, connection: Connection) -> None:
+        connection.abort()
         connection.connection_lost(None)
 
     def fill(self) -> list[FakeTransport]:
@@ -429,16 +430,17 @@ def test_a_phase_that_cannot_follow_is_a_bug(server: Server) -> None:
 
 
 def test_what_an_exchange_holds_counts_until_its_answer(server: Server) -> None:
-    """Also when the client is gone by then."""
+    """Also when the client is gone by then: its request is still being worked on, and may come to hold more."""
     for leaves in (False, True):
         connection, _ = server.connect()
         connection.data_received(LATER)
         exchange = server.waiting.pop()
         exchange.hold(600_000)
+        if leaves:
+            server.lose(connection)
+        assert server.state.pool.held_bytes == 600_000
         exchange.hold(400_000)
         assert server.state.pool.held_bytes == 400_000
-        if leaves:
-            connection.connection_lost(None)
         exchange.answer(200, b"")
         assert server.state.pool.held_bytes == 0
 
