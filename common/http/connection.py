@@ -244,11 +244,11 @@ class Connection(asyncio.Protocol):
     def _await_rest(self) -> None:
         """Enter the phase of an incomplete request, once all requests before it are answered. Raise HttpError."""
         parser, phase = self._parser, self.phase
-        if parser.idle or self._due:
+        if self._due:
             return
         head = parser.head
         if head is None:
-            if phase is not HEAD:
+            if not parser.idle and phase is not HEAD:
                 self._enter(HEAD, self.now())
         elif phase is not BODY:
             # A request is refused before its body is read, and before 100 Continue invites the body.

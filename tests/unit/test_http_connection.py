@@ -483,6 +483,15 @@ def test_who_waits_for_a_turn_does_not_count_as_stalled(server: Server) -> None:
     assert status(transport) == 200
 
 
+def test_who_ends_behind_an_empty_line_is_closed_after_its_turn(server: Server) -> None:
+    connection, transport = server.connect()
+    server.state.turns.worked_since(server.now - 1)
+    connection.data_received(b"\r\n")
+    assert connection.eof_received(), "it waits for its turn"
+    server.run()
+    assert transport.closing
+
+
 async def test_a_late_sweep_takes_nobody_for_silent(monkeypatch: pytest.MonkeyPatch) -> None:
     """What clients sent while the process did not run is not read yet, and comes first."""
     server = HttpServer(LIMITS, Server())
