@@ -419,7 +419,7 @@ class Connection(asyncio.Protocol):
 
     def leave(self) -> None:
         """Close a connection without a request. A client that never took its last answer loses it."""
-        if self.phase is HEAD:
+        if self.phase is HEAD and self.state.pool.can_answer_refused():
             self._refuse(HttpError(408, "the header section did not arrive in time"))
         elif self.phase is IDLE and not self._transport.get_write_buffer_size():
             self._close()

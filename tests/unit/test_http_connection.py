@@ -313,6 +313,23 @@ def test_half_a_head_loses_its_place_with_an_answer(server: Server) -> None:
     assert status(others[0][1]) == 408
 
 
+def test_no_more_than_a_few_half_heads_stay_for_their_answer() -> None:
+    """Each takes a descriptor, beside that of the newcomer who has its place."""
+    places = MOST_LEAVING + 20
+    server = Server(replace(LIMITS, connections=places))
+    others = [server.connect() for _ in range(places)]
+    for connection, _ in others:
+        connection.data_received(GET[:3])
+    server.now += SILENT_SECONDS
+    for _ in range(places):
+        server.connect()
+        for connection, transport in others:
+            if transport.aborted and connection.phase is not CLOSED:
+                server.lose(connection)
+        assert len(server.state.pool.members) <= places + MOST_LEAVING
+    assert sum(bool(transport.sent) for _, transport in others) == MOST_LEAVING
+
+
 def test_a_refused_upload_is_read_to_its_end(server: Server) -> None:
     """However large it is: a reset would destroy the refusal."""
     connection, transport = server.connect()
