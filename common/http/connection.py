@@ -113,9 +113,7 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._enter(CLOSED, self.now())
-        while self._due:
-            self._due.popleft().release()
-        self.state.pool.leave(self)
+        self.state.pool.leave(self)  # what its requests hold counts on until they are answered
 
     def _enter(self, phase: Phase, now: float) -> None:
         if phase not in NEXT[self.phase]:
@@ -246,11 +244,11 @@ class Connection(asyncio.Protocol):
     def _await_rest(self) -> None:
         """Enter the phase of an incomplete request, once all requests before it are answered. Raise HttpError."""
         parser, phase = self._parser, self.phase
-        if parser.idle or self._due:
+        if self._due:
             return
         head = parser.head
         if head is None:
-            if phase is not HEAD:
+            if not parser.idle and phase is not HEAD:
                 self._enter(HEAD, self.now())
         elif phase is not BODY:
             # A request is refused before its body is read, and before 100 Continue invites the body.
@@ -421,7 +419,7 @@ class Connection(asyncio.Protocol):
 
     def leave(self) -> None:
         """Close a connection without a request. A client that never took its last answer loses it."""
-        if self.phase is HEAD:
+        if self.phase is HEAD and self.state.pool.can_answer_refused():
             self._refuse(HttpError(408, "the header section did not arrive in time"))
         elif self.phase is IDLE and not self._transport.get_write_buffer_size():
             self._close()

@@ -60,10 +60,6 @@ class Exchange:
         self._held_bytes = size_bytes
         self.client.hold(more_bytes)
 
-    def release(self) -> None:
-        self.client.hold(-self._held_bytes)
-        self._held_bytes = 0
-
     def answer(self, status: int, body: bytes, content_type: bytes = JSON, extra: bytes = b"") -> None:
         """Answer the request, once. `extra` is whole header lines. Nothing is sent to a client that left."""
         if self.response is not None:
@@ -85,7 +81,7 @@ class Exchange:
         """
         assert self.response is not None
         if self._held_bytes:
-            self.release()
+            self.hold(0)
         status, body, content_type, extra = self.response
         head = self.head
         prefix = _prefix(status, content_type, date, self.close, head is not None and head.http10)

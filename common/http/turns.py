@@ -10,18 +10,20 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable, Generator, Hashable
+from itertools import count
 
 log = logging.getLogger("predlog.http")
 
 # The long work of one turn of the loop, all clients together. A stage that has begun then goes on to its end, which
 # takes 30 ms at most. So a turn stays below the 50 ms by which a request may delay other clients (docs/http.md).
 TURN_SECONDS = 0.005
+FORWARD_TURNS = 10  # newcomers may come without end: the next of the others goes first after so many full turns
 
 Job = Generator[Callable[[Callable[[], None]], None] | None, None, None]
 
 
 class Turns:
-    """A scheduler of jobs. The jobs of one owner run in order. The owners take turns, and new ones go first."""
+    """A scheduler of jobs. The jobs of one owner run in order. The owners take turns; new ones go first, as a rule."""
 
     def __init__(self, call_soon: Callable[[Callable[[], None]], object], now: Callable[[], float]) -> None:
         self.ends = math.inf  # of this turn of the loop, when work that arrives must wait; inf without long work
@@ -30,6 +32,7 @@ class Turns:
         self._jobs: dict[Hashable, deque[Job]] = {}  # by owner
         self._new: deque[Hashable] = deque()  # owners that had no slice yet
         self._again: deque[Hashable] = deque()  # owners that had one and have more to do
+        self._crowded = count(1)  # turns that ended with some of both left
 
     def add(self, owner: Hashable, job: Job) -> None:
         """Run `job` behind the others of its owner. What it raises is logged as a bug."""
@@ -57,6 +60,8 @@ class Turns:
             else:
                 del self._jobs[owner]
             if self._now() >= self.ends:
+                if self._new and self._again and next(self._crowded) % FORWARD_TURNS == 0:
+                    self._new.appendleft(self._again.popleft())
                 self._call_soon(self._run)
                 return
         self.ends = math.inf

@@ -279,7 +279,7 @@ class Publisher(LinkListener):
         """Tell each event its outcome."""
         if self._channel is None:
             return
-        now, acked, nacked, counts = self._now(), 0, False, self.counts
+        now, acked, nacked = self._now(), 0, False
         pop, observe = self._in_flight.pop, self._observe
         for events, ok in self._channel.window.settle(confirms):
             acked += ok
@@ -290,6 +290,7 @@ class Publisher(LinkListener):
                 event_bytes = len(event.body)
                 self.unconfirmed_bytes -= event_bytes
                 if ok:
+                    counts = self.counts  # not once for all: an answer can lead to GET /metrics, which replaces it
                     counts.events += 1
                     counts.rows += event.rows
                     counts.event_bytes += event_bytes
@@ -300,7 +301,7 @@ class Publisher(LinkListener):
                 else:
                     event.failed(Unavailable("nacked", "the broker refused the event"))
         if acked:
-            counts.messages += acked
+            self.counts.messages += acked
             self.health.ack(now)
         elif nacked:
             self.health.nack(now)

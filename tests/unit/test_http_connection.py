@@ -77,6 +77,7 @@ class Server:
         return connection, transport
 
     def lose(self, connection: Connection) -> None:
+        connection.abort()
         connection.connection_lost(None)
 
     def fill(self) -> list[FakeTransport]:
@@ -312,6 +313,23 @@ def test_half_a_head_loses_its_place_with_an_answer(server: Server) -> None:
     assert status(others[0][1]) == 408
 
 
+def test_no_more_than_a_few_half_heads_stay_for_their_answer() -> None:
+    """Each takes a descriptor, beside that of the newcomer who has its place."""
+    places = MOST_LEAVING + 20
+    server = Server(replace(LIMITS, connections=places))
+    others = [server.connect() for _ in range(places)]
+    for connection, _ in others:
+        connection.data_received(GET[:3])
+    server.now += SILENT_SECONDS
+    for _ in range(places):
+        server.connect()
+        for connection, transport in others:
+            if transport.aborted and connection.phase is not CLOSED:
+                server.lose(connection)
+        assert len(server.state.pool.members) <= places + MOST_LEAVING
+    assert sum(bool(transport.sent) for _, transport in others) == MOST_LEAVING
+
+
 def test_a_refused_upload_is_read_to_its_end(server: Server) -> None:
     """However large it is: a reset would destroy the refusal."""
     connection, transport = server.connect()
@@ -429,16 +447,17 @@ def test_a_phase_that_cannot_follow_is_a_bug(server: Server) -> None:
 
 
 def test_what_an_exchange_holds_counts_until_its_answer(server: Server) -> None:
-    """Also when the client is gone by then."""
+    """Also when the client is gone by then: its request is still being worked on, and may come to hold more."""
     for leaves in (False, True):
         connection, _ = server.connect()
         connection.data_received(LATER)
         exchange = server.waiting.pop()
         exchange.hold(600_000)
+        if leaves:
+            server.lose(connection)
+        assert server.state.pool.held_bytes == 600_000
         exchange.hold(400_000)
         assert server.state.pool.held_bytes == 400_000
-        if leaves:
-            connection.connection_lost(None)
         exchange.answer(200, b"")
         assert server.state.pool.held_bytes == 0
 
@@ -479,6 +498,15 @@ def test_who_waits_for_a_turn_does_not_count_as_stalled(server: Server) -> None:
     assert not waiting.silent_seconds(server.now)
     server.turn()
     assert status(transport) == 200
+
+
+def test_who_ends_behind_an_empty_line_is_closed_after_its_turn(server: Server) -> None:
+    connection, transport = server.connect()
+    server.state.turns.worked_since(server.now - 1)
+    connection.data_received(b"\r\n")
+    assert connection.eof_received(), "it waits for its turn"
+    server.run()
+    assert transport.closing
 
 
 async def test_a_late_sweep_takes_nobody_for_silent(monkeypatch: pytest.MonkeyPatch) -> None:

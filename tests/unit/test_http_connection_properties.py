@@ -173,6 +173,7 @@ class Client:
         return found
 
     def lose(self) -> None:
+        self.transport.abort()
         self.connection.connection_lost(None)
         for exchange in self.application.waiting:
             exchange.answer(200, b"too late")  # goes nowhere

@@ -196,6 +196,27 @@ async def test_tls_carries_requests_and_answers_of_any_size(tls: ssl.SSLContext,
         assert server.state.pool.held_bytes == 0
 
 
+@pytest.mark.parametrize("sent", [b"", b"\r\n", b"GET / HT"])
+def test_a_client_that_ends_tls_without_a_request_is_closed(
+    tls: ssl.SSLContext, trusting: ssl.SSLContext, sent: bytes
+) -> None:
+    """At once, and not when the idle time is over, although its side of the TCP connection stays open."""
+
+    def run(port: int) -> None:
+        with trusting.wrap_socket(socket.create_connection(("127.0.0.1", port), 10)) as client:
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)  # what is sent and the end come in one segment
+            if sent:
+                client.sendall(sent)
+            assert client.unwrap().recv(1) == b""
+
+    @on_uvloop
+    async def test() -> None:
+        async with serving(tls=tls, idle_seconds=1000.0) as (_, port):
+            await asyncio.to_thread(run, port)
+
+    test()
+
+
 @on_uvloop
 async def test_silent_handshakes_take_no_place_for_long(tls: ssl.SSLContext, trusting: ssl.SSLContext) -> None:
     """They count from the accept on, and the longest silent one leaves for a newcomer."""

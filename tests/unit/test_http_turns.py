@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from common.http.turns import TURN_SECONDS, Job, Turns
+from common.http.turns import FORWARD_TURNS, TURN_SECONDS, Job, Turns
 
 
 class Loop:
@@ -56,6 +56,22 @@ def test_a_newcomer_goes_before_those_that_had_a_slice(loop: Loop) -> None:
     loop.turns.add("new", loop.job("new", 1, 0.001))
     loop.turn()
     assert loop.done == ["a", "b", "c", "new", "a"]
+
+
+def test_newcomers_without_end_keep_nobody_waiting_for_ever(loop: Loop) -> None:
+    """Each turn of the loop brings more of them than it has time for. The others take their turns all the same."""
+
+    def short() -> Job:
+        loop.now += 2 * TURN_SECONDS
+        yield from ()
+
+    for owner in ("a", "b"):
+        loop.turns.add(owner, loop.job(owner, 3, 2 * TURN_SECONDS))
+    for number in range(5 * FORWARD_TURNS):
+        loop.turns.add(f"new {number}", short())
+        loop.turns.add(f"and {number}", short())
+        loop.turn()
+    assert loop.done == ["a", "b", "a", "b", "a", "b"]
 
 
 def test_the_jobs_of_one_owner_run_in_order(loop: Loop) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import time
 import zlib
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 
 from common.errors import StartupError
 from common.event.rows import CSV_HEADER
+from common.storage.reader import Mark, MarkFile
 from common.storage.records import VERSION
 from common.storage.store import Store
 from tests.unit.test_store import append, asides, crash, ids, row, rows
@@ -64,6 +66,17 @@ def test_what_1_0_0_left_is_continued(tmp_path: Path, caplog: pytest.LogCaptureF
     ]
     crash(store)
     assert open_store(path).seen(*ids(7))
+
+
+def test_what_1_0_0_left_after_a_way_back_is_continued(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The mark of the 2.0 before it is still there. It knows of no later commit, although 1.0.0 has no generations."""
+    path = put("crashed", tmp_path / "crashed")
+    inode = path.stat().st_ino
+    MarkFile(str(path)).write(Mark(inode, len(CSV_HEADER), time.time_ns()))
+    store = open_store(path)
+    assert "corrupt" not in caplog.text
+    assert asides(path.parent) == [row(5) + row(6)[:20]]
+    assert store.seen(*ids(4))
 
 
 def test_a_journal_of_a_newer_version_is_refused_untouched(tmp_path: Path) -> None:
