@@ -80,7 +80,8 @@ class Service:
             with urllib.request.urlopen(f"{self.url}/readyz", timeout=20) as answer:
                 return str(json.load(answer).get("down", ""))
         except urllib.error.HTTPError as refusal:
-            return str(json.load(refusal)["detail"])
+            with refusal:
+                return str(json.load(refusal)["detail"])
         except urllib.error.URLError:
             return "it does not listen"
 
