@@ -82,7 +82,7 @@ class Service:
         except urllib.error.HTTPError as refusal:
             with refusal:
                 return str(json.load(refusal)["detail"])
-        except urllib.error.URLError:
+        except (urllib.error.URLError, ConnectionError):  # the latter: cut off in the queue of a listener that closes
             return "it does not listen"
 
     def metric(self, sample: str) -> float:

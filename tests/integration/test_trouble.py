@@ -299,12 +299,13 @@ async def test_the_health_port_answers_until_the_end(producer: Start, broker: Ra
         health = copy.copy(posting)
         health.url = f"http://127.0.0.1:{port}"
         await polling.until("the health port is ready", lambda: asyncio.to_thread(health.is_ready))
-        await asyncio.to_thread(posting.wait_until_ready)
+        await polling.until("all listen", lambda: posting.log().count("POST to") == workers)
+        await polling.until("all are connected", lambda: posting.log().count("connected to") == workers)
         proxy.answers_pass.clear()
         answer = asyncio.create_task(asyncio.to_thread(call, posting, "POST", "/process", json.dumps(EVENT).encode()))
         await polling.until("an event waits", lambda: asyncio.to_thread(health.metric, "predlog_unconfirmed"))
         posting.process.terminate()
-        await polling.until("it stops", lambda: asyncio.to_thread(health.not_ready))
+        await polling.until("all stop", lambda: posting.log().count("stopping") == workers)
         assert await asyncio.to_thread(health.not_ready) == "the server is shutting down"
         await polling.until("it has stopped listening", lambda: asyncio.to_thread(posting.not_ready))
         assert (await asyncio.to_thread(call, health, "GET", "/healthz"))[0] == 200
