@@ -80,8 +80,9 @@ class Service:
             with urllib.request.urlopen(f"{self.url}/readyz", timeout=20) as answer:
                 return str(json.load(answer).get("down", ""))
         except urllib.error.HTTPError as refusal:
-            return str(json.load(refusal)["detail"])
-        except urllib.error.URLError:
+            with refusal:
+                return str(json.load(refusal)["detail"])
+        except (urllib.error.URLError, ConnectionError):  # the latter: cut off in the queue of a listener that closes
             return "it does not listen"
 
     def metric(self, sample: str) -> float:

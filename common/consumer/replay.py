@@ -12,7 +12,8 @@ import fcntl
 import os
 import sys
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from contextlib import aclosing
 from itertools import accumulate
 
 import aiormq
@@ -34,6 +35,9 @@ CONFIRM_TIMEOUT_SECONDS = 30.0  # of a page
 PROGRESS_SECONDS = 1.0  # between two lines, where there is no terminal
 
 Message = tuple[bytes, Basic.Properties]
+# Each page comes with the number of letters in its source. It is removed when the next one is asked for, which means
+# that all of it is confirmed.
+Pages = AsyncGenerator[tuple[list[Message], int], None]
 
 
 def show(partitions: Sequence[ConsumerSettings]) -> int:
@@ -88,20 +92,20 @@ async def _replay(settings: ConsumerSettings, connection: AbstractConnection) ->
     await declare(channel, queue_name, QUEUE_ARGUMENTS)
     for pages in sources:
         done, line_at = 0, time.monotonic() + PROGRESS_SECONDS
-        async for page, total in pages:
-            await _publish(channel, queue_name, page)
-            done += len(page)
-            if sys.stderr.isatty() or time.monotonic() >= line_at:
-                line_at = time.monotonic() + PROGRESS_SECONDS
-                _show_progress(done, total)
+        async with aclosing(pages):
+            async for page, total in pages:
+                await _publish(channel, queue_name, page)
+                done += len(page)
+                if sys.stderr.isatty() or time.monotonic() >= line_at:
+                    line_at = time.monotonic() + PROGRESS_SECONDS
+                    _show_progress(done, total)
         published += done
     print(f"published {published} from {printable(path)} to '{queue_name}'")
 
 
 def _show_progress(done: int, total: int) -> None:
-    bar = "#" * (30 * done // total)
     end = "\r" if done < total and sys.stderr.isatty() else "\n"
-    print(f"[{bar:30}] {done}/{total}", end=end, file=sys.stderr, flush=True)
+    print(f"[{'#' * (30 * done // total):30}] {done}/{total}", end=end, file=sys.stderr, flush=True)
 
 
 async def _publish(channel: AbstractChannel, queue_name: str, page: Iterable[Message]) -> None:
@@ -114,11 +118,7 @@ async def _publish(channel: AbstractChannel, queue_name: str, page: Iterable[Mes
         await asyncio.gather(*publishing)
 
 
-# Pages, each with the number of letters in its source. A page is removed when the next one is asked for, which means
-# that all of it is confirmed.
-
-
-async def _pages_of_file(path: str) -> AsyncIterator[tuple[list[Message], int]]:
+async def _pages_of_file(path: str) -> Pages:
     """Yield the letters of one file, from its end, and remove it."""
     with open(_take(path), "r+b") as file:
         begins = list(accumulate(map(len, file), initial=0))  # of the lines, and the end
@@ -133,7 +133,7 @@ async def _pages_of_file(path: str) -> AsyncIterator[tuple[list[Message], int]]:
             os.unlink(_taken(path))
 
 
-async def _pages_of_queue(channel: AbstractChannel, name: str, total: int) -> AsyncIterator[tuple[list[Message], int]]:
+async def _pages_of_queue(channel: AbstractChannel, name: str, total: int) -> Pages:
     """Yield the first `total` dead letters of predlog 1.0, one by one, and ack them."""
     for _ in range(total):
         found = await channel.basic_get(name)

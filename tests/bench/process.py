@@ -45,6 +45,7 @@ class Process:
                 with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=2):
                     return
             except urllib.error.HTTPError as error:
+                error.close()
                 if error.code < 500:  # mq-bridge has no such page, and listens once it has its broker
                     return
             except (OSError, urllib.error.URLError):

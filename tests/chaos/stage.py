@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -113,8 +114,11 @@ class Service:
         try:
             with urllib.request.urlopen(self.url + path, timeout=2) as answer:
                 return str(answer.read(), "utf-8")
+        except urllib.error.HTTPError as refusal:
+            refusal.close()
         except OSError:
-            return None
+            pass
+        return None
 
     def is_ready(self) -> bool:
         """Whether /readyz says 200, and of no partition that it is down."""

@@ -37,7 +37,9 @@ def ready() -> None:
         try:
             urllib.request.urlopen(f"{URL}/readyz", timeout=15).close()
             return
-        except OSError as error:  # also what urllib raises for 503
+        except OSError as error:
+            if isinstance(error, urllib.error.HTTPError):  # 503
+                error.close()
             if time.monotonic() > deadline:
                 pytest.fail(f"{URL}/readyz: {error}")
         time.sleep(0.1)
@@ -91,7 +93,8 @@ def post(body: bytes, headers: dict[str, str] | None = None) -> tuple[int, bytes
         with urllib.request.urlopen(urllib.request.Request(f"{URL}/process", body, headers), timeout=15) as response:
             return response.status, response.read()
     except urllib.error.HTTPError as error:
-        return error.code, error.read()
+        with error:
+            return error.code, error.read()
 
 
 def assert_rows(events: Events, numbers: range | list[int]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -11,10 +12,14 @@ import subprocess
 import sys
 import threading
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import pytest
+
 from scripts.rabbitmq import orphans_get
-from tests.conftest import ROOT, Start
+from tests.conftest import ROOT, Service, Start
 from tests.integration.test_contract import EVENT
 from tests.rabbitmq import RabbitMQ
 from tests.support.nginx import needs_nginx, nginx, take_out
@@ -75,26 +80,45 @@ def test_a_refusal_of_a_large_body_reaches_the_client(producer: Start, tmp_path:
         assert post(url, BODY, Authorization="Bearer right") == 200
 
 
-def test_a_stop_behind_nginx_is_seen_by_nobody(producer: Start, tmp_path: Path) -> None:
+DELAYS_MS = 2000, 8000, 32_000  # the longer ones for a machine on which the proxy is not told within the shorter
+
+
+def leave(service: Service, tell: Callable[[], None]) -> bool:
+    """Stop a producer, and `tell` the proxy. Return whether it was told while the producer still listened."""
+    service.process.terminate()
+    tell()
+    in_time = service.not_ready() == "the server is shutting down"
+    assert service.process.wait(60) == 0
+    return in_time
+
+
+@pytest.mark.parametrize("keep_alive", [False, True])
+def test_a_stop_behind_nginx_is_seen_by_nobody(producer: Start, tmp_path: Path, keep_alive: bool) -> None:
     """nginx asks nobody for readiness, so the delay is the time in which it is told."""
-    for keep_alive in (False, True):
-        leaving, staying = producer(DRAIN_DELAY_MS=2000), producer()
-        folder = tmp_path / f"nginx-{keep_alive}"
+    for delay_ms in DELAYS_MS:
+        leaving, staying = producer(DRAIN_DELAY_MS=delay_ms), producer()
+        folder = tmp_path / f"nginx-{delay_ms}"
         with nginx(folder, [leaving.url, staying.url], keep_alive) as url, Load(url) as load:
-            leaving.process.terminate()
-            take_out(folder, leaving.url)
-            assert leaving.process.wait(20) == 0
+            in_time = leave(leaving, partial(take_out, folder, leaving.url))
             load.wait_for_more()
-        assert set(load.statuses) == {200}, load.statuses
+        if in_time:
+            break
+    assert set(load.statuses) == {200}, load.statuses
 
 
 def test_a_drain_delay_listens_while_readyz_says_no(producer: Start) -> None:
-    service = producer(DRAIN_DELAY_MS=4000)
-    service.process.terminate()
-    wait_until("not ready", lambda: not service.is_ready())
-    assert service.process.poll() is None
-    assert post(service.url, BODY) == 200
-    assert service.process.wait(20) == 0
+    statuses: list[int] = []
+
+    def post_meanwhile() -> None:
+        wait_until("not ready", lambda: not service.is_ready())
+        with contextlib.suppress(OSError):
+            statuses.append(post(service.url, BODY))
+
+    for delay_ms in DELAYS_MS:
+        service = producer(DRAIN_DELAY_MS=delay_ms)
+        if leave(service, post_meanwhile):
+            break
+    assert statuses[-1:] == [200]
 
 
 class Activated:

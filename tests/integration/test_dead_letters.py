@@ -321,6 +321,7 @@ async def test_a_replay_into_a_full_queue_keeps_the_rest(
     append(settings.csv_file, [poison(number) for number in range(1000)])
     with pytest.raises(StartupError, match="takes no more messages"):
         await replay.replay(settings)
+    os.close(replay._take(str(file_of(settings.csv_file))))  # it has let go of the file
     left = letters_in(Path(f"{file_of(settings.csv_file)}.replay"))
     moved = ids(await take_all(settings.amqp_url, settings.queue_name))
     assert {letter["id"] for letter in left} | set(moved) == {f"{n:032x}" for n in range(1000)}

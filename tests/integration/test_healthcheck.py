@@ -27,6 +27,7 @@ def readiness(service: Service) -> int:
         with urllib.request.urlopen(f"{service.url}/readyz", timeout=5) as answer:
             return int(answer.status)
     except urllib.error.HTTPError as error:
+        error.close()
         return error.code
 
 

@@ -299,12 +299,13 @@ async def test_the_health_port_answers_until_the_end(producer: Start, broker: Ra
         health = copy.copy(posting)
         health.url = f"http://127.0.0.1:{port}"
         await polling.until("the health port is ready", lambda: asyncio.to_thread(health.is_ready))
-        await asyncio.to_thread(posting.wait_until_ready)
+        await polling.until("all listen", lambda: posting.log().count("POST to") == workers)
+        await polling.until("all are connected", lambda: posting.log().count("connected to") == workers)
         proxy.answers_pass.clear()
         answer = asyncio.create_task(asyncio.to_thread(call, posting, "POST", "/process", json.dumps(EVENT).encode()))
         await polling.until("an event waits", lambda: asyncio.to_thread(health.metric, "predlog_unconfirmed"))
         posting.process.terminate()
-        await polling.until("it stops", lambda: asyncio.to_thread(health.not_ready))
+        await polling.until("all stop", lambda: posting.log().count("stopping") == workers)
         assert await asyncio.to_thread(health.not_ready) == "the server is shutting down"
         await polling.until("it has stopped listening", lambda: asyncio.to_thread(posting.not_ready))
         assert (await asyncio.to_thread(call, health, "GET", "/healthz"))[0] == 200
@@ -387,7 +388,7 @@ def test_connections_closed_by_the_broker_come_back(producer: Start, consumer: S
 
 @pytest.fixture
 def impatient_node(node: RabbitMQ) -> Iterator[RabbitMQ]:
-    """It closes a channel whose messages are unacked for a second; by default it waits for half an hour."""
+    """It ends a consumer whose messages are unacked for a second; by default it waits for half an hour."""
     limits = (
         "application:set_env(rabbit, consumer_timeout, {}), application:set_env(rabbit, channel_tick_interval, {})."
     )
@@ -396,13 +397,13 @@ def impatient_node(node: RabbitMQ) -> Iterator[RabbitMQ]:
     node.ctl("eval", limits.format(1_800_000, 60_000))
 
 
-def test_a_channel_closed_by_the_broker_comes_back(producer: Start, consumer: Start, impatient_node: RabbitMQ) -> None:
+def test_a_consumer_that_the_broker_ends_comes_back(producer: Start, consumer: Start, impatient_node: RabbitMQ) -> None:
     posting, storing = producer(AMQP_URL=impatient_node.url), consumer(AMQP_URL=impatient_node.url)
     traffic = Traffic(posting, storing.csv_file)
     traffic.wait_for_more()
     limit_file_size(storing, storing.csv_file.stat().st_size)
-    until("the broker closes the channel", lambda: storing.metric("predlog_amqp_reconnects_total") > 0)
-    assert "PRECONDITION_FAILED" in storing.log()
+    until("the broker loses patience", lambda: storing.metric("predlog_amqp_reconnects_total") > 0)
+    assert re.search("closed: PRECONDITION_FAILED|the broker cancelled the consumer", storing.log())  # the latter: 4.3
     limit_file_size(storing, resource.RLIM_INFINITY)
     until_ready(storing)
     traffic.assert_exactly_once()

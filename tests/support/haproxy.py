@@ -43,3 +43,10 @@ def haproxy(directory: Path, urls: Sequence[str]) -> Iterator[str]:
         finally:
             process.terminate()
             process.wait(10)
+
+
+def wait_until_down(directory: Path, number: int) -> None:
+    """Until the HAProxy of `directory` sends nothing more to the producer of this number, from 1 on."""
+    log = directory / "log"
+    down = f"Server producers/producer{number} is DOWN"
+    wait_until(f"{down!r} is in the log", lambda: down in log.read_text(), explain=log.read_text)

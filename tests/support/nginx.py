@@ -73,7 +73,13 @@ def nginx(directory: Path, urls: list[str], keep_alive: bool) -> Iterator[str]:
 
 def take_out(directory: Path, url: str) -> None:
     """Make the nginx of `directory` send nothing more to the server at `url`."""
-    configuration = directory / "nginx.conf"
+    configuration, master = directory / "nginx.conf", int((directory / "nginx.pid").read_text())
     server = f"server {url.removeprefix('http://')}"
     configuration.write_text(configuration.read_text().replace(f"{server};", f"{server} down;"))
-    os.kill(int((directory / "nginx.pid").read_text()), signal.SIGHUP)
+    old = _workers(master)
+    os.kill(master, signal.SIGHUP)
+    wait_until("its old worker is gone, and a new one is there", lambda: (new := _workers(master)) and not new & old)
+
+
+def _workers(master: int) -> set[str]:
+    return set(Path(f"/proc/{master}/task/{master}/children").read_text().split())
