@@ -1,6 +1,7 @@
 """The load tool's command line: `python -m scripts.load --url http://127.0.0.1:8000 --events 100000`."""
 
 import argparse
+import os
 import random
 import sys
 import time
@@ -27,7 +28,7 @@ def main() -> int:
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     seed = arguments.seed if arguments.seed is not None else random.SystemRandom().randrange(10**9)
     try:
-        target = Target.parse(arguments.url)
+        target = Target.parse(arguments.url, os.environ.get("API_TOKEN", "").split(",")[0])
         events = Events(seed, Frames.parse(arguments.frames) if arguments.frames else None)
     except ValueError as error:
         console.print(f"load: {error}", style="red", markup=False)
@@ -51,7 +52,8 @@ def main() -> int:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m scripts.load",
-        description="Posts self-identifying events to a producer, shows rate and latency, and checks the CSV.",
+        description="Posts self-identifying events to a producer, shows rate and latency, and checks the CSV. "
+        "The token, if the producer wants one, is the first of API_TOKEN in the environment.",
     )
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="the producer (default %(default)s)")
     parser.add_argument("--events", type=int, default=10_000, metavar="N", help="how many (default %(default)s)")

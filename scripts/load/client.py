@@ -21,18 +21,20 @@ class Target(NamedTuple):
     host: str
     port: int
     path: str
+    token: str = ""
 
     @classmethod
-    def parse(cls, url: str) -> "Target":
+    def parse(cls, url: str, token: str = "") -> "Target":
         """Parse `http://host:port[/path]`; the path is /process unless given. Raise ValueError."""
         parts = urlsplit(url if "//" in url else f"http://{url}")
         if parts.scheme != "http" or not parts.hostname:
             raise ValueError(f"url: {url!r} is not http://HOST:PORT")
-        return cls(parts.hostname, parts.port or 80, parts.path.rstrip("/") or "/process")
+        return cls(parts.hostname, parts.port or 80, parts.path.rstrip("/") or "/process", token)
 
     def request(self, body: bytes, key: bytes | None = None, content_type: str = "application/json") -> bytes:
         lines = [
             f"POST {self.path} HTTP/1.1\r\nHost: {self.host}:{self.port}\r\nContent-Type: {content_type}".encode(),
+            *([b"Authorization: Bearer " + self.token.encode()] if self.token else []),
             *([b"Idempotency-Key: " + key] if key is not None else []),
             b"Content-Length: %d\r\n\r\n" % len(body),
         ]

@@ -1,7 +1,8 @@
 """Against a deployment that runs, through its public faces alone: POST over HTTP, rows in the shared volume.
 
-PRODUCER_URL and CSV_FILE say where they are. Each run makes events that no other run has, so that it may be repeated on
-the same volume. The standard library and pytest only: the image has no more.
+PRODUCER_URL and CSV_FILE say where they are; API_TOKEN or API_TOKEN_FILE has the token that POST needs. Each run makes
+events that no other run has, so that it may be repeated on the same volume. The standard library and pytest only: the
+image has no more.
 """
 
 import asyncio
@@ -24,7 +25,9 @@ from scripts.load.generator import Load
 
 URL = os.environ.get("PRODUCER_URL", "http://127.0.0.1:8000")
 CSV_FILE = Path(os.environ.get("CSV_FILE", "data/data.csv"))
-TOKEN = os.environ.get("API_TOKEN", "").split(",")[0]
+TOKEN_FILE = os.environ.get("API_TOKEN_FILE")
+TOKENS = Path(TOKEN_FILE).read_text().strip() if TOKEN_FILE else os.environ.get("API_TOKEN", "")
+TOKEN = TOKENS.split(",")[0]
 CALLS = 1000
 DEADLINE_SECONDS = 30.0
 
@@ -52,7 +55,7 @@ def events() -> Events:
 
 
 def test_each_prediction_of_1000_calls_is_one_row(events: Events) -> None:
-    load = Load(Target.parse(URL), events, count=CALLS, concurrency=32)
+    load = Load(Target.parse(URL, TOKEN), events, count=CALLS, concurrency=32)
     asyncio.run(load.run())
     assert load.ledger.answers == {200: CALLS}
     assert load.wrong_answers == 0
