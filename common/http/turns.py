@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Hashable
 
 log = logging.getLogger("predlog.http")
 
-# The long work of one turn of the loop, all clients together. A stage that has begun then goes on to its end, which
+# The time for long work in one turn of the loop, all clients together. A stage that has begun runs to its end, which
 # takes 30 ms at most. So a turn stays below the 50 ms by which a request may delay other clients (docs/http.md).
 TURN_SECONDS = 0.005
 
@@ -32,7 +32,7 @@ class Turns:
         self._again: deque[Hashable] = deque()  # owners that had one and have more to do
 
     def add(self, owner: Hashable, job: Job) -> None:
-        """Run `job` behind the others of its owner. What it raises is logged as a bug."""
+        """Run `job` after the others of its owner. What it raises is logged as a bug."""
         jobs = self._jobs.get(owner)
         if jobs is None:
             self._jobs[owner] = deque((job,))

@@ -107,7 +107,7 @@ def test_a_limit_on_queues_is_what_the_error_says(broker: RabbitMQ, producer: St
     service = producer(wait=False, AMQP_URL=url_of(broker, vhost))
     assert service.process.wait(20) == 1
     last = service.log().splitlines()[-1]
-    assert "does not declare the queue" in last
+    assert "refuses to declare the queue" in last
     assert "limit" in last
     assert "other arguments" not in last
 

@@ -376,7 +376,7 @@ async def test_each_tls_trouble_is_named(trouble: str, words: str, broker: Rabbi
 
 
 async def test_a_login_that_the_broker_lacks_is_named(broker: RabbitMQ) -> None:
-    with pytest.raises(StartupError, match=r"offers no login but .*PLAIN.*; correct .auth="):
+    with pytest.raises(StartupError, match=r"offers only these logins: .*PLAIN.*; correct .auth="):
         await open_link(f"{broker.url}?auth=external", "test", Heard())
 
 

@@ -242,7 +242,7 @@ def test_an_ack_is_what_pamqp_writes() -> None:
         (b"\x02\x00\x02\x00\x10\x00\x00", "frame_max"),
         (b"\x02\x00\x01\x01\x00\x00\x00", "frame_max"),
         (b"\x15\x03\x01\x00\x02\x02\x46", "TLS"),
-        (b"AMQP\x00\x00\x09\x00", "no AMQP 0-9-1"),
+        (b"AMQP\x00\x00\x09\x00", "it speaks another protocol"),
         (wire((1, commands.Basic.Deliver("t", 1, False, "", "q"))) * 2, "inside a message"),
         (wire((1, commands.Basic.Deliver("t", 1, False, "", "q"))) + wire((1, ContentBody(b"x"))), "unexpected frame"),
         (

@@ -143,7 +143,7 @@ def test_former_settings_are_one_warning_at_the_start(program: str, mistake: str
     command = [sys.executable, str(ROOT / program), "--write-timeout-ms", "5"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=30)
     (line,) = (line for line in done.stderr.splitlines() if " warning " in line)
-    assert line.endswith("no longer a setting, and without effect: MAX_HEADERS, MAX_PIPELINED, WRITE_TIMEOUT_MS")
+    assert line.endswith("no longer settings, and ignored: MAX_HEADERS, MAX_PIPELINED, WRITE_TIMEOUT_MS")
 
 
 class Ticks:

@@ -28,7 +28,7 @@ NO_ROWS_CRASHED, NO_ROWS_CLEAN = LastRun(ONLY_HEADER, False), LastRun(ONLY_HEADE
 GONE = "its end is gone"
 OUTDATED = LastRun(STATE, False, GONE), LastRun(STATE, True, GONE)
 
-MISSING = "was missing or empty, and is started anew"
+MISSING = "was missing or empty, and is begun again"
 REPLACED = "was replaced or changed, or its journal is an older copy"
 
 

@@ -107,7 +107,7 @@ def test_a_store_keeps_the_latest_rotated_files(tmp_path: Path, caplog: pytest.L
         rotated.append(str(store.rotate()))
     store.close()
     store = Store.open(str(tmp_path / "data.csv"), 100, 10, log, rotate_keep=3)
-    removed = f"{rotated[0]}: removed, since the latest 3 rotated files are kept"
+    removed = f"{rotated[0]}: removed, since only the latest 3 rotated files are kept"
     wait_until("the oldest one is removed", lambda: removed in caplog.text)
     assert kept() == sorted(rotated[1:])
     append(store, 9)

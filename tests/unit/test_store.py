@@ -164,7 +164,7 @@ def test_bytes_added_after_a_clean_stop_stay_but_for_a_torn_row(case: Case) -> N
     case.store.close()
     case.path.write_bytes(case.content + row(3) + b"torn")
     line = case.restart()
-    assert f"has {len(row(3)) + 4} bytes that its journal does not know of, though the last run ended in order" in line
+    assert f"has {len(row(3)) + 4} bytes that its journal does not know of, though the last run ended cleanly" in line
     assert case.content == CSV_HEADER + rows(1, 2, 3, 9)
     assert asides(case.folder) == [b"torn"]
 
@@ -173,7 +173,7 @@ def test_bytes_added_after_a_clean_stop_stay_but_for_a_torn_row(case: Case) -> N
 def test_a_missing_csv_is_started_anew_and_the_ids_are_kept(case: Case, clean: bool) -> None:
     case.store.close() if clean else crash(case.store)
     case.path.unlink()
-    assert "was missing or empty, and is started anew" in case.restart()
+    assert "was missing or empty, and is begun again" in case.restart()
     assert case.content == CSV_HEADER + row(9)
     assert case.store.seen(*ids(1))
 
@@ -187,7 +187,7 @@ def test_after_a_crash_a_renamed_file_loses_its_uncommitted_end(case: Case, new:
     if new is not None:
         case.path.write_bytes(new)
     line = case.restart()
-    assert f"the file of the last run is now {renamed}; 30 bytes that were not committed there moved to" in line
+    assert f"the file of the last run is now {renamed}; 30 bytes of it that were not committed were moved to" in line
     assert renamed.read_bytes() == CSV_HEADER + rows(1, 2)
     assert case.content == CSV_HEADER + row(9)
     assert asides(case.folder) == [row(3)[:30]]
@@ -211,7 +211,7 @@ def test_a_truncated_csv_is_taken_as_it_is_but_for_a_torn_row(case: Case, length
     before = case.content
     os.truncate(case.path, length)
     found = f"was truncated or replaced: it has {length} bytes, and {len(before)} were committed"
-    assert (found if length else "was missing or empty, and is started anew") in case.restart()
+    assert (found if length else "was missing or empty, and is begun again") in case.restart()
     kept = CSV_HEADER + row(1) if length >= len(CSV_HEADER + row(1)) else CSV_HEADER
     assert case.content == kept + row(9)
     torn = before[len(kept) : length]
@@ -678,7 +678,7 @@ def test_bytes_of_another_program_are_moved_aside(case: Case) -> None:
     append(case.store, 3)
     assert case.content == CSV_HEADER + rows(1, 2, 3)
     assert asides(case.folder) == [b"foreign"]
-    assert f"7 bytes of another program were moved to {case.path}.uncommitted-" in case.lines[-1]
+    assert f"7 bytes from another program were moved to {case.path}.uncommitted-" in case.lines[-1]
 
 
 def test_bytes_added_between_check_and_write_are_moved_aside(case: Case, monkeypatch: Any) -> None:
