@@ -64,7 +64,7 @@ def test_a_running_consumer_is_named(tmp_path: Path, capsys: pytest.CaptureFixtu
     lock = Lock(csv_files(csv, 4)[2])
     assert lock.acquire()
     assert carry(csv, 1, 4) == 1
-    assert f"a consumer of {csv_files(csv, 4)[2]} runs: stop all consumers first" in capsys.readouterr().err
+    assert f"a consumer of {csv_files(csv, 4)[2]} is running: stop all consumers first" in capsys.readouterr().err
     assert not Path(csv_files(csv, 4)[0]).exists()
     lock.release()
 
