@@ -1,4 +1,4 @@
-"""Producers behind a real nginx: refusals reach the client, and stops and restarts are seen by nobody."""
+"""Producers behind a real nginx: refusals reach the client, and no client sees stops and restarts."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_a_refusal_of_a_large_body_reaches_the_client(producer: Start, tmp_path:
 
 
 def test_a_stop_behind_nginx_is_seen_by_nobody(producer: Start, tmp_path: Path) -> None:
-    """nginx asks nobody for readiness, so the delay is the time in which it is told."""
+    """nginx does not poll /readyz, so its configuration is changed during the delay."""
     for keep_alive in (False, True):
         leaving, staying = producer(DRAIN_DELAY_MS=2000), producer()
         folder = tmp_path / f"nginx-{keep_alive}"
@@ -88,7 +88,7 @@ def test_a_stop_behind_nginx_is_seen_by_nobody(producer: Start, tmp_path: Path) 
         assert set(load.statuses) == {200}, load.statuses
 
 
-def test_a_drain_delay_listens_while_readyz_says_no(producer: Start) -> None:
+def test_a_drain_delay_listens_while_readyz_is_503(producer: Start) -> None:
     service = producer(DRAIN_DELAY_MS=4000)
     service.process.terminate()
     wait_until("not ready", lambda: not service.is_ready())
@@ -120,7 +120,7 @@ class Activated:
 
 
 def test_a_restart_on_a_held_socket_is_seen_by_nobody(broker: RabbitMQ, queue_name: str, tmp_path: Path) -> None:
-    """As with deploy/systemd/predlog-producer.socket: whoever comes while no producer runs waits for the next one."""
+    """As with deploy/systemd/predlog-producer.socket, clients that come while no producer runs wait for the next."""
     environment = {"AMQP_URL": broker.url, "QUEUE_NAME": queue_name}
     with socket.create_server(("127.0.0.1", 0), backlog=1000) as listener:
         port = listener.getsockname()[1]

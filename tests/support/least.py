@@ -8,7 +8,7 @@ MOST_RUNS = 10
 
 
 def least(measure: Callable[[], float], enough: float) -> float:
-    """The least of some measurements, no more than are needed to be below `enough`: what else runs can only add."""
+    """Return the least of several measurements; stop at one below `enough`. Other programs can only add to a time."""
     best = measure()
     for _ in range(MOST_RUNS - 1):
         if best < enough:
