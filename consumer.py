@@ -1,13 +1,13 @@
 """The consumer: predictions from RabbitMQ into CSV, each exactly once.
 
-The way of a message, from the socket to the row and the ack:
+The path of a message, from the socket to the row and the ack:
 
     FastLane.data_received     common/amqp/lane.py                deliveries out of the byte stream
-    Worker.deliveries          common/consumer/worker.py          to those that wait
+    Worker.deliveries          common/consumer/worker.py          added to those that wait
     Pending.add                common/consumer/pending.py         until a batch is due
     Worker._run                common/consumer/worker.py          batch after batch
     prepare_batch              common/consumer/prepare.py         decoded, without known ids, as rows or as dead letters
-    append                     common/consumer/dead_letters.py    what is no event: write, fsync
+    append                     common/consumer/dead_letters.py    what is not an event: write, fsync
     Store.append               common/storage/store.py            rows: write, fsync, journal
     Worker._ack                common/consumer/worker.py          one ack for the batch
 """
@@ -39,12 +39,12 @@ log = logging.getLogger("predlog.consumer")
 
 
 def main(argv: Sequence[str], environ: dict[str, str]) -> int:
-    """Run the consumer, one for each partition, or a command on its dead letters; return the exit code."""
+    """Run the consumer, with a process for each partition, or one of its commands; return the exit code."""
     parser = parser_for(ConsumerSettings, "consumer.py", "Write events from RabbitMQ to CSV, each exactly once.")
     commands = parser.add_mutually_exclusive_group()
-    commands.add_argument("--read", action="store_true", help="write the committed rows to stdout, and end")
-    commands.add_argument("--dead-letters", action="store_true", help="list the dead letters, and end")
-    commands.add_argument("--replay-dead-letters", action="store_true", help="publish them to the queue again, and end")
+    commands.add_argument("--read", action="store_true", help="write the committed rows to stdout, and exit")
+    commands.add_argument("--dead-letters", action="store_true", help="list the dead letters, and exit")
+    commands.add_argument("--replay-dead-letters", action="store_true", help="publish the dead letters again, and exit")
     flags: argparse.Namespace = parser.parse_args(argv)
     try:
         settings = load(ConsumerSettings, flags, environ, read_file)
@@ -86,7 +86,7 @@ async def _replay(served: Iterable[ConsumerSettings]) -> int:
 
 
 def _to_stdout(command: Callable[[], int]) -> int:
-    """Run a command that writes files to stdout. A reader that has enough, such as `head`, ends it."""
+    """Run a command that writes to stdout. A reader that closes the pipe, such as `head`, ends it without an error."""
     try:
         code = command()
         sys.stdout.flush()

@@ -1,12 +1,12 @@
 """The producer: POST /process → validate → publish → 200 after the broker's confirm.
 
-The way of an event, from the socket to the broker and back:
+The path of an event, from the socket to the broker and back:
 
     Connection.data_received   common/http/connection.py      bytes into requests, by RequestParser
     Api.check, Api.handle      common/producer/api.py         permission, then the route
     normalise_event            common/event/schema.py         JSON into an event in normal form
     Publisher.publish          common/producer/publisher.py   to its partition, with the others of this turn
-    FastLane.send              common/amqp/lane.py            one write for what it is given
+    FastLane.send              common/amqp/lane.py            the frames of all of them in one write
     FastLane.data_received     common/amqp/lane.py            the broker's confirms
     Publisher.confirms         common/producer/publisher.py   from delivery tag to event
     _Post.confirmed            common/producer/intake.py      200

@@ -1,3 +1,3 @@
-"""predlog's parts, in floors: a module imports only from floors below its own (tests/unit/test_floors.py)."""
+"""predlog's modules, in layers: each imports only from the layers below its own (tests/unit/test_layers.py)."""
 
 __version__ = "2.0.0"

@@ -1,7 +1,7 @@
-"""Settings as frozen dataclasses, made from flags and an environment mapping. Pure: who loads them gives `read_file`.
+"""Settings as frozen dataclasses, made from flags and an environment mapping. Pure: the caller passes `read_file`.
 
-A field's metadata holds its help text, which names the unit. The environment variable is the field's name in capitals,
-the flag the same with dashes; a flag wins over the variable. A secret can be in a file, whose path is `NAME_FILE`.
+A field's metadata holds its help text, which names the unit. The environment variable is the field's name in capitals.
+The flag is the same with dashes, and wins over the variable. A secret can be in a file, whose path is `NAME_FILE`.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ FORMER = (
     *("max_unconfirmed_bytes", "max_head_bytes", "max_target_bytes", "max_headers", "max_chunk_overhead_bytes"),
     *("max_pipelined", "head_timeout_ms", "body_timeout_ms", "write_timeout_ms"),
 )
-FORMER_WARNING = "no longer a setting, and without effect: %s"
+FORMER_WARNING = "no longer settings, and ignored: %s"
 
 # A producer that reconnects publishes again what is unconfirmed: 4,096 events by default. This covers four producers.
 LEAST_DEDUP_WINDOW = 16_384
 
 _LIMITS = Limits()
-_MOST = 2**40  # the largest whole number; a test starts and drains with it
+_MOST = 2**40  # the largest value of a setting; a test starts and drains with it
 
 
 def _setting(default: Any, text: str, *, low: float = 0, high: float = _MOST) -> Any:
@@ -55,7 +55,7 @@ class Settings:
     log_level: str = _setting("info", "least severe level that is logged: debug, info, warning or error")
     log_format: str = _setting("text", "text for people, json for machines")
     shutdown_timeout_ms: int = _setting(10_000, "how long a stop may take to finish accepted work, ms")
-    health_port: int = _setting(0, "port of /healthz, /readyz and /metrics alone (0: off)", high=65535)
+    health_port: int = _setting(0, "port that serves only /healthz, /readyz and /metrics (0: off)", high=65535)
     health_host: str = _setting("127.0.0.1", "address of the health port")
 
 
@@ -74,14 +74,14 @@ class ProducerSettings(Settings):
     max_body_bytes: int = _setting(_LIMITS.body_bytes, "largest request body, also after gzip, bytes (413)", low=1)
     max_preds: int = _setting(4_000, "most predictions in one event (422)", low=1)
     max_connections: int = _setting(16_000, "open client connections before 503 and close", low=1)
-    idle_timeout_ms: int = _setting(75_000, "before an idle connection is closed, ms", low=1)
-    drain_delay_ms: int = _setting(0, "how long a stop still listens while /readyz says 503, ms")
-    allowed_hosts: str = _setting("", "Host values that are served, separated by commas; others are 403 (empty: all)")
+    idle_timeout_ms: int = _setting(75_000, "time before an idle connection is closed, ms", low=1)
+    drain_delay_ms: int = _setting(0, "how long a stop keeps listening while /readyz answers 503, ms")
+    allowed_hosts: str = _setting("", "Host values to serve, separated by commas; others get 403 (empty: all)")
     cors_origins: str = _setting("", "origins whose pages may POST, separated by commas (empty: none but our own)")
     api_token: str = _setting("", "bearer token(s) for POST, separated by commas (empty: no authentication)")
     api_token_file: str = _setting("", "file with the value of API_TOKEN (SIGHUP reads it again)")
     protect_pages: bool = _setting(False, "1: /metrics, /docs and /openapi.json also need the token")
-    tls_cert: str = _setting("", "PEM file of the certificate chain: serve HTTPS (SIGHUP reloads it)")
+    tls_cert: str = _setting("", "PEM file of the certificate chain, for HTTPS (SIGHUP reloads it)")
     tls_key: str = _setting("", "PEM file of the certificate's private key")
 
 
@@ -89,20 +89,20 @@ class ProducerSettings(Settings):
 class ConsumerSettings(Settings):
     """The settings of the consumer."""
 
-    partition: str = _setting("", "partitions to serve: empty for all, or like 2, 0-3 or 0,4")
+    partition: str = _setting("", "partitions to serve, such as 2, 0-3 or 0,4 (empty: all)")
     csv_file: str = _setting("data/data.csv", "the CSV file; its journal and lock are in the same folder")
-    prefetch_count: int = _setting(500, "messages that the broker may send ahead of their acks", low=1, high=65535)
-    batch_max_rows: int = _setting(5000, "rows that make a batch full", low=1)
-    flush_interval_ms: int = _setting(50, "longest wait of a row for its batch, ms", high=600_000)
+    prefetch_count: int = _setting(500, "messages that the broker sends before it waits for acks", low=1, high=65535)
+    batch_max_rows: int = _setting(5000, "rows that fill a batch", low=1)
+    flush_interval_ms: int = _setting(50, "longest time that a row waits for its batch, ms", high=600_000)
     low_prob_threshold: float = _setting(0.25, "predictions below it get the tag low_prob", low=-1e308, high=1e308)
     dedup_window: int = _setting(
         200_000, f"how many message ids are remembered to drop duplicates (at least {LEAST_DEDUP_WINDOW})"
     )
     dedup_warn_seconds: int = _setting(60, "warn when message ids are forgotten sooner than this, s (0: never)")
-    rotate_bytes: int = _setting(0, "start a new CSV when this one has so many bytes (0: off)")
-    rotate_interval: int = _setting(0, "start a new CSV every so many seconds, from UTC midnight on (0: off)")
-    rotate_gzip: bool = _setting(False, "1: compress a CSV once it is rotated away")
-    rotate_keep: int = _setting(0, "how many rotated files stay; older ones are removed (0: all stay)")
+    rotate_bytes: int = _setting(0, "start a new CSV when the current one reaches this size, bytes (0: off)")
+    rotate_interval: int = _setting(0, "start a new CSV at this interval, counted from UTC midnight, s (0: off)")
+    rotate_gzip: bool = _setting(False, "1: compress rotated files")
+    rotate_keep: int = _setting(0, "how many rotated files to keep; older ones are removed (0: keep all)")
 
 
 S = TypeVar("S", bound=Settings)
@@ -111,7 +111,7 @@ _TRUE, _FALSE = frozenset({"1", "true", "yes", "on"}), frozenset({"", "0", "fals
 
 _HOST = r"[a-zA-Z0-9.\-]+|\[[0-9a-fA-F:.]+\]"
 _ORIGIN = rf"https?://(?:{_HOST})(?::[0-9]{{1,5}})?"
-_FORMS = {  # the pattern of a text, and in words
+_FORMS = {  # the pattern of a value, and the same in words
     # The alphabet is that of pamqp, narrower than RabbitMQ's. AMQP allows 255 bytes; ".1023.dead" takes 10 of them.
     "queue_name": (r"[\w\-.:@#,/+ ]{1,245}", "1 to 245 of these characters: A-Z a-z 0-9 - _ . : @ # , / + and space"),
     "log_level": ("(?i:debug|info|warning|error)", "debug, info, warning or error"),
@@ -203,14 +203,14 @@ def load(cls: type[S], flags: argparse.Namespace, environ: Mapping[str, str], re
         host = values.get("rabbitmq_host", "localhost")
         values["amqp_url"] = f"amqp://guest:guest@{f'[{host}]' if ':' in host else host}:5672/"
     if bool(values.get("tls_cert")) != bool(values.get("tls_key")):
-        raise SettingError("TLS_CERT and TLS_KEY go together: set both, or none")
+        raise SettingError("TLS_CERT and TLS_KEY go together: set both, or neither")
     if values.get("protect_pages") and not (values.get("api_token") or values.get("api_token_file")):
         raise SettingError("PROTECT_PAGES needs API_TOKEN or API_TOKEN_FILE: otherwise, the pages are open to all")
     return read_again(cls(**values), read_file)
 
 
 def read_again(settings: S, read_file: Callable[[str], str]) -> S:
-    """Return the settings with the secrets that are now in their files. Raise SettingError if one cannot be used."""
+    """Return the settings with the secrets read again from their files. Raise SettingError if one cannot be used."""
     found: dict[str, Any] = {}
     for item in fields(settings):
         if item.name in SECRETS and (path := getattr(settings, f"{item.name}_file")):
@@ -220,7 +220,7 @@ def read_again(settings: S, read_file: Callable[[str], str]) -> S:
                 found[item.name] = _convert(item, text)
             except (OSError, ValueError, SettingError) as error:  # ValueError: it is not UTF-8, or a path with a NUL
                 why = getattr(error, "strerror", None) or error
-                raise SettingError(f"{item.name.upper()}_FILE is {path!r}, which is of no use: {why}") from None
+                raise SettingError(f"{item.name.upper()}_FILE is {path!r}, which cannot be used: {why}") from None
     return replace(settings, **found)
 
 

@@ -26,7 +26,7 @@ class NotConfirmed(Exception):
 
 
 class Unavailable(NotConfirmed):
-    """The event was not accepted; a retry may be.
+    """The event was not accepted; a retry can succeed.
 
     `reason` is one word for metrics. `public` is for clients, and names no address; `why` is for the log and /readyz.
     """
@@ -72,8 +72,8 @@ class StartupError(Fatal):
 
 
 class DiskTrouble(Exception):
-    """A disk that is full or fails. The trouble may end, so it ends no process: wait and retry."""
+    """A disk that is full or fails. The trouble can pass, so the process waits and retries."""
 
 
 class TakenOver(Fatal):
-    """Another consumer writes the same CSV: this one must stop, touch nothing and ack nothing."""
+    """Another consumer has begun to write the same CSV. This one must stop, touch nothing and ack nothing."""

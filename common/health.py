@@ -1,4 +1,4 @@
-"""The application of a health port: /healthz, /readyz and /metrics of either process."""
+"""The application behind a health port: /healthz, /readyz and /metrics of either process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from common.metrics import CONTENT_TYPE as METRICS_TYPE
 
 
 class Health:
-    """The application of a health port. `not_ready` returns why the process cannot do its work now, or ""."""
+    """The application behind a health port. `not_ready` returns why the process cannot do its work now, or ""."""
 
     def __init__(self, not_ready: Callable[[], str], metrics: Callable[[], bytes]) -> None:
         self._not_ready = not_ready
@@ -30,9 +30,9 @@ class Health:
             exchange.answer(200, b'{"status":"ready"}')
 
     def check(self, head: Head) -> bytes:
-        """Raise HttpError for anything but a page."""
+        """Raise HttpError for anything but a GET or HEAD of one of the pages."""
         if head.path not in (b"/healthz", b"/readyz", b"/metrics"):
-            raise HttpError(404, "here are /healthz, /readyz and /metrics")
+            raise HttpError(404, "this port serves /healthz, /readyz and /metrics")
         if head.method not in (b"GET", b"HEAD"):
             raise HttpError(405, "this page takes GET, HEAD", (("Allow", "GET, HEAD"),))
         return b""

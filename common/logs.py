@@ -38,7 +38,7 @@ class LineFormatter(logging.Formatter):
 
 
 def set_up_logging(prog: str, level: str, fmt: str) -> None:
-    """Log to stderr. Drop aiormq's records unless `level` is debug: predlog logs a loss in one line."""
+    """Log to stderr. Drop aiormq's records unless `level` is debug: predlog logs each loss itself, in one line."""
     handler = logging.StreamHandler()
     handler.setFormatter(LineFormatter(prog, fmt.lower() == "json"))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)

@@ -61,7 +61,7 @@ class Metrics:
         return histogram
 
     def settle(self) -> None:
-        """Sort what was observed into the buckets in `values`. Call it a few times a second."""
+        """Count the observed values in their buckets in `values`. Call it a few times a second."""
         for histogram in self._histograms:
             histogram.settle(self.values)
 
@@ -108,8 +108,8 @@ class Metrics:
 class Histogram:
     """Counts by bucket, not cumulative, and then the sum, from index `start` in the values of its Metrics.
 
-    `observe` takes one value, in the unit that the metric's name ends with. To sort many at once into their buckets
-    costs a fifth of sorting each as it comes.
+    `observe` takes one value, in the unit that the metric's name ends with. Sorting many into their buckets
+    at once costs a fifth of sorting each as it comes.
     """
 
     __slots__ = ("_bounds", "_noted", "_start", "observe")
@@ -121,7 +121,7 @@ class Histogram:
         self.observe: Callable[[float], None] = self._noted.append
 
     def settle(self, values: MutableSequence[float]) -> None:
-        """Count in `values` what was observed since the last time."""
+        """Count in `values` what was observed since the last call."""
         if not self._noted:
             return
         self._noted.sort()

@@ -1,4 +1,4 @@
-"""A process from start to end: event loop, signals, exit codes. Nothing here knows what the process does."""
+"""A process from start to end: event loop, signals, exit codes. Independent of what the process does."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ log = logging.getLogger("predlog")
 TICK_SECONDS = 0.1
 COLLECT_SECONDS = 10.0  # between two collections, unless NEW_OBJECTS come sooner
 NEW_OBJECTS = 10_000
-MOST_OBJECTS = 40_000  # that one looks at: 10 ms
+MOST_OBJECTS = 40_000  # that one collection looks at, in 10 ms
 
 _FIRST_INHERITED = 3  # SD_LISTEN_FDS_START
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # M_… of glibc's malloc.h
 
 
 class Collector:
-    """The garbage collector, which holds up the event loop for some 10 ms at most.
+    """The garbage collector, which holds up the event loop for about 10 ms at most.
 
     Events and connections are many small objects that form no cycle. Python's own rules, which differ between its
-    versions, let hundreds of thousands gather and look at all of them at once. So Python never begins a collection, and
-    what is too much for one is frozen: it is never looked at again, and freed as soon as nothing refers to it. Only a
-    cycle that was in use at that moment stays, such as that of a connection to the broker.
+    versions, let hundreds of thousands gather, and look at all of them at once. So automatic collection is off. Objects
+    that are too many for one collection are frozen: none is looked at again, and each is freed once nothing refers to
+    it. Only a cycle that was in use at that moment stays, such as that of a connection to the broker.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -68,7 +68,7 @@ class Collector:
 def run(prog: str, main: Callable[[], Coroutine[Any, Any, int | None]]) -> int:
     """Run `main` on uvloop to its end; return the exit code. A Fatal ends it with one line and no traceback."""
     keep_freed_memory()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which the Runner replaces: it cancels `main`
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the Runner replaces it with one that cancels `main`
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             Collector(runner.get_loop())
@@ -82,15 +82,15 @@ def run(prog: str, main: Callable[[], Coroutine[Any, Any, int | None]]) -> int:
     except KeyboardInterrupt:
         return 130
     except (Exception, asyncio.CancelledError):
-        log.critical("a fault in predlog ends this process", exc_info=True)
+        log.critical("a bug in predlog ends this process", exc_info=True)
         return 1
 
 
 def keep_freed_memory() -> None:
     """Make malloc keep freed memory, in one arena for all threads. Do nothing without glibc.
 
-    By default glibc maps each buffer of 128 KB or more, which the kernel clears page by page, and unmaps it: a quarter
-    of the CPU for events with images. At most 64 MB are kept at the top of the heap.
+    By default glibc maps and unmaps each buffer of 128 KB or more, and the kernel clears it page by page. For events
+    with images, that took a quarter of the CPU. At most 64 MB are kept at the top of the heap.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -139,7 +139,7 @@ def inherited_socket(environ: Mapping[str, str], pid: int) -> socket.socket | No
 
 
 def on_stop(alive_fd: int | None = None) -> asyncio.Event:
-    """Return an event that is set by SIGTERM, SIGINT, and the end of the supervisor (`alive_fd` becomes readable).
+    """Return an event that is set by SIGTERM, SIGINT, or the end of the supervisor (`alive_fd` becomes readable).
 
     From then on, SIGINT ends the process at once.
     """
@@ -165,11 +165,11 @@ async def end(*tasks: asyncio.Task[Any]) -> None:
         task.cancel()
     for result in await asyncio.gather(*tasks, return_exceptions=True):
         if isinstance(result, Exception) and result is not sys.exception():
-            log.error("a task has ended: %s", result, exc_info=None if isinstance(result, Fatal) else result)
+            log.error("a task failed: %s", result, exc_info=None if isinstance(result, Fatal) else result)
 
 
 async def first_of(stop: asyncio.Event, *tasks: asyncio.Task[Any]) -> None:
-    """Wait for `stop`, or until one of `tasks`, which have no end, fails; then raise its exception."""
+    """Wait until `stop` is set, or until one of the endless `tasks` fails; then raise its exception."""
     stopping = asyncio.ensure_future(stop.wait())
     try:
         done, _ = await asyncio.wait({stopping, *tasks}, return_when=asyncio.FIRST_COMPLETED)

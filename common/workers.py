@@ -19,10 +19,10 @@ from common.errors import StartupError
 
 log = logging.getLogger("predlog.workers")
 
-RESTART_SECONDS = 0.5  # a worker that replaces another waits so long first
+RESTART_SECONDS = 0.5  # a worker that replaces another waits this long first
 EARLY_SECONDS = 10.0  # a worker that fails this soon after the start has a cause that a restart does not fix
 KILL_GRACE_SECONDS = 2.0
-IDLE_SECONDS = 60.0  # between two looks when nothing happens
+IDLE_SECONDS = 60.0  # between two checks when nothing happens
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
 
 

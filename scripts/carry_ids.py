@@ -2,7 +2,7 @@
 
 `python -m scripts.carry_ids --csv-file data/data.csv --from 1 --to 4`, while no consumer runs. A client that got no
 answer before the change and retries after it meets another partition, which then knows that the event is stored.
-Each new CSV gets the ids of all: which device an id came from is not remembered. Run again, it changes nothing.
+Each new CSV gets all ids, since no journal knows which device an id came from. A second run changes nothing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ log = logging.getLogger("carry_ids")
 
 
 def carry_ids(path: str, before: int, after: int, dedup_window: int) -> int:
-    """Return how many ids every new CSV knows now. Raise StartupError or DiskTrouble; then it can be run again."""
+    """Return how many ids each new CSV now knows. Raise StartupError or DiskTrouble; then it can be run again."""
     old = [csv for csv in csv_files(path, before) if os.path.exists(f"{csv}.journal")]
     if not old:
         raise StartupError(f"no consumer has written {path} with {before} partition(s): there is nothing to carry")
@@ -35,7 +35,7 @@ def carry_ids(path: str, before: int, after: int, dedup_window: int) -> int:
         for csv in dict.fromkeys([*old, *new]):
             lock = Lock(csv)
             if not lock.acquire():
-                raise StartupError(f"a consumer of {csv} runs: stop all consumers first")
+                raise StartupError(f"a consumer of {csv} is running: stop all consumers first")
             locks.callback(lock.release)
         ids = latest([_ids(csv, dedup_window) for csv in old], dedup_window)
         for csv in new:
@@ -74,11 +74,11 @@ def _ids(csv: str, dedup_window: int) -> list[bytes]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m scripts.carry_ids",
-        description="While no consumer runs: the CSVs of a new number of partitions remember what the old ones do.",
+        description="Copy remembered message ids to the CSVs of a new number of partitions, while no consumer runs.",
     )
     parser.add_argument("--csv-file", default=os.environ.get("CSV_FILE") or "data/data.csv", metavar="PATH")
-    parser.add_argument("--from", dest="before", type=int, required=True, metavar="N", help="PARTITIONS until now")
-    parser.add_argument("--to", dest="after", type=int, required=True, metavar="N", help="PARTITIONS from now on")
+    parser.add_argument("--from", dest="before", type=int, required=True, metavar="N", help="the old PARTITIONS")
+    parser.add_argument("--to", dest="after", type=int, required=True, metavar="N", help="the new PARTITIONS")
     window = int(os.environ.get("DEDUP_WINDOW") or 200_000)
     parser.add_argument("--dedup-window", type=int, default=window, metavar="N", help="ids (default %(default)s)")
     options = parser.parse_args(arguments)
@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (StartupError, DiskTrouble) as error:
         print(f"carry_ids: {error}", file=sys.stderr)
         return 1
-    print(f"{options.after} CSV(s) of {options.csv_file} now know {count:,} messages that are stored already")
+    print(f"{options.after} CSV(s) of {options.csv_file} now know {count:,} messages that are already stored")
     return 0
 
 

@@ -1,7 +1,7 @@
 """A private RabbitMQ node: one Erlang VM and its own epmd, on loopback ports, in a directory of its own.
 
 Neither needs root, and neither meets another node, another epmd or the system's configuration. Both die with the thread
-that started them (PR_SET_PDEATHSIG), so that nothing is left behind by a killed run.
+that started them (PR_SET_PDEATHSIG), so that a killed run leaves nothing behind.
 """
 
 import contextlib
@@ -17,8 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
-_LIB = Path("/usr/lib/rabbitmq/bin")  # the real scripts; those on PATH want to be root or the user rabbitmq
-_ERLANG = "-kernel inet_dist_use_interface {127,0,0,1} +sbwt none"  # busy waiting only takes the CPU from the others
+_LIB = Path("/usr/lib/rabbitmq/bin")  # the real scripts; those on PATH insist on root or the user rabbitmq
+_ERLANG = "-kernel inet_dist_use_interface {127,0,0,1} +sbwt none"  # busy waiting would only take CPU from the others
 _STOP_TIMEOUT_SECONDS = 20.0
 _LOCKED = 75  # our exit code of flock: EX_TEMPFAIL
 
@@ -62,7 +62,7 @@ class RabbitMQ:
     ) -> None:
         """Choose the ports, which stay the same for the life of the object. `port` 0 takes a free one.
 
-        `epmd` is one that others use too; `erlang` has more flags of the VM.
+        `epmd` is one that others use too; `erlang` has more flags for the VM.
         """
         self.directory = directory.absolute()
         self.name = f"{name}@localhost"
@@ -99,11 +99,11 @@ class RabbitMQ:
 
     @property
     def is_running(self) -> bool:
-        """Tell whether its VM was started and has not ended."""
+        """Whether its VM was started and has not ended."""
         return self.process is not None and self.process.poll() is None
 
     def is_up(self) -> bool:
-        """Tell whether it greets a client; raise BrokerError when it has ended."""
+        """Return whether it greets a client; raise BrokerError when it has ended."""
         if self.process is None or (code := self.process.poll()) is None:
             return speaks_amqp(self.port)
         if code == _LOCKED:
@@ -111,7 +111,7 @@ class RabbitMQ:
         raise BrokerError(f"the RabbitMQ node did not start: see {self._start_log}")
 
     def stop(self) -> None:
-        """Stop node and epmd in an orderly way; by force when it takes too long. No-op if nothing runs."""
+        """Stop node and epmd cleanly, or by force when that takes too long. No-op if nothing runs."""
         if self.process is not None:
             self.process.terminate()
             try:
@@ -155,7 +155,7 @@ class RabbitMQ:
             **self._epmd.environment,
             "LANG": "C.UTF-8",
             "HOME": directory,  # of the Erlang cookie
-            "RUNNING_UNDER_SYSTEMD": "1",  # the script execs the VM: signals reach it, and SIGTERM is an orderly stop
+            "RUNNING_UNDER_SYSTEMD": "1",  # the script execs the VM: signals reach it, and SIGTERM is a clean stop
             "RABBITMQ_NODENAME": self.name,
             "RABBITMQ_NODE_IP_ADDRESS": "127.0.0.1",
             "RABBITMQ_NODE_PORT": str(self.port),
@@ -174,12 +174,12 @@ class RabbitMQ:
 
 
 def is_installed() -> bool:
-    """Tell whether this machine can run a private node."""
+    """Return whether this machine can run a private node."""
     return os.access(_script("rabbitmq-server"), os.X_OK)
 
 
 def speaks_amqp(port: int, host: str = "127.0.0.1", timeout_seconds: float = 2.0) -> bool:
-    """Tell whether an AMQP 0-9-1 broker greets: it answers the header with connection.start, 10.10 (section 4.2.2)."""
+    """Return whether an AMQP 0-9-1 broker answers the header with connection.start, 10.10 (section 4.2.2)."""
     with contextlib.suppress(OSError), socket.create_connection((host, port), timeout_seconds) as connection:
         connection.settimeout(timeout_seconds)
         connection.sendall(b"AMQP\x00\x00\x09\x01")
@@ -191,8 +191,8 @@ def speaks_amqp(port: int, host: str = "127.0.0.1", timeout_seconds: float = 2.0
 def free_port(wanted: int = 0) -> int:
     """Return `wanted` if it is free on the loopback interface, else any port that is.
 
-    Linux gives it to nobody who asks for any port, as long as this process runs: the bound socket stays open. Whoever
-    binds it by its number and with SO_REUSEADDR, as servers do, can listen there.
+    While this process runs, Linux gives it to nobody who asks for any port, because the bound socket stays open. But a
+    server that binds it by its number and with SO_REUSEADDR, as servers do, can listen there.
     """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

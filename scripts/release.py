@@ -16,7 +16,7 @@ from common import __version__
 ROOT = Path(__file__).resolve().parent.parent
 DIST = ROOT / "dist"
 
-# Where the version stands besides common/__init__.py. Every match of a pattern is compared.
+# The places that name the version, besides common/__init__.py. Every match of a pattern is compared.
 PLACES = {
     "pyproject.toml": r'^version = "(.*)"',
     "Dockerfile": r'org\.opencontainers\.image\.version="(.*)"',

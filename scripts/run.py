@@ -38,7 +38,7 @@ class Container:
 
     @staticmethod
     def is_possible() -> bool:
-        """Tell whether a Docker engine answers."""
+        """Return whether a Docker engine answers."""
         with contextlib.suppress(OSError):
             return subprocess.run(["docker", "version"], capture_output=True).returncode == 0
         return False
@@ -55,11 +55,11 @@ class Container:
         deadline = time.monotonic() + timeout_seconds
         while not speaks_amqp(self.port):
             if self.process.poll() is not None or time.monotonic() > deadline:
-                raise BrokerError(f"the container {self.NAME} did not start: docker run {self.IMAGE} says more")
+                raise BrokerError(f"the container {self.NAME} did not start: see what docker run {self.IMAGE} prints")
             time.sleep(0.2)
 
     def stop(self) -> None:
-        """Stop it in an orderly way. No-op if it does not run."""
+        """Stop it cleanly. No-op if it does not run."""
         if self.process is not None:
             subprocess.run(["docker", "stop", "--time", "20", self.NAME], capture_output=True)
             self.process.wait()
@@ -109,7 +109,7 @@ def main() -> int:
 
 
 def choose_broker() -> RabbitMQ | Container | None:
-    """Return a broker to start, or None when there is one already. Raise BrokerError."""
+    """Return a broker to start, or None when there already is one. Raise BrokerError."""
     if os.environ.get("AMQP_URL") or os.environ.get("RABBITMQ_HOST"):
         return None
     if speaks_amqp(AMQP_PORT):
@@ -135,7 +135,7 @@ def spawn(name: str, environment: dict[str, str]) -> subprocess.Popen[bytes]:
         [PYTHON, ROOT / f"{name}.py"],
         env=environment,
         stdin=subprocess.DEVNULL,
-        start_new_session=True,  # who stops when is decided here, not by the terminal
+        start_new_session=True,  # this program, not the terminal, decides what stops when
         preexec_fn=orphans_get(signal.SIGTERM),
     )
 
@@ -161,8 +161,8 @@ def stop(process: subprocess.Popen[bytes]) -> int:
 
 
 def is_ready() -> bool:
-    """Tell whether the producer would accept an event now."""
-    untrusted = ssl._create_unverified_context()  # it is ours, by whatever name its certificate calls it
+    """Return whether the producer would accept an event now."""
+    untrusted = ssl._create_unverified_context()  # it is ours, whatever name is in its certificate
     with contextlib.suppress(OSError, HTTPException):
         urllib.request.urlopen(f"{producer_url()}/readyz", timeout=2, context=untrusted).close()
         return True
@@ -188,7 +188,7 @@ Their predictions become rows of {csv_file}. Ctrl-C stops everything.
 
 
 def take_the_terminal() -> None:
-    """Take Ctrl-C for us alone: make would call even a clean stop an error. Ctrl-Z would stop only half of the run."""
+    """Take Ctrl-C for us alone: make would call even a clean stop an error. Ctrl-Z would stop only half the run."""
     with contextlib.suppress(OSError):  # no terminal
         group_of_make = os.tcgetpgrp(0)
         if group_of_make != os.getpgrp():

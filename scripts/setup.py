@@ -1,7 +1,7 @@
 """`python3 -m scripts.setup GOAL`: install what this machine lacks for `make GOAL`.
 
-Says what it installs, and nothing when all is there. System packages come from apt where it may be used: as root, or
-with a sudo that asks for no password.
+It prints what it installs, and nothing when all is there. System packages come from apt where that is possible: as
+root, or with a sudo that asks for no password.
 """
 
 import os
@@ -17,7 +17,7 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 OLDEST_PYTHON = (3, 11)
 
-# `make run` finds its own broker. A test that wants one of OPTIONAL is skipped without it, with the reason.
+# `make run` finds its own broker. A test that needs one of OPTIONAL is skipped without it, with the reason.
 APT_PACKAGES = {
     "run": (),
     "check": (),
@@ -29,7 +29,7 @@ APT_PACKAGES = {
     ),
 }
 OPTIONAL = {*APT_PACKAGES["test"]} - {"rabbitmq-server"}
-# A package's program, where its name is not that of the package.
+# The program of a package, where its name differs from the package's.
 PROGRAMS = {
     "chromium-driver": "chromedriver",
     "nginx-light": "nginx",
@@ -39,7 +39,7 @@ PROGRAMS = {
 }
 
 # A package must start no service, now (policy-rc.d: 101) or at the next boot: only its programs are wanted, and a
-# broker on port 5672 would take the place of the private node and its messages.
+# broker on port 5672 would take the place of the private node, which has the messages.
 _APT_INSTALL = """
 policy=/usr/sbin/policy-rc.d
 if [ ! -e $policy ]; then
@@ -61,9 +61,7 @@ def main(arguments: list[str]) -> str | None:
         return f"usage: python3 -m scripts.setup {'|'.join(APT_PACKAGES)}"
     goal = arguments[0]
     if sys.version_info < OLDEST_PYTHON:
-        return (
-            f"this is Python {sys.version.split()[0]}, 3.11 or newer is needed: make {goal} PYTHON=/usr/bin/python3.11"
-        )
+        return f"Python {sys.version.split()[0]} is older than 3.11: make {goal} PYTHON=/usr/bin/python3.11"
     missing = [package for package in APT_PACKAGES[goal] if not is_installed(package)]
     if missing and not apt_install(*missing) and (required := set(missing) - OPTIONAL):
         return f"make {goal} needs {' and '.join(sorted(required))}: sudo apt-get install {' '.join(sorted(required))}"
@@ -82,9 +80,9 @@ def is_installed(package: str) -> bool:
 
 
 def install_requirements(name: str, *included: str) -> str | None:
-    """Install the packages that the file pins into .venv, unless that was done with just these files.
+    """Install the packages that the file pins into .venv, unless that was done with exactly these files.
 
-    `included`: files whose pins are all in this one, so that they need no run of their own.
+    `included` are files whose pins are all in this one, so that they need no run of their own.
     """
     stamps = {VENV / f"{file}.installed": (ROOT / file).read_text() for file in (name, *included)}
     usable = runs(PYTHON, "-c", "")  # no longer after the system's Python was replaced
@@ -103,7 +101,7 @@ def install_requirements(name: str, *included: str) -> str | None:
 
 
 def create_venv() -> list[str | Path] | None:
-    """Make .venv; return the pip command for it, or None. Debian has ensurepip in a package of its own."""
+    """Make .venv; return the pip command for it, or None. In Debian, ensurepip is a package of its own."""
     if runs(sys.executable, "-c", "import ensurepip") or apt_install("python3-venv"):
         return [PYTHON, "-m", "pip"] if runs(sys.executable, "-m", "venv", "--clear", VENV) else None
     outer_pip: list[str | Path] = [sys.executable, "-m", "pip", "--python", PYTHON]  # since pip 22.3
@@ -112,7 +110,7 @@ def create_venv() -> list[str | Path] | None:
 
 
 def apt_install(*packages: str) -> bool:
-    """Install packages; tell whether they are there now. False without apt, or without the right to use it."""
+    """Install packages; return whether they are there now. False without apt, or without the right to use it."""
     prefix = [] if os.geteuid() == 0 else ["sudo", "-n"]
     if not shutil.which("apt-get") or not runs(*prefix, "true"):
         return False
@@ -130,7 +128,7 @@ def apt_install(*packages: str) -> bool:
 
 
 def runs(*command: str | Path) -> bool:
-    """Tell whether the command exists and exits with 0."""
+    """Return whether the command exists and exits with 0."""
     try:
         return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True).returncode == 0
     except OSError:

@@ -1,4 +1,4 @@
-"""A RabbitMQ cluster for tests: real nodes on one machine, which a test may kill, freeze, restart and cut off.
+"""A RabbitMQ cluster for tests: real nodes on one machine, which a test can kill, freeze, restart and cut off.
 
 Ports, cookie, epmd and directories are its own; it needs neither root nor containers. RabbitMQ 3.10 to 4.x.
 """
@@ -15,15 +15,15 @@ from tests.rabbitmq import RabbitMQ
 from tests.support.polling import wait_until
 
 NET_TICKTIME_SECONDS = 4
-"""The others take a silent node for dead after this, a quarter more or less; RabbitMQ's default is 60."""
+"""The others take a silent node for dead after this, give or take a quarter; RabbitMQ's default is 60."""
 
-_ERLANG = "+S 1:1"  # one scheduler a node: a start takes a fifth less of the CPU
+_ERLANG = "+S 1:1"  # one scheduler per node: a start takes a fifth less CPU
 _COOKIE, _WRONG_COOKIE = "predlog-tests", "cut-off"
 _CONFIGURATION = f"""\
 net_ticktime = {NET_TICKTIME_SECONDS}
 queue_leader_locator = balanced
 cluster_partition_handling = """
-# RabbitMQ 4.3 waits so long, 60 s by default, for a consumer whose node is gone before a queue has another active one.
+# How long RabbitMQ 4.3 waits for a consumer whose node is gone before a queue has another active one; 60 s by default.
 # Older ones do not start with a key that they do not know.
 _SINCE_4_3 = "consumer_disconnected_timeout = 1000"
 _VIEW = re.compile(r"\{'([\w-]+@\w+)',\s*(\[[^\]]*\]),\s*(\[[^\]]*\])\}")
@@ -43,7 +43,7 @@ class Queue(NamedTuple):
 
 
 class Cluster:
-    """Nodes that find one another by their configuration. Start it whole; after that any of them comes and goes."""
+    """Nodes that find one another by their configuration. Start it whole; after that, any node can come and go."""
 
     def __init__(self, directory: Path, size: int = 3, partition_handling: str = "pause_minority") -> None:
         """`partition_handling` is RabbitMQ's cluster_partition_handling."""
@@ -85,9 +85,9 @@ class Cluster:
             raise
 
     def unite(self, timeout_seconds: float = 60.0) -> int:
-        """Wait until each node sees all; restart those whose Mnesia went its own way. Returns how many.
+        """Wait until each node sees all; restart those whose Mnesia has split off. Return how many.
 
-        So it is with a node that was frozen for longer than the tick time (3.10.8): the connections are back so quickly
+        A node that was frozen for longer than the tick time splits off (3.10.8): its connections are back so quickly
         that pause_minority never finds it alone.
         """
         restarted = 0
@@ -107,7 +107,7 @@ class Cluster:
         return restarted
 
     def kill(self) -> None:
-        """The end: kill -9 of every node, and of the epmd."""
+        """End everything: kill -9 of every node, and of the epmd."""
         for node in self.nodes:
             if node.is_running:
                 node.kill()
@@ -122,20 +122,20 @@ class Cluster:
         self.kill()
 
     def wait_until_up(self, *nodes: RabbitMQ, timeout_seconds: float = 60.0) -> None:
-        """Until each of them greets a client."""
+        """Wait until each of them greets a client."""
         for node in nodes:
             wait_until(f"{node.name} greets a client", node.is_up, timeout_seconds)
 
     def others(self, node: RabbitMQ) -> list[RabbitMQ]:
-        """All but this one."""
+        """Return all other nodes."""
         return [other for other in self.nodes if other is not node]
 
     def running(self, node: RabbitMQ) -> set[str]:
-        """The names of the nodes that this one sees running, itself included."""
+        """Return the names of the nodes that this one sees running, itself included."""
         return _names(_ctl(node, "eval", f"{_running_on('node()')}."))
 
     def cut_off(self, node: RabbitMQ) -> None:
-        """A network partition: this node on the one side, the others on the other. Clients still reach both.
+        """Make a network partition: this node on one side, the others on the other. Clients still reach both.
 
         The distribution refuses a new connection whose cookie does not match, whichever side opens it.
         """
@@ -146,17 +146,17 @@ class Cluster:
         self._each_other(node, f"erlang:set_cookie(Node, '{_COOKIE}'), net_adm:ping(Node)")
 
     def close_connections(self, node: RabbitMQ) -> None:
-        """Those of the clients of this node."""
+        """Close the connections of this node's clients."""
         _ctl(node, "close_all_connections", "test")
 
     def queues(self, node: RabbitMQ) -> dict[str, Queue]:
-        """The quorum queues by name."""
+        """Return the quorum queues by name."""
         lines = _ctl(node, "list_queues", "--no-table-headers", "name", "leader", "online").splitlines()
         cells = [line.split("\t") for line in lines]
         return {name: Queue(leader, _names(online)) for name, leader, online in cells}
 
     def wait_until_replicated(self, node: RabbitMQ, queue_names: Iterable[str], timeout_seconds: float = 30.0) -> None:
-        """Until each of these quorum queues has a leader, and a member online on every node."""
+        """Wait until each of these quorum queues has a leader, and a member online on every node."""
         wanted = sorted(queue_names)
 
         def is_replicated() -> bool:
@@ -169,7 +169,7 @@ class Cluster:
         wait_until(f"{', '.join(wanted)} on every node", is_replicated, timeout_seconds)
 
     def sync_new_queues(self) -> None:
-        """See RabbitMQ.sync_new_queues: every member has such a table."""
+        """Do RabbitMQ.sync_new_queues for every node: each member has such a table."""
         tables = "Table <- rpc:call(Node, dets, all, [])"
         _ctl(self.nodes[0], "eval", f"[rpc:call(Node, dets, sync, [Table]) || Node <- {self._erlang_names}, {tables}].")
 
@@ -198,7 +198,7 @@ class Cluster:
 
 
 def _ctl(node: RabbitMQ, *arguments: str) -> str:
-    """rabbitmqctl, with patience: under load, and just after a restart, it may fail."""
+    """Run rabbitmqctl, with retries: it can fail under load and just after a restart."""
     for _ in range(3):
         try:
             return node.ctl(*arguments)

@@ -29,7 +29,7 @@ settings.load_profile("default")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print what tests measured (`record_property`); their own output is not seen when they run in parallel."""
+    """Print what tests measured (`record_property`), since the output of parallel tests is not shown."""
     for report in terminalreporter.getreports("passed"):
         for name, value in report.user_properties:
             terminalreporter.write_line(f"{name}: {value}")
@@ -68,14 +68,14 @@ class Service:
         return self._log_path.read_text()
 
     def is_ready(self) -> bool:
-        """Tell whether /readyz says 200, and of no partition that it is down."""
+        """Return whether /readyz is 200 and names no partition as down."""
         try:
             return self.not_ready() == ""
         except OSError:
             return False
 
     def not_ready(self) -> str:
-        """Return why /readyz says no, of all or of some partitions; "" when it is ready."""
+        """Return why all partitions or some are not ready, as /readyz says; "" if all are."""
         try:
             with urllib.request.urlopen(f"{self.url}/readyz", timeout=20) as answer:
                 return str(json.load(answer).get("down", ""))
@@ -86,7 +86,7 @@ class Service:
             return "it does not listen"
 
     def metric(self, sample: str) -> float:
-        """Return the value of a sample, such as `predlog_rows_total`, as /metrics has it. `sample` has its labels."""
+        """Return the value of a sample, such as `predlog_rows_total`, from /metrics. `sample` includes labels."""
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=20) as page:
             lines = page.read().decode().splitlines()
         values = [line.removeprefix(f"{sample} ") for line in lines if line.startswith(f"{sample} ")]
@@ -115,7 +115,7 @@ class Service:
 
 
 Start = Callable[..., Service]
-"""`producer(wait=True, **settings)`: settings are environment variables. With wait=False it may not be ready yet."""
+"""`producer(wait=True, **settings)`: settings are environment variables. With wait=False it need not be ready yet."""
 
 
 # How often a quorum queue counts its messages for rabbitmqctl; 5 s by default.
@@ -124,7 +124,7 @@ _COUNTS_SOON = "-rabbit quorum_tick_interval 500"
 
 @pytest.fixture(scope="session")
 def broker() -> Iterator[RabbitMQ]:
-    """A RabbitMQ for all tests that do it no harm; a test that kills or fills one starts its own."""
+    """A RabbitMQ for all tests that do it no harm. A test that kills or fills one starts its own."""
     with tempfile.TemporaryDirectory(prefix="predlog-") as directory:
         node = RabbitMQ(Path(directory), erlang=_COUNTS_SOON)
         node.offer_tls()
@@ -136,7 +136,7 @@ def broker() -> Iterator[RabbitMQ]:
 
 @pytest.fixture
 def node(broker: RabbitMQ) -> Iterator[RabbitMQ]:
-    """The session's broker, to ill-treat. It runs again for the next test, however this one ends."""
+    """The session's broker, for tests that kill or freeze it. The next test gets it running, whatever this one does."""
     yield broker
     broker.resume()
     broker.start()
@@ -173,7 +173,7 @@ def start_service(tmp_path: Path) -> Iterator[Start]:
 
 @pytest.fixture
 def producer(request: pytest.FixtureRequest, queue_name: str, start_service: Start) -> Start:
-    """Starts a producer on a free port and the test's own queue. Without AMQP_URL it gets the session's broker."""
+    """Start a producer on a free port and the test's own queue. Without AMQP_URL it gets the session's broker."""
 
     def start(wait: bool = True, **settings: object) -> Service:
         port = settings.pop("HTTP_PORT", None) or free_port()
@@ -185,7 +185,7 @@ def producer(request: pytest.FixtureRequest, queue_name: str, start_service: Sta
 
 @pytest.fixture
 def consumer(request: pytest.FixtureRequest, queue_name: str, tmp_path: Path, start_service: Start) -> Start:
-    """Starts a consumer of the test's own queue, its CSV in tmp_path. Started again, it continues with the same CSV."""
+    """Start a consumer of the test's own queue, its CSV in tmp_path. Started again, it continues with the same CSV."""
 
     def start(wait: bool = True, **settings: object) -> Service:
         port = settings.pop("HEALTH_PORT", None) or free_port()

@@ -10,7 +10,7 @@ from typing import Self
 
 
 class Proxy:
-    """Forwards to the broker on loopback. Each new connection takes the next of `cuts`; without one it is not cut."""
+    """A proxy to the broker on loopback. Each new connection takes the next of `cuts`; without one, it is not cut."""
 
     def __init__(self, broker_port: int, reset: bool = False) -> None:
         """`reset`: a cut is an RST, not a FIN."""
@@ -18,7 +18,7 @@ class Proxy:
         self.cuts: list[int] = []  # bytes from the broker that pass before the cut; the last one is taken first
         self.passed_bytes = 0  # from the broker, on the newest connection
         self.silent = False  # nothing passes any more, and connections stay open
-        self.cut = asyncio.Event()  # one was cut
+        self.cut = asyncio.Event()  # a connection was cut
         self.answers_pass = asyncio.Event()  # while it is clear, what the broker sends is held
         self.answers_pass.set()
         self.drops = False  # what is sent to the broker is thrown away
@@ -44,10 +44,10 @@ class Proxy:
         self.port = self._server.sockets[0].getsockname()[1]
 
     async def close(self) -> None:
-        """Cuts every connection, and refuses new ones."""
+        """Cut every connection, and refuse new ones."""
         if self._server is not None:
             self._server.close()
-        for _ in range(3):  # whoever was accepted before that is a task by then
+        for _ in range(3):  # a client that was accepted before that is a task by then
             await asyncio.sleep(0)
         for task in self._tasks:
             task.cancel()
@@ -58,7 +58,7 @@ class Proxy:
         task = asyncio.create_task(self._forward(from_client, to_client))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        task.add_done_callback(lambda _: to_client.close())  # it may be cancelled before its first step
+        task.add_done_callback(lambda _: to_client.close())  # it can be cancelled before its first step
 
     async def _forward(self, from_client: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:
         cut = self.cuts.pop() if self.cuts else None

@@ -1,4 +1,4 @@
-"""A RabbitMQ node for tests, which they may kill, freeze and restart."""
+"""A RabbitMQ node for tests, which they can kill, freeze and restart."""
 
 import contextlib
 import signal
@@ -11,7 +11,7 @@ from scripts import rabbitmq
 
 
 class RabbitMQ(rabbitmq.RabbitMQ):
-    """start(), stop(), url and ctl() as in `make run`; and what only a test does to a broker."""
+    """A node as in `make run`, with what only a test does to a broker."""
 
     tls_port = 0
     ca_file = Path()
@@ -33,14 +33,14 @@ class RabbitMQ(rabbitmq.RabbitMQ):
         )
 
     def is_up(self) -> bool:
-        """Tell whether it greets a client, at every port; raise BrokerError when it has ended."""
+        """Return whether it greets a client at every port; raise BrokerError when it has ended."""
         return super().is_up() and (not self.tls_port or listens(self.tls_port))
 
     def sync_new_queues(self) -> None:
         """Call it between the first declare of a quorum queue and `kill`.
 
-        Ra writes its directory of queues, a DETS table, up to 3 s late. Measured with 3.10.8: a queue killed before
-        that has no leader ever again, and its confirmed messages are gone.
+        Ra writes its directory of queues, a DETS table, up to 3 s late. Measured with 3.10.8: if the node is killed
+        before that, the queue never has a leader again, and its confirmed messages are gone.
         """
         self.ctl("eval", "[dets:sync(Table) || Table <- dets:all()].")
 
@@ -57,7 +57,7 @@ class RabbitMQ(rabbitmq.RabbitMQ):
         self.process = None
 
     def pause(self) -> None:
-        """Freeze the VM: connections stay open, and nothing answers."""
+        """Freeze the VM: connections stay open, and get no answers."""
         self._signal(signal.SIGSTOP)
 
     def resume(self) -> None:
@@ -66,7 +66,7 @@ class RabbitMQ(rabbitmq.RabbitMQ):
             self._signal(signal.SIGCONT)
 
     def stop(self) -> None:
-        self.resume()  # a frozen VM would not hear it
+        self.resume()  # a frozen VM would not handle the signal
         super().stop()
 
     def drain(self) -> None:
@@ -74,7 +74,7 @@ class RabbitMQ(rabbitmq.RabbitMQ):
         self._tool("rabbitmq-upgrade", "drain", timeout_seconds=60)
 
     def restart(self) -> None:
-        """Stop in an orderly way and start, on the same ports and data."""
+        """Stop cleanly and start, on the same ports and data."""
         self.stop()
         self.start()
 
@@ -84,7 +84,7 @@ class RabbitMQ(rabbitmq.RabbitMQ):
 
 
 def listens(port: int) -> bool:
-    """Tell whether a connection is accepted there."""
+    """Return whether a connection is accepted there."""
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 2):
         return True
     return False

@@ -51,7 +51,7 @@ class Address:
 
     @property
     def url(self) -> str:
-        """The URL. aiormq takes it if it has one host."""
+        """The URL. aiormq accepts it if it has one host."""
         user = f"{self.userinfo}@" if self.userinfo else ""
         user = user.replace("[", "%5B").replace("]", "%5D")  # yarl would take them for those of an IPv6 address
         hosts = ",".join(f"{_bracketed(host)}:{port}" for host, port in self.hosts)
@@ -59,7 +59,7 @@ class Address:
 
 
 def parse_address(url: str) -> Address:
-    """Parse an AMQP URL. Raise AddressError if it is none, or could be read in two ways."""
+    """Parse an AMQP URL. Raise AddressError if it is not one, or is ambiguous."""
     scheme, separator, rest = url.partition("://")
     scheme = scheme.lower()
     if not separator or scheme not in _PORTS or any(character <= " " or character == "\x7f" for character in url):
@@ -69,7 +69,7 @@ def parse_address(url: str) -> Address:
     authority, _, vhost = rest.partition("/")
     userinfo, _, hosts = authority.rpartition("@")
     if has_fragment or "@" in vhost or "@" in query or ("@" in userinfo and "," in userinfo):
-        raise AddressError("has a /, ?, # or @ where none can be: in user and password, percent-encode it (/ is %2F)")
+        raise AddressError("has a misplaced /, ?, # or @: in user and password, percent-encode it (/ is %2F)")
     decoded = unquote(vhost)
     if len(decoded) > _VHOST_CHARS_MOST or len(decoded.encode("utf-8", "surrogateescape")) > 255:
         raise AddressError(f"has a vhost of more than {_VHOST_CHARS_MOST} characters")
@@ -104,7 +104,7 @@ def _host(text: str, default_port: int) -> tuple[str, int]:
     found = _HOST_AND_PORT.fullmatch(text)
     host, port = (found[1] or found[2], int(found[3] or default_port)) if found else ("", 0)
     if not is_host(host) or not 1 <= port <= 65535:
-        raise AddressError(f"has a host or port that is none; it must look like {_EXAMPLE}")
+        raise AddressError(f"has an invalid host or port; it must look like {_EXAMPLE}")
     return host, port
 
 

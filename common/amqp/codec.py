@@ -26,7 +26,7 @@ _OVERHEAD = 8  # 7 bytes before a frame's payload, 1 after
 _MOST_HEADER_BYTES = 16 * 1024 * 1024
 _TLS_ALERT = 0x15  # what a TLS port answers to a protocol header (RFC 8446, 5.1)
 
-# Of what is written. A large body is written from where it is: only the kernel copies it.
+# A piece of what is written. A large body is written in place: only the kernel copies it.
 Part = bytes | memoryview
 
 _DELIVER, _RETURN = b"\x00\x3c\x00\x3c", b"\x00\x3c\x00\x32"
@@ -60,7 +60,7 @@ class Confirm(NamedTuple):
 
 
 class Notice(NamedTuple):
-    """A frame that concerns the fast lane: "lost" with the reason; "blocked" with the reason, "" for no longer."""
+    """A frame that concerns the fast lane: "lost" with the reason; "blocked" with the reason, or "" at its end."""
 
     kind: str
     text: str
@@ -102,7 +102,7 @@ class FrameDecoder:
             data = self._rest + data
         if not self._started and data:
             if data[0] > HEARTBEAT[0]:  # the highest type of a frame; a broker that wants another version sends AMQP
-                what = "TLS; write amqps:// in AMQP_URL" if data[0] == _TLS_ALERT else "no AMQP 0-9-1"
+                what = "TLS; write amqps:// in AMQP_URL" if data[0] == _TLS_ALERT else "another protocol"
                 raise FrameError(f"it speaks {what}")
             self._started = True
         cold: list[bytes] = []
@@ -133,7 +133,7 @@ class FrameDecoder:
     def _hot(self, kind: int, data: bytes, start: int, end: int) -> int:
         """Take a frame with its payload from `start` if it is hot. Return where the next one begins; 0 if it is cold.
 
-        After a Deliver, the header and the only body frame are taken as well if both are here.
+        After a Deliver, the header and the only body frame are taken too if both are here.
         """
         content = self._content
         if kind != _METHOD:
@@ -143,7 +143,7 @@ class FrameDecoder:
             return end
         method = data[start : start + 4]
         if method == _DELIVER and content is None:
-            at = start + 5 + data[start + 4]  # behind the consumer tag
+            at = start + 5 + data[start + 4]  # after the consumer tag
             deliver = _U64.unpack_from(data, at)[0], data[at + 8] & 1 == 1
             if message_end := self._whole_message(deliver, data, end):
                 return message_end
@@ -193,7 +193,7 @@ class FrameDecoder:
                 raise FrameError("a message longer than its header says")
         else:
             raise FrameError(f"an unexpected frame of type {kind} inside a message")
-        if not content.missing_bytes:  # also behind the header of an empty body
+        if not content.missing_bytes:  # also after the header of an empty body
             self._content = None
             if content.deliver is not None:
                 body = content.pieces[0] if len(content.pieces) == 1 else b"".join(content.pieces)
@@ -235,12 +235,12 @@ class PublishEncoder:
         before_id = b"\x90\xc0" + bytes([len(content_type)]) + content_type + b"\x02\x20"
         header_size = 2 + 2 + 8 + len(before_id) + 32 + 8
         header_frame = _FRAME.pack(_HEADER, HOT_CHANNEL, header_size) + b"\x00\x3c\x00\x00"
-        key = queue_name.encode()  # behind class, method and the name of the default exchange; before `mandatory`
+        key = queue_name.encode()  # after class, method and the name of the default exchange; before `mandatory`
         publish = b"\x00\x3c\x00\x28\x00\x00\x00" + bytes([len(key)]) + key + b"\x01"
         self._before_size = _FRAME.pack(_METHOD, HOT_CHANNEL, len(publish)) + publish + _END + header_frame
         self._properties = before_id
         self._body_frame = _END + bytes([_BODY]) + HOT_CHANNEL.to_bytes(2, "big")
-        # All up to the body of a message: with body size, message_id, timestamp, and the size of its only body frame.
+        # All up to the body of a message, with body size, message_id, timestamp, and the size of its only body frame.
         self._head = Struct(f">{len(self._before_size)}sQ{len(before_id)}s32s8s{len(self._body_frame)}sI").pack
         self._body_max = frame_max - _OVERHEAD if frame_max else 2**31 - 1  # of the body in one frame (4.2.3)
 

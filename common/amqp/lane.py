@@ -93,7 +93,7 @@ class FastLane(asyncio.StreamReaderProtocol):
             (transport.pause_reading if held else transport.resume_reading)()
 
     def keep_alive(self) -> None:
-        """Call once a second: aiormq's liveness clock must not take a lane that is held back for a dead broker."""
+        """Keep aiormq's liveness clock from taking a held-back lane for a dead broker. Call it once a second."""
         if self._held_back and not self.gone.done():
             self._cold_reader.feed_data(HEARTBEAT)
 

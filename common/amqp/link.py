@@ -1,6 +1,6 @@
 """One connection to RabbitMQ through aiormq, opened in bounded time and kept up until cancelled.
 
-Nothing here knows HTTP, CSV or what is in a message. Hot frames are in lane.py, queues in topology.py.
+Independent of HTTP, CSV and what is in a message. Hot frames are in lane.py, queues in topology.py.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ _UNKNOWN_ISSUER = (18, 19, 20, 21)  # OpenSSL's verify codes: a certificate that
 
 # What aiormq, pamqp and the socket raise when a call on an open connection fails; AMQPError alone does not cover them.
 CONNECTION_ERRORS = (aiormq.AMQPError, PAMQPException, OSError, RuntimeError, asyncio.IncompleteReadError)
-# What the broker says when waiting does not help, and what that means. At the first connection it ends the process with
-# one line. Later it is waited for, as an operator can be changing a password or a right.
+# Refusals of the broker that waiting does not fix, and what each means. At the first connection, one ends the process
+# with one line. Later the link keeps trying, since an operator may be changing a password or a permission.
 _REFUSALS = {
     "Login was refused": "refused user or password; correct AMQP_URL",
     "ACCESS_REFUSED|NOT_ALLOWED": "denies access",
     "inequivalent arg": "says that the queue exists with other arguments; delete it, or set QUEUE_NAME to another name",
-    "PRECONDITION_FAILED|RESOURCE_LOCKED": "does not declare the queue",
+    "PRECONDITION_FAILED|RESOURCE_LOCKED": "refuses to declare the queue",
 }
-# A limit of the user, the vhost or the node, and a vhost that restarts.
+# Refusals that pass: a limit of the user, the vhost or the node, and a vhost that restarts.
 _PASSES = re.compile(r"NOT_ALLOWED.*(limit \(|has reached the maximum|is down$)")
 
 
@@ -61,7 +61,7 @@ class LinkListener(LaneListener, Protocol):
         """Set up a new connection: declare, consume. An exception makes it a failed attempt."""
 
     def down(self, reason: str) -> None:
-        """Take note that there is no connection, and why. Called after a loss and after each failed attempt."""
+        """Note that there is no connection, and why. Called after a loss and after each failed attempt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ class Link:
         return int(self.connection.connection_tune.frame_max or 0)
 
     async def close(self) -> None:
-        """Close in order if the broker answers in time; else abort. aiormq alone could wait for ever."""
+        """Close in order if the broker answers in time; else abort. aiormq alone could wait forever."""
         closing = quiet_task(self.connection.close())
         try:
             if self.lane.lost is None:
@@ -96,7 +96,7 @@ def quiet_task(work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
 
 
 def cancelled() -> bool:
-    """Tell whether the running task was cancelled. aiormq may report a loss as CancelledError too."""
+    """Return whether the running task was cancelled. aiormq can report a loss as CancelledError too."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
 
@@ -155,7 +155,7 @@ async def _open_one(address: Address, name: str, factory: FastLaneFactory, high_
     except (Exception, asyncio.CancelledError) as error:
         telling = _telling(error, lane)
         lane.fail("not opened")
-        if cancelled():  # aiormq may turn our cancellation into the error of a loss
+        if cancelled():  # aiormq can turn our cancellation into the error of a loss
             raise asyncio.CancelledError from None
         raise telling from None
     link = Link(connection, channel, lane)
@@ -166,18 +166,18 @@ async def _open_one(address: Address, name: str, factory: FastLaneFactory, high_
 
 
 def _telling(error: BaseException, lane: FastLane) -> BaseException:
-    """Return the error that says most about a failure. For a loss, aiormq raises anything, or CancelledError."""
+    """Return the error that says most about a failure. For a loss, aiormq raises any error, even CancelledError."""
     if isinstance(error, StartupError):
         return error
     if isinstance(error, aiormq.exceptions.AuthenticationError):
-        return StartupError(f"the broker offers no login but {error.args[0]}; correct ?auth= in AMQP_URL")
+        return StartupError(f"the broker offers only these logins: {error.args[0]}; correct ?auth= in AMQP_URL")
     if lane.lost is not None or isinstance(error, asyncio.CancelledError):
         return ConnectionError((lane.lost or "the connection was cut").removeprefix("closed: "))
     return error
 
 
 def _refusal(error: BaseException) -> str:
-    """Return in words what the broker refuses; "" if it refuses nothing, or if that passes."""
+    """Return in words what the broker refuses; "" if it refuses nothing, or if the refusal passes."""
     said = str(error)
     if _PASSES.search(said):
         return ""
@@ -189,7 +189,7 @@ def _is_hopeless(error: BaseException) -> bool:
 
 
 def explain(error: BaseException, url: str) -> str:
-    """Return one line for a person that says what is wrong, and what to correct if anything."""
+    """Return one line for a person: what is wrong, and what to correct, if anything."""
     if isinstance(error, StartupError | NoLink):
         return str(error)
     shown = masked_url(url)
@@ -201,7 +201,7 @@ def explain(error: BaseException, url: str) -> str:
 
 
 def _in_words(error: BaseException) -> str:
-    """Return what an error says. asyncio puts the address in place of the system's words."""
+    """Return what an error says. asyncio replaces the system's message with the address."""
     if isinstance(error, ssl.SSLCertVerificationError):
         hint = "; name its CA with ?cafile=" if error.verify_code in _UNKNOWN_ISSUER else ""
         return f"its certificate is refused: {error.verify_message.rstrip('.')}{hint}"
@@ -219,8 +219,8 @@ def _in_words(error: BaseException) -> str:
 async def keep_up(url: Callable[[], str], name: str, listener: LinkListener, high_water_bytes: int = 2**20) -> None:
     """Keep a connection up until cancelled: connect, let the listener set the link up, wait for its loss, repeat.
 
-    `url` is asked before each attempt. Raise StartupError if the first attempt fails for a reason that waiting does not
-    fix.
+    `url` is called before each attempt. Raise StartupError if the first attempt fails for a reason that waiting does
+    not fix.
     """
     first, pause = True, BACKOFF_FIRST_SECONDS
     logged_at: dict[str, float] = {}  # by the text of a trouble
@@ -256,7 +256,7 @@ async def keep_up(url: Callable[[], str], name: str, listener: LinkListener, hig
             logged_at[trouble] = now
             log.warning("%s: %s", name, trouble)
         pause = min(2 * pause, BACKOFF_MOST_SECONDS)
-        await asyncio.sleep(random.uniform(0.5, 1) * pause)  # processes cut off together do not come back together
+        await asyncio.sleep(random.uniform(0.5, 1) * pause)  # processes cut off together must not return together
 
 
 async def _set_up(listener: LinkListener, link: Link) -> None:

@@ -51,8 +51,8 @@ def content_type_of(header: bytes) -> bytes:
 def readable_properties(header: bytes) -> dict[str, Any]:
     """Return the properties that a publisher set, by name, as values for JSON.
 
-    A time is in ISO 8601, a decimal number a string, and bytes are {"hex": …}. What cannot be decoded is the payload of
-    the content header itself: {"undecoded": "<hex>"}.
+    A time is in ISO 8601, a decimal number is a string, and bytes are {"hex": …}. A content header that cannot be
+    decoded is returned as {"undecoded": "<hex of its payload>"}.
     """
     content = ContentHeader()
     try:
@@ -60,7 +60,7 @@ def readable_properties(header: bytes) -> dict[str, Any]:
         properties = {name: value for name, value in content.properties if value not in (None, "")}
         readable: dict[str, Any] = json.loads(json.dumps(properties, default=_readable, allow_nan=False))
         return readable
-    except Exception:  # of many kinds: pamqp reads what strangers wrote
+    except Exception:  # of any kind: pamqp decodes what other publishers wrote
         return {"undecoded": header.hex()}
 
 

@@ -44,7 +44,7 @@ def dead_letter_queue(queue_name: str) -> str:
 
 
 async def declare(channel: AbstractChannel, queue_name: str, arguments: Mapping[str, str | int | bool]) -> None:
-    """Declare a durable queue. The broker closes the channel if one with other arguments is in place."""
+    """Declare a durable queue. The broker closes the channel if one exists with other arguments."""
     async with asyncio.timeout(CALL_TIMEOUT_SECONDS):
         await channel.queue_declare(queue_name, durable=True, arguments=dict(arguments))
 
@@ -59,15 +59,15 @@ async def consume(channel: AbstractChannel, queue_name: str) -> str:
 
 
 async def begin_publishing(link: Link, blocked: asyncio.Event) -> None:
-    """Turn on the confirms of the hot channel, and find out what a client's first event would meet.
+    """Turn on the confirms of the hot channel, and find out whether an event could be published.
 
     Whatever the lane sends afterwards has delivery tags from 1: the message that goes before has none, and is dropped.
     The broker closes the channel if the user may not write to the default exchange. During an alarm the broker sends
-    connection.blocked to connections that publish, for which the listener sets `blocked`, and answers when the alarm is
-    over. That is not waited for.
+    connection.blocked to connections that publish, on which the listener sets `blocked`. It answers only when the alarm
+    is over, so this does not wait for the answer then.
     """
     link.lane.send([_BEFORE_EVENTS])
-    answered = quiet_task(link.channel.confirm_delivery())  # once more, for an answer; cancelled, it closes the channel
+    answered = quiet_task(link.channel.confirm_delivery())  # again, for an answer; its cancellation closes the channel
     blocking = asyncio.ensure_future(blocked.wait())
     try:
         async with asyncio.timeout(CALL_TIMEOUT_SECONDS):

@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 class ConfirmWindow(Generic[T]):
-    """The messages of one channel by delivery tag. Make another one for another channel."""
+    """The messages of one channel by delivery tag. Each channel has a window of its own."""
 
     __slots__ = ("_next_tag", "_unsettled")
 

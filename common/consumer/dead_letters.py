@@ -1,7 +1,7 @@
 """Dead letters: what can never become rows, as lines of JSON in `<csv>.dead-letters`.
 
-Nothing here remembers anything about the file: each append opens it by its path, so that anyone may empty, move or
-delete it at any time. replay.py takes letters out. Everything is synchronous.
+Each append opens the file by its path and remembers nothing about it, so anyone can empty, move or delete it at any
+time. replay.py takes letters out. Everything is synchronous.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def file_of(csv_path: str) -> str:
 
 
 def size_of(csv_path: str) -> int:
-    """Return the size of the dead letters of a CSV, in bytes; 0 without any."""
+    """Return the size of the dead letters of a CSV, in bytes; 0 if there are none."""
     with suppress(OSError):
         return os.stat(file_of(csv_path)).st_size
     return 0
@@ -53,8 +53,8 @@ def size_of(csv_path: str) -> int:
 def append(csv_path: str, poison: Sequence[Poison]) -> None:
     """Make letters durable, all or none. Raise OSError.
 
-    They are written again if the file was taken away or removed meanwhile, so that none is only in a file that nobody
-    reads. A letter without an id gets a random one, by which the consumer recognises a second copy.
+    They are written again if the file was taken away or removed meanwhile, so that none is left only in a file that
+    nobody reads. A letter without an id gets a random one, by which the consumer recognises a second copy.
     """
     path, when = file_of(csv_path), datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     lines = [_line(each, when) for each in poison]
@@ -111,7 +111,7 @@ def _text_id(event_id: bytes | None) -> str:
 
 
 def parse(line: bytes) -> Letter:
-    """Return the letter in a line of the file. A damaged line is itself the body of one."""
+    """Return the letter in a line of the file. A damaged line becomes the body of one."""
     try:
         entry = json.loads(line)
         body = (

@@ -1,4 +1,4 @@
-"""Messages that no consumer takes: in queues of another number of partitions, and dead letters of predlog 1.0.
+"""Messages that no consumer serves: in queues of another number of partitions, and dead letters of predlog 1.0.
 
 The first are left over when PARTITIONS is changed before the old queues are empty, the others by an upgrade.
 """
@@ -16,14 +16,14 @@ from common.amqp.topology import dead_letter_queue
 
 
 class Deaf(LaneListener):
-    """The listener of a link on which nothing hot is expected."""
+    """The listener of a link on which no hot frames are expected."""
 
 
 async def look(url: str, queue_name: str, partitions: int, base_queue_name: str) -> dict[str, int]:
-    """Return the number of messages in each such queue that has some. Raise what aiormq raises.
+    """Return the number of messages in each such queue that is not empty. Raise what aiormq raises.
 
     Without a `base_queue_name`, the name without a partition's number, it looks only for dead letters. The first
-    missing number ends the search. It has a connection of its own, so that nothing that happens to it concerns rows.
+    missing number ends the search. It has a connection of its own, so that its trouble never affects rows.
     """
     link = await open_link(url, "leftovers", Deaf())
     try:
@@ -43,7 +43,7 @@ async def look(url: str, queue_name: str, partitions: int, base_queue_name: str)
 async def messages_in(connection: AbstractConnection, queue_name: str) -> int | None:
     """Return the number of messages in a queue, 0 if it has a consumer; None if it does not exist or is not readable.
 
-    It takes a separate channel, because a missing queue closes the channel.
+    It uses a separate channel, because a missing queue closes the channel.
     """
     channel = await connection.channel()
     try:

@@ -13,11 +13,9 @@ class Counters:
     def __init__(self) -> None:
         self.metrics = m = Metrics()
         self.deliveries = m.counter("predlog_deliveries_total", "Messages delivered by the broker.")
-        self.redeliveries = m.counter(
-            "predlog_redeliveries_total", "Messages delivered by the broker not for the first time."
-        )
+        self.redeliveries = m.counter("predlog_redeliveries_total", "Messages that the broker delivered again.")
         self.duplicates = m.counter(
-            "predlog_duplicates_total", "Events dropped because their rows are in the CSV already."
+            "predlog_duplicates_total", "Events dropped because their rows are already in the CSV."
         )
         self.dead_letters = {
             kind: m.counter("predlog_dead_letters_total", "Events that became dead letters, by reason.", reason=kind)
@@ -25,10 +23,10 @@ class Counters:
         }
         self.rows = m.counter("predlog_rows_total", "Rows committed to the CSV.")
         self.batch_rows = m.histogram("predlog_batch_rows", "Rows in a batch.", BATCH_ROWS)
-        self.write_seconds = m.histogram("predlog_write_seconds", "Writing a batch to the CSV.", LATENCY_SECONDS)
-        self.fsync_seconds = m.histogram("predlog_fsync_seconds", "Syncing the CSV to the disk.", LATENCY_SECONDS)
+        self.write_seconds = m.histogram("predlog_write_seconds", "Time to write a batch to the CSV.", LATENCY_SECONDS)
+        self.fsync_seconds = m.histogram("predlog_fsync_seconds", "Time to sync the CSV to the disk.", LATENCY_SECONDS)
         self.commit_seconds = m.histogram(
-            "predlog_commit_seconds", "Committing a batch to the journal.", LATENCY_SECONDS
+            "predlog_commit_seconds", "Time to commit a batch to the journal.", LATENCY_SECONDS
         )
         self.store_failures = m.counter("predlog_store_failures_total", "Attempts to store a batch that failed.")
         self.unacked = m.gauge("predlog_unacked", "Messages delivered and not yet acked.")
@@ -38,10 +36,8 @@ class Counters:
         self.active = m.gauge("predlog_active", "1 while this consumer owns the CSV, 0 on standby.")
         self.connected = m.gauge("predlog_amqp_connected", "1 while connected to the broker.", min)
         self.stalled = m.gauge("predlog_stalled", "1 while work waits without progress.", max)
-        self.dead_letters_bytes = m.gauge("predlog_dead_letters_bytes", "Size of the file of dead letters.")
-        self.unserved = m.gauge(
-            "predlog_unserved_messages", "Messages in queues of another number of partitions that have no consumer."
-        )
+        self.dead_letters_bytes = m.gauge("predlog_dead_letters_bytes", "Size of the dead-letter file.")
+        self.unserved = m.gauge("predlog_unserved_messages", "Messages that wait in queues that no consumer serves.")
         self.start_time = m.gauge("process_start_time_seconds", "Start of the process, Unix time.", max)
-        self.reconnects = m.counter("predlog_amqp_reconnects_total", "Connections to the broker lost.")
+        self.reconnects = m.counter("predlog_amqp_reconnects_total", "Lost connections to the broker.")
         m.values[m.gauge("predlog_info", "Version and process.", max, version=__version__, process="consumer")] = 1.0

@@ -83,9 +83,9 @@ class Board:
         self._by_partition = metrics = Metrics()
         kinds: tuple[tuple[Callable[..., int], str, str, int], ...] = (
             (metrics.counter, "rows_total", "Rows committed.", counters.rows),
-            (metrics.gauge, "unacked", "Messages unacked.", counters.unacked),
-            (metrics.gauge, "oldest_unacked_seconds", "Age of the oldest of them.", counters.oldest_unacked),
-            (metrics.gauge, "csv_bytes", "Size of its CSV.", counters.csv_bytes),
+            (metrics.gauge, "unacked", "Unacked messages.", counters.unacked),
+            (metrics.gauge, "oldest_unacked_seconds", "Age of the oldest unacked message.", counters.oldest_unacked),
+            (metrics.gauge, "csv_bytes", "Committed size of its CSV.", counters.csv_bytes),
             (metrics.gauge, "ready", "1 while it can continue.", -1),
         )
         self._shown: list[tuple[int, int, int]] = []  # where it is shown, index of the partition, place in its row
@@ -134,7 +134,7 @@ def serve_all(settings: ConsumerSettings, partitions: Mapping[int, ConsumerSetti
         counters.metrics.bind(board.rows[index])
         set_up_logging(prog, settings.log_level, settings.log_format)
         own = replace(partitions[number], health_port=0)
-        base = "" if index else settings.queue_name  # one of them looks for what another PARTITIONS has left
+        base = "" if index else settings.queue_name  # only the first looks for what another PARTITIONS left behind
         report = partial(board.report, index)
         return run(prog, lambda: serve(lambda: ConsumerService(own, counters, prog, report, base), alive_fd))
 

@@ -1,4 +1,4 @@
-"""The decision when to store. Pure: no clock, no I/O."""
+"""The deliveries that wait, and the decision when to store them. Pure: no clock, no I/O."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FULL_BYTES = 16 * 1024 * 1024  # fills a batch of large events long before it ha
 COUNTED_BYTES = 8 * 1024  # rows are counted only up to this size: searching images costs too much
 COUNTED_NDJSON_BYTES = 64 * 1024  # the largest message of several events that our producer sends
 # Group commit: a batch waits for as long as the last one took, so that the disk is busy for half of the time at most.
-# It waits for at least this long, which bounds the batches to 160 a second, with two fsyncs each.
+# It waits for at least this long, which limits batches to 160 per second, with two fsyncs each.
 LEAST_WAIT_SECONDS = 0.006
 
 
@@ -24,7 +24,7 @@ class Pending:
         self.deliveries: list[Delivery] = []
         self.bytes = 0  # of headers and bodies
         self.rows = 0  # exact for small events of our producer
-        self.since = inf  # when the oldest of them came; inf if there is none
+        self.since = inf  # when the oldest delivery came; inf if there is none
         self._batch_max_rows = batch_max_rows
         self._prefetch_count = prefetch_count
         self._flush_interval = flush_interval_seconds
@@ -41,7 +41,7 @@ class Pending:
                 self.rows += count_rows(body)
 
     def stored(self, seconds: float) -> None:
-        """Take note that the last batch took the disk `seconds`, which sets how long the next one waits."""
+        """Note that the last batch took the disk `seconds`, which sets how long the next one waits."""
         self._wait = min(max(LEAST_WAIT_SECONDS, seconds), self._flush_interval)
 
     @property
@@ -66,9 +66,9 @@ class Pending:
         return max(0.0, self.since + self._wait - now)
 
     def take(self) -> list[Delivery]:
-        """Take all that came while the last batch was stored, or as much as makes a batch full if that is too much.
+        """Take all that came while the last batch was stored, or only as much as fills a batch if that is too much.
 
-        Writing a batch takes several copies, so its bytes and rows are bounded.
+        Writing a batch makes several copies of it, so its bytes and rows are bounded.
         """
         waiting, since, all_bytes, all_rows = self.deliveries, self.since, self.bytes, self.rows
         self.clear()
@@ -85,7 +85,7 @@ class Pending:
         return taken
 
     def clear(self) -> None:
-        """Forget all of them."""
+        """Forget all deliveries."""
         self.deliveries = []
         self.bytes = self.rows = 0
         self.since = inf

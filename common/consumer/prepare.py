@@ -15,7 +15,7 @@ from common.event.rows import csv_rows
 
 POISON_KINDS = ("not_json", "not_an_event")
 
-# An event as it came: the number of its line, its bytes, its id. The number is 0 for a message with one event.
+# An event as it came: the number of its line, its bytes, its id. The number is 0 in a message with one event.
 Item = tuple[int, bytes, bytes | None]
 
 

@@ -1,8 +1,8 @@
 """The consumer's commands on dead letters: list them, and publish them to the queue again.
 
-A replay takes the file away from the consumer by renaming it, and removes letters from its end: each one leaves it
-only after its confirm, and the file is whole at every moment. So a kill repeats one page at most, and the consumer
-knows those letters by their ids.
+A replay takes the file away from the consumer by renaming it, and removes letters from its end. Each one leaves the
+file only after its confirm, and the file is whole at every moment. So a kill repeats one page at most, and the consumer
+recognises those letters by their ids.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from common.consumer.leftovers import Deaf, messages_in
 from common.errors import StartupError
 from common.storage.files import explain_os_error, is_at, naming, sync_directory
 
-PAGE_LETTERS = 16  # in memory and in flight at one time; each can have many megabytes
+PAGE_LETTERS = 16  # in memory and in flight at one time; each can be many megabytes
 CONFIRM_TIMEOUT_SECONDS = 30.0  # of a page
-PROGRESS_SECONDS = 1.0  # between two lines, where there is no terminal
+PROGRESS_SECONDS = 1.0  # between two lines, when stderr is not a terminal
 
 Message = tuple[bytes, Basic.Properties]
 # Each page comes with the number of letters in its source. It is removed when the next one is asked for, which means
@@ -57,14 +57,14 @@ def show(partitions: Sequence[ConsumerSettings]) -> int:
 async def replay(settings: ConsumerSettings) -> int:
     """Publish the dead letters to the queue again, and those of predlog 1.0. Return the exit code. Raise StartupError.
 
-    Each keeps its id. The consumer may run meanwhile: what is still no event comes back to the file.
+    Each keeps its id. The consumer can run meanwhile: what is still not an event returns to the file.
     """
     url, link = settings.amqp_url, None
     try:
         link = await open_link(url, "dead-letters-command", Deaf())
         await _replay(settings, link.connection)
     except aiormq.exceptions.DeliveryError:
-        raise StartupError(f"the broker at {masked_url(url)} takes no more messages for the queue (nack)") from None
+        raise StartupError(f"the broker at {masked_url(url)} accepts no more messages for the queue (nack)") from None
     except (*CONNECTION_ERRORS, asyncio.CancelledError) as error:
         if cancelled():
             raise
@@ -160,7 +160,7 @@ def _taken(path: str) -> str:
 def _take(path: str) -> int:
     """Take the file of dead letters away from the consumer; return it open and locked. Raise StartupError, OSError.
 
-    What an earlier replay has left is taken first.
+    What an earlier replay left is taken first.
     """
     taken = _taken(path)
     source = taken if os.path.exists(taken) else path
@@ -175,4 +175,4 @@ def _take(path: str) -> int:
         return fd
     except BlockingIOError:
         os.close(fd)
-        raise StartupError(f"{printable(taken)}: another replay, or the consumer, works on it; try again") from None
+        raise StartupError(f"{printable(taken)}: another replay, or the consumer, is using it; try again") from None

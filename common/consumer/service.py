@@ -26,7 +26,7 @@ log = logging.getLogger("predlog.consumer")
 
 STANDBY = "standby: another consumer owns the CSV"
 TICK_SECONDS = 1.0
-LOOK_AGAIN_SECONDS = 60.0  # for messages left over, while there are some
+LOOK_AGAIN_SECONDS = 60.0  # between two looks for messages that no consumer serves, while there are some
 
 
 async def serve(make_service: Callable[[], ConsumerService], alive_fd: int | None = None) -> None:
@@ -90,12 +90,12 @@ class ConsumerService:
         try:
             await asyncio.wait_for(self._worker.drain(), self._settings.shutdown_timeout_ms / 1000)
         except TimeoutError:
-            log.warning("not everything could be stored in time; the broker keeps it")
+            log.warning("not everything could be stored in time; the broker keeps the rest")
 
     async def close(self) -> None:
         """End everything, drained or not."""
         await end(*self._tasks)
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._release)  # after what it still does
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._release)  # after the call that still runs
         self._thread.shutdown(wait=False)
         self._server.abort()
 
@@ -104,7 +104,7 @@ class ConsumerService:
         try:
             self._settings = read_again(self._settings, read_file)
         except SettingError as error:
-            log.error("%s; the one before stays", error)
+            log.error("%s; the old secrets stay", error)
         if self._worker is not None:
             self._worker.reopen()
 
@@ -163,7 +163,7 @@ class ConsumerService:
             await asyncio.sleep(TICK_SECONDS)
 
     async def _look_for_leftovers(self, started: asyncio.Event) -> None:
-        """Log which queues have messages that no consumer takes, and count these; again while there are some."""
+        """Log which queues have messages that no consumer serves, and count them. Repeat while there are some."""
         its, found = self._settings, dict[str, int]()
         await started.wait()
         while True:
@@ -175,7 +175,7 @@ class ConsumerService:
             except (Exception, asyncio.CancelledError) as error:
                 if cancelled():
                     raise
-                log.debug("while looking for messages left over: %r", error)
+                log.debug("looking for messages that no consumer serves failed: %r", error)
             self._counters.metrics.values[self._counters.unserved] = sum(found.values())
             if not found:
                 return

@@ -1,7 +1,7 @@
 """The consumer's loop: deliveries in, batches into the store, acks out.
 
 The store has a thread of its own, one call at a time: prepare a batch, which reads the ids that the journal remembers;
-append it, with its dead letters; rotate; reopen. The event loop owns all else.
+append it, with its dead letters; rotate; reopen. The event loop owns everything else.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ T = TypeVar("T")
 HELD_BACK_BYTES = 64 * 1024 * 1024  # of deliveries in memory; beyond it the broker's socket is not read
 RETRY_SECONDS = 0.5  # in disk trouble
 IDLE_SECONDS = 1.0
-STALL_SECONDS = 10.0  # after so long without progress, waiting work is reported as stalled
-LATE_SECONDS = 2.0  # after so long without a tick, this process itself was late
-WINDOW_SECONDS = 3600.0  # between two lines of the log about ids that are forgotten too soon
-MOST_EVENTS = 1000  # in a message, for which the remembered ids are enough whatever is delivered again
+STALL_SECONDS = 10.0  # after this long without progress, waiting work is reported as stalled
+LATE_SECONDS = 2.0  # after this long without a tick, this process itself was late
+WINDOW_SECONDS = 3600.0  # between two log lines about ids that are forgotten too soon
+MOST_EVENTS = 1000  # in one message; up to this, enough ids are remembered, whatever is delivered again
 
 
 class Worker(LinkListener):
@@ -202,7 +202,7 @@ class Worker(LinkListener):
     # In the store's thread
 
     def _prepare_and_append(self, deliveries: Sequence[Delivery]) -> tuple[Prepared, Timing | None]:
-        """Make a batch durable, dead letters first. After an OSError, continue where it stopped. None: without rows."""
+        """Make a batch durable, dead letters first. After an OSError, continue where it stopped. No rows, no Timing."""
         store, batch = self._store, self._prepared
         if batch is None:
             batch = self._prepared = prepare_batch(deliveries, store.seen, self._settings.low_prob_threshold)
@@ -248,7 +248,7 @@ class Worker(LinkListener):
         values[counters.stalled] = bool(self._stalled)
 
     def _log_what_is_due(self, now: float) -> None:
-        """Log how many dead letters there were since the last call, and hourly that ids leave the window too soon."""
+        """Log how many dead letters there were since the last call; warn hourly if ids leave the window too soon."""
         if self._letters:
             path = dead_letters.file_of(self._store.path)
             log.warning("%d dead letter(s) went to %s; the last: %s", self._letters, path, self._last_why)
@@ -257,7 +257,7 @@ class Worker(LinkListener):
         if seconds is not None and seconds < self._settings.dedup_warn_seconds and now >= self._window_line_at:
             log.warning(
                 "message ids are forgotten after %.0f s: a client's retry that comes later makes a second row; "
-                "set DEDUP_WINDOW higher",
+                "raise DEDUP_WINDOW",
                 seconds,
             )
             self._window_line_at = now + WINDOW_SECONDS
@@ -284,8 +284,8 @@ class Worker(LinkListener):
     async def watch(self) -> None:
         """Look at the size of the dead letters, and at the queue when nothing was delivered for a while.
 
-        If messages wait twice, connect again, which helps if the broker lost acks or forgot this consumer. It is not
-        tried if there is another consumer, which is the active one.
+        If messages wait at two looks in a row, connect again, which helps if the broker lost acks or forgot this
+        consumer. If there is another consumer, that is the active one, and connecting again would not help.
         """
         while True:
             letters_bytes = await self._in_thread(dead_letters.size_of, self._store.path)
@@ -298,7 +298,7 @@ class Worker(LinkListener):
             try:
                 async with asyncio.timeout(CALL_TIMEOUT_SECONDS):
                     queue = await link.channel.queue_declare(self._settings.queue_name, passive=True)
-            except (*CONNECTION_ERRORS, asyncio.CancelledError):  # aiormq may report a loss as that, too
+            except (*CONNECTION_ERRORS, asyncio.CancelledError):  # aiormq can report a loss as that, too
                 if cancelled():
                     raise
                 link.lane.fail("the broker does not answer")

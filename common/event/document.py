@@ -10,9 +10,9 @@ import orjson
 from common.errors import InvalidEvent
 from common.event.faults import make_fault
 
-# A document of so few bytes is read whole without a bound: it takes 20 ms at most, whatever is in it.
+# A document up to this size is parsed without a bound: that takes 20 ms at most, whatever is in it.
 UNBOUNDED_BYTES = 192 * 1024
-# To pass over the strings of a document with more backslashes would take too long.
+# Finding the strings of a document with more backslashes than this would take too long.
 _MOST_BACKSLASHES = 1 << 19
 
 _OTHER_CHARS = bytes(set(range(256)) - set(b",:[{"))
@@ -53,7 +53,7 @@ def read_json(body: bytes) -> Any:
 
 
 def bound_values(body: bytes, limit: int) -> Stages[None]:
-    """Raise InvalidEvent when a large document has more than `limit` values and names, before the cost of parsing it.
+    """Raise InvalidEvent when a large document has more than `limit` values and names, before it is parsed.
 
     They are counted as commas, colons, and opening brackets and braces outside strings. Up to the first byte that is
     not JSON, where parsing would end, this tells strings from the rest as a parser does.
@@ -61,7 +61,7 @@ def bound_values(body: bytes, limit: int) -> Stages[None]:
     if len(body) <= UNBOUNDED_BYTES or _count_values(body) <= limit:
         return
     yield
-    if body.count(b"\\") <= _MOST_BACKSLASHES:  # a frame may be the text of an array of pixels
+    if body.count(b"\\") <= _MOST_BACKSLASHES:  # an image_frame can be the text of an array of pixels
         unescaped = body.replace(rb"\\", b"").replace(rb"\"", b"")
         yield
         if unescaped.count(b'"') <= 2 * limit and _count_values(b"".join(unescaped.split(b'"')[::2])) <= limit:

@@ -1,4 +1,4 @@
-"""Faults of a document, as FastAPI answers them (pydantic 2, lax mode): `loc`, `msg` and `type`. Pure."""
+"""Faults of a document, as FastAPI reports them (pydantic 2, lax mode): `loc`, `msg` and `type`. Pure."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def make_fault(loc: Iterable[str | int], kind: str, message: str | None = None) 
 
 
 def is_not_json(faults: list[Fault]) -> bool:
-    """Tell whether these are the faults of a document that is empty or not JSON."""
+    """Return whether these are the faults of a document that is empty or not JSON."""
     first = faults[0]
     return first["type"] == "json_invalid" or (first["type"], first["loc"]) == ("missing", ["body"])
 

@@ -1,4 +1,4 @@
-"""What an event goes by: its message id, the digest of that, its line in a message of several, its partition. Pure."""
+"""How an event is identified and routed: its message id, its line in a message of several, its partition. Pure."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def id_digest(message_id: str | bytes) -> bytes:
 
 
 def line_id(line: bytes) -> bytes | None:
-    """Return the id of an event that is a line of a message; None if it has none, or if the line is no JSON object.
+    """Return the id of an event that is a line of a message; None if it has none, or if the line is not a JSON object.
 
-    Other publishers may write the member `message_id` anywhere. What is not a string, or is empty, is no id.
+    Other publishers can write the member `message_id` anywhere. A value that is not a string, or is empty, is no id.
     """
     if line.startswith(LINE_START) and line.startswith(ID_END, _ID_STOP):
         own = line[len(LINE_START) : _ID_STOP]

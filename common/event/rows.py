@@ -37,7 +37,7 @@ def csv_rows(body: bytes, low_prob_threshold: float) -> tuple[list[str], int]:
 
 
 def _rows_quickly(document: Any, low_prob_threshold: float) -> tuple[list[str], int] | None:
-    """Do `csv_rows` for a document in normal form, unknown members aside, with nothing to quote. Else return None."""
+    """Do `csv_rows` for a document in normal form (unknown members aside) with nothing to quote; else return None."""
     try:
         data = document["data"]
         device_id, client_id, created_at = document["device_id"], document["client_id"], document["created_at"]

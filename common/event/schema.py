@@ -17,8 +17,8 @@ MAX_EVENTS = 10_000  # in one batch
 # The bound on the values and names of an event. A prediction with `n` tags has 7 + n, so each may have 8 tags.
 VALUES_PER_PRED = 15
 SPARE_VALUES = 10_000
-# The same for a batch that is an array, and so is parsed in one stage. 5,000 events of 5 predictions of 2 tags have
-# 290,000.
+# The same for a batch that is an array, and so is parsed in one stage. 5,000 events with 5 predictions each, and 2 tags
+# each, have 290,000.
 BATCH_VALUES = 300_000
 MAX_NUMBER_CHARS = 1000
 MAX_FAULTS = 2_000  # that are listed in an answer
@@ -133,7 +133,7 @@ def _too_long(limit: int, length: int) -> str:
 
 
 def _validate_quickly(document: Any, max_preds: int | None) -> Event | None:
-    """Return the event in normal form; None if only a `_Walk` can tell. U+0000 is taken.
+    """Return the event in normal form; None if that takes a `_Walk`. U+0000 is accepted.
 
     `document` comes from orjson, so none of its floats is an infinity or NaN.
     """
@@ -186,7 +186,7 @@ def validate_event(
 def read_event(body: bytes) -> Event:
     """Return the event in `body`, of any size, in normal form. Raise InvalidEvent.
 
-    U+0000 is taken, for the sake of messages that a producer of 1.0 accepted.
+    U+0000 is accepted, because the producer of 1.0 accepted it.
     """
     return validate_event(read_json(body))
 
@@ -238,12 +238,12 @@ def normalise_in_stages(body: bytes, max_preds: int, most_faults: int = MAX_FAUL
 
 
 def normalise_batch(body: bytes, lines: bool, max_preds: int) -> Iterator[NormalEvent | InvalidEvent | None]:
-    """Yield each event of a JSON array, or of NDJSON when `lines`, in normal form, or the InvalidEvent that it is.
+    """Yield each event of a JSON array, or of NDJSON when `lines`, in normal form, or an InvalidEvent in its place.
 
     Yield None after a stage that gave no event. A fault's `loc` begins with body and the position. Once MAX_FAULTS were
-    found, each further refused event has one fault, `too_many_faults`. An array is parsed whole, so what is not JSON in
-    one event refuses all of them; NDJSON is parsed line by line. Raise InvalidEvent before the first event when the
-    whole body cannot be read or is too large.
+    found, each further refused event has one fault, `too_many_faults`. An array is parsed whole, so bad JSON in one
+    event refuses all of them; NDJSON is parsed line by line. Raise InvalidEvent before the first event when the whole
+    body cannot be read or is too large.
     """
     items: list[Any] = yield from (_lines(body) if lines else _array(body))
     if len(items) > MAX_EVENTS:
@@ -253,7 +253,7 @@ def normalise_batch(body: bytes, lines: bool, max_preds: int) -> Iterator[Normal
     left = MAX_FAULTS
     items.reverse()
     for position in range(len(items)):
-        item = items.pop()  # so that what is done with is freed
+        item = items.pop()  # so that each is freed once it is done
         try:
             if lines:
                 yield (yield from normalise_in_stages(item, max_preds, left))
@@ -268,7 +268,7 @@ def normalise_batch(body: bytes, lines: bool, max_preds: int) -> Iterator[Normal
 
 def _array(body: bytes) -> Stages[list[Any]]:
     if body[:100].lstrip().startswith(b"{"):
-        message = "Input should be a valid list; for one event a line, Content-Type is application/x-ndjson"
+        message = "Input should be a valid list; for one event per line, send Content-Type application/x-ndjson"
         raise InvalidEvent([make_fault(["body"], "list_type", message)])
     yield from bound_values(body, BATCH_VALUES)
     yield
@@ -279,7 +279,7 @@ def _array(body: bytes) -> Stages[list[Any]]:
 
 
 def _lines(body: bytes) -> Stages[list[Any]]:
-    """Return the lines that are not blank, after a bound on lines of any kind."""
+    """Return the lines that are not blank. Raise InvalidEvent if there are too many, blank ones included."""
     if body.count(b"\n") > 2 * MAX_EVENTS:
         message = f"Body should hold at most {2 * MAX_EVENTS} lines"
         raise InvalidEvent([make_fault(["body"], "json_too_large", message)])

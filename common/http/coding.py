@@ -8,7 +8,7 @@ from common.errors import HttpError
 
 
 def is_gzipped(content_encoding: bytes | None) -> bool:
-    """Tell whether a Content-Encoding value (RFC 9110 section 8.4) names gzip.
+    """Return whether a Content-Encoding value (RFC 9110 section 8.4) names gzip.
 
     Devices send an empty value, and `identity`, alone or in a list. Raise HttpError 415 for any other coding and for
     several, with Accept-Encoding (RFC 9110 section 12.5.3).
@@ -36,5 +36,5 @@ def decoded(content_encoding: bytes | None, body: bytes, max_bytes: int) -> byte
     if len(data) > max_bytes:
         raise HttpError(413, f"content longer than {max_bytes} bytes when inflated")
     if not inflater.eof or inflater.unused_data:
-        raise HttpError(400, "gzip content is cut off, or goes on after its end (one member is taken)")
+        raise HttpError(400, "gzip content is cut off, or something follows it (only one member is accepted)")
     return data

@@ -41,7 +41,7 @@ from common.http.writer import Writer
 
 log = logging.getLogger("predlog.http")
 
-# The work of one connection before others get their turn. What is left of its requests then waits.
+# How long one connection works before others get their turn. What is left of its requests then waits.
 SLICE_SECONDS = 0.002
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
@@ -79,7 +79,7 @@ class ServerState:
 
 
 class Connection(asyncio.Protocol):
-    """The connection of one client, within TLS if it is given."""
+    """The connection of one client, within TLS if `tls` is given."""
 
     _transport: asyncio.Transport  # set when it is connected, as is the writer
     _writer: Writer
@@ -260,7 +260,7 @@ class Connection(asyncio.Protocol):
             self._close()
 
     def _refuse(self, error: HttpError) -> None:
-        """Refuse what cannot be read, after the answers still due, and close then."""
+        """Refuse what cannot be read, after the answers that are still due, and then close."""
         now = self.now()
         exchange = Exchange(self, self._parser.head, now, refused=True)
         self._due.append(exchange)
@@ -270,7 +270,7 @@ class Connection(asyncio.Protocol):
         exchange.fail(error)
 
     def _update_reading(self) -> None:
-        """Read unless the client has sent enough for now; after its last request read to drop what comes."""
+        """Read unless the client has sent enough for now. After its last request, read and drop what comes."""
         writer, transport = self._writer, self._transport
         is_enough = writer.stuck or self._waiting or len(self._due) >= self.state.limits.pipelined
         reading = self.phase >= LAST or not is_enough
@@ -287,7 +287,7 @@ class Connection(asyncio.Protocol):
         """Write the answers that are due. Called after each answer."""
         if not self._pumping and self._write_answers() and not self._waiting:
             turns = self.state.turns
-            turns.worked_since(self.now())  # one confirm can answer thousands, each with a request behind it
+            turns.worked_since(self.now())  # one confirm can answer thousands, each with a request after it
             if self.now() > turns.ends or self._pump():
                 self._wait_for_turn()
 
@@ -316,7 +316,7 @@ class Connection(asyncio.Protocol):
         return not self._reading
 
     def _finish(self) -> None:
-        """Close our side behind the last answer, and drop what the client still sends.
+        """Close our side after the last answer, and drop what the client still sends.
 
         A reset would destroy the answer on its way (RFC 9112 section 9.6).
         """
@@ -336,7 +336,7 @@ class Connection(asyncio.Protocol):
         self._writer.end(close=True)
 
     def drain(self) -> None:
-        """End with the last of the answers that are due."""
+        """End the connection with the last of the answers that are due."""
         if self.phase is ANSWERING and self._due:
             self._due[-1].close = True
             self._enter(LAST, self.now())

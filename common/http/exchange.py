@@ -19,13 +19,13 @@ class Application(Protocol):
     """The meaning of requests. The server calls it from the event loop; it must not block."""
 
     def check(self, head: Head) -> bytes:
-        """Raise HttpError if the head alone decides that; else return header lines for any answer to the request."""
+        """Raise HttpError if the head is reason enough to refuse; else return header lines for any answer to it."""
 
     def handle(self, request: Request, exchange: Exchange) -> None:
         """Answer the exchange, now or later, or raise HttpError."""
 
     def answered(self, exchange: Exchange, status: int) -> None:
-        """Take note of an answer: the application's own, or a refusal by the server (`exchange.refused`)."""
+        """Note an answer: the application's own, or a refusal by the server (`exchange.refused`)."""
 
 
 class Client(Protocol):
@@ -75,7 +75,7 @@ class Exchange:
         self.answer(error.status, body, extra=error.fields)
 
     def encode(self, date: bytes) -> tuple[bytes, ...]:
-        """Return the answer in one part, or in two when its body is large, so that only the kernel copies that.
+        """Return the answer in one part, or in two when its body is large, so that only the kernel copies it.
 
         `date` is an IMF-fixdate (RFC 9110 section 5.6.7).
         """

@@ -22,7 +22,7 @@ class Limits:
     head_bytes: int = 16 * 1024  # else 431; a target, and as much again for a proxy's fields and a browser's cookies
     headers: int = 100  # else 431; as in Apache, and ten times what devices send
     body_bytes: int = 8 * 1024 * 1024  # else 413; without the chunked coding
-    # Else 413, for a trailer section 431. Chunk framing beyond what data allows: as much as a head.
+    # Else 413; for a trailer section, 431. Chunk framing beyond what the data allows: as much as a head.
     chunk_overhead_bytes: int = 16 * 1024
 
 
@@ -50,7 +50,7 @@ class Head:
 
 
 class Request:
-    """A complete request. `body` is without the chunked coding; a content coding is left on."""
+    """A complete request. `body` is without the chunked coding; a content coding is not undone."""
 
     __slots__ = ("body", "head")
 
@@ -333,7 +333,7 @@ class RequestParser:
         self._buffer += data
 
     def next_request(self) -> Request | None:
-        """Return the next complete request, or None if that takes more data.
+        """Return the next complete request, or None if that needs more data.
 
         Raise HttpError 400, 413, 414, 417, 431, 501 or 505: the connection must close.
         """

@@ -22,7 +22,7 @@ from common.http.parser import Limits
 
 
 class Phase(IntEnum):
-    """In the order in which a connection passes through them."""
+    """The phases in the order in which a connection passes through them."""
 
     HANDSHAKE = 0  # of TLS
     IDLE = 1  # no part of a request has come, and no answer is due

@@ -1,6 +1,6 @@
 """The bounds that the connections of a server keep together: places and memory. Pure.
 
-The pool decides whose connections end, and returns them. The caller ends them.
+The pool decides which connections end, and returns them. The caller ends them.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ class Pool(Generic[M]):
         self.refused = 0  # newcomers without a place, until the server looks
         self._places = places
         self._memory_bytes = memory_bytes
-        self._silent: deque[M] = deque()  # at the last look: first who only lingers, then the longest silent
+        self._silent: deque[M] = deque()  # at the last look: first those that only linger, then the longest silent
         self._next_look = 0.0
 
     def join(self, newcomer: M, now: float) -> M | None:
-        """Add a connection. Return whose connection ends for it: the longest silent, or else the newcomer's own."""
+        """Add a connection. Return the one that must end for it, if any: the longest silent, or else the newcomer."""
         self.members.add(newcomer)
         if len(self.members) <= self._places:
             return None
@@ -53,7 +53,7 @@ class Pool(Generic[M]):
         return leaver
 
     def can_answer_refused(self) -> bool:
-        """Tell whether one more connection beyond the limit can stay for its answer."""
+        """Return whether one more connection beyond the limit can stay for its answer."""
         return len(self.members) <= self._places + MOST_LEAVING
 
     def leave(self, member: M) -> None:
@@ -69,9 +69,9 @@ class Pool(Generic[M]):
         return None
 
     def over_memory(self, asker: M, now: float) -> list[M]:
-        """Return whose connections give up their memory: silent ones, the longest first, and the asker as the last.
+        """Return the connections that give up their memory: silent ones, the longest first, and the asker last.
 
-        Empty while all together hold no more than they can.
+        The list is empty while all together hold no more than they may.
         """
         giving: list[M] = []
         excess_bytes = self.held_bytes - self._memory_bytes
@@ -85,7 +85,7 @@ class Pool(Generic[M]):
         return giving
 
     def _next_silent(self, now: float) -> M | None:
-        """Return the next of those that were found silent, and look for them unless the last look was a moment ago."""
+        """Return the next connection that was found silent. Look for them first, unless the last look is recent."""
         if now >= self._next_look:
             self._next_look = now + LOOK_SECONDS
             silent = [each for each in self.members if each.silent_seconds(now) >= SILENT_SECONDS]

@@ -24,8 +24,8 @@ SWEEP_SECONDS = 1.0
 DRAIN_SWEEP_SECONDS = 0.1
 WARN_SECONDS = 60.0
 BACKLOG = 4096  # Linux cuts it to net.core.somaxconn, which is 4,096 by default
-# What the kernel buffers of an answer before the client's side has room (tcp(7) does not bound it but by megabytes):
-# small, so that what a slow client takes shows soon, and as progress.
+# What the kernel buffers of an answer before the client's side has room. Its own bound is megabytes (tcp(7)). This one
+# is small, so that what a slow client takes shows soon, and as progress.
 UNSENT_BYTES_IN_KERNEL = 128 * 1024
 
 
@@ -67,7 +67,7 @@ class HttpServer:
                 self._server = await create(host, port, reuse_port=reuse_port or None)
         except OSError as error:
             why = error.strerror or error
-            raise StartupError(f"cannot listen on {host}:{port}: {why}; free it, or choose another") from None
+            raise StartupError(f"cannot listen on {host}:{port}: {why}; free the port, or choose another") from None
         for listener in self._server.sockets:
             with suppress(OSError, AttributeError):  # Linux has it; each accepted socket inherits it
                 listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES_IN_KERNEL)
@@ -89,9 +89,9 @@ class HttpServer:
         self._sweeper = self._loop.call_at(now + seconds, self._sweep, now + seconds)
 
     def _look_for_shortage(self, now: float) -> None:
-        """Log why clients are refused, once per minute. Without a free descriptor, close a connection for the next one.
+        """Log why clients are refused, once per minute. If no descriptor is free, close a connection for the next one.
 
-        libuv drops the clients that it has no descriptor for, and reports nothing.
+        libuv drops the clients that it has no descriptor for, without a report.
         """
         pool = self.state.pool
         shortage = f"all {self.state.limits.connections} connections are in use" if pool.refused else ""

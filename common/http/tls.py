@@ -1,7 +1,7 @@
 """TLS of one connection, sans-IO, on OpenSSL's memory buffers.
 
 The event loop's own TLS makes a protocol only when the handshake is over. Here the connection exists from the accept
-on, so that it is counted and timed as any other, and each side of it can be closed alone.
+on, so that it is counted and timed like any other, and each side of it can be closed on its own.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import ssl
 from contextlib import suppress
 
-# What a handshake costs from its first byte to its end (measured over 4,000), besides what the client has sent.
+# The memory of a handshake from its first byte to its end (measured over 4,000), besides what the client has sent.
 HANDSHAKE_BYTES = 80 * 1024
 _RECORD_BYTES = 16 * 1024  # the most that a record carries (RFC 8446 section 5.1)
 
@@ -23,7 +23,7 @@ class Tls:
         self._context = context
         self._incoming = ssl.MemoryBIO()
         self._outgoing = ssl.MemoryBIO()
-        self._object: ssl.SSLObject | None = None  # since the first byte, so that silent clients cost little
+        self._object: ssl.SSLObject | None = None  # made at the first byte, so that silent clients cost little
 
     def receive(self, data: bytes) -> None:
         """Store bytes from the socket."""
@@ -56,13 +56,13 @@ class Tls:
         return b"".join(pieces), False
 
     def encrypt(self, data: bytes) -> bytes:
-        """Return what to send for `data`."""
+        """Return the encrypted form of `data`."""
         assert self._object is not None
         self._object.write(data)
         return self._outgoing.read()
 
     def end(self) -> bytes:
-        """Return what to send to close our side. The client's own end is not waited for (RFC 8446 section 6.1)."""
+        """Return what to send to close our side. Do not wait for the client's end (RFC 8446 section 6.1)."""
         if self._object is not None:
             with suppress(ssl.SSLError):
                 self._object.unwrap()

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 _NAMED = re.compile(r"([A-Za-z0-9_.\-]{1,32}):(.*)")
-_TOKEN = re.compile(r"(?![A-Za-z0-9_.\-]{1,32}:$)[!-~]+")  # a name alone is none
+_TOKEN = re.compile(r"(?![A-Za-z0-9_.\-]{1,32}:$)[!-~]+")  # a name alone is no token
 
 
 class Token(NamedTuple):
@@ -21,13 +21,13 @@ class Token(NamedTuple):
 def parse_tokens(text: str) -> list[Token]:
     """Return the tokens of an API_TOKEN value: `name:token` or `token`, separated by commas; none if it is empty.
 
-    A token without a name is called token-1, token-2 and so on, by its place. `name:token` is accepted whole as well,
-    since 1.0 had no names and took it so. Raise ValueError with words that follow API_TOKEN and hold no part of it.
+    A token without a name is called token-1, token-2 and so on, by its place. `name:token` is also accepted as a whole,
+    since 1.0 had no names. Raise ValueError with words that follow API_TOKEN and hold no part of it.
     """
     tokens = []
     for place, item in enumerate(filter(None, text.split(",")), 1):
         if not _TOKEN.fullmatch(item):
-            raise ValueError(f"must be token or name:token in visible ASCII, but in place {place} is neither")
+            raise ValueError(f"must be token or name:token in visible ASCII, but item {place} is neither")
         named = _NAMED.fullmatch(item)
         if named is None:
             tokens.append(Token(f"token-{place}", (item.encode(),)))

@@ -14,7 +14,7 @@ from itertools import count
 
 log = logging.getLogger("predlog.http")
 
-# The long work of one turn of the loop, all clients together. A stage that has begun then goes on to its end, which
+# The time for long work in one turn of the loop, all clients together. A stage that has begun runs to its end, which
 # takes 30 ms at most. So a turn stays below the 50 ms by which a request may delay other clients (docs/http.md).
 TURN_SECONDS = 0.005
 FORWARD_TURNS = 10  # newcomers may come without end: the next of the others goes first after so many full turns
@@ -35,7 +35,7 @@ class Turns:
         self._crowded = count(1)  # turns that ended with some of both left
 
     def add(self, owner: Hashable, job: Job) -> None:
-        """Run `job` behind the others of its owner. What it raises is logged as a bug."""
+        """Run `job` after the others of its owner. What it raises is logged as a bug."""
         jobs = self._jobs.get(owner)
         if jobs is None:
             self._jobs[owner] = deque((job,))

@@ -1,4 +1,4 @@
-"""The output of a connection: TLS if there is any, and how the client takes what is sent."""
+"""The output of a connection: TLS, if any, and the time that the client takes for what is sent."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Writer:
             self._transport.writelines(parts)
 
     def end(self, close: bool) -> None:
-        """Close our side of the connection behind what is written, or all of it."""
+        """Close our side of the connection after what is written, or both sides."""
         if self._transport.is_closing():
             return
         if self._tls is not None and (notice := self._tls.end()):

@@ -33,7 +33,7 @@ log = logging.getLogger("predlog.http")
 
 PAGE = Path(__file__).parent / "page.html"
 OPENAPI = Path(__file__).parent / "openapi.json"
-# A plain event of this size costs less than a slice, whatever is in it.
+# A plain event of up to this size costs less than a slice, whatever is in it.
 WHOLE_BYTES = 16 * 1024
 _KNOWN_METHODS = frozenset(
     {b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS", b"TRACE", b"CONNECT", b"QUERY"}
@@ -71,7 +71,7 @@ class Api:
         self.reload_tokens(settings.api_token)
 
     def reload_tokens(self, text: str) -> None:
-        """Take the tokens of another API_TOKEN value. Raise ValueError for a bad one, and keep those in force.
+        """Use the tokens of a new API_TOKEN value. Raise ValueError for a bad one, and keep those in force.
 
         In the metrics, names that were not there at the start are "other".
         """
@@ -82,7 +82,7 @@ class Api:
     # Requests
 
     def check(self, head: Head) -> bytes:
-        """Raise HttpError if the head alone decides that; else return header lines for any answer to the request."""
+        """Raise HttpError if the head is reason enough to refuse; else return header lines for any answer to it."""
         if (
             head.origin is None
             and head.sec_fetch_site is None
@@ -135,7 +135,7 @@ class Api:
         log.debug("%s from %s", ROUTES[head.path].label, owner)
 
     def end_start(self) -> None:
-        """Wait no longer for every partition: from now on /readyz says 200 while one takes events."""
+        """Wait no longer for every partition: from now on /readyz is 200 while at least one takes events."""
         self._starts = False
 
     def announce_stop(self) -> None:
@@ -248,7 +248,7 @@ class Api:
             counters.request_seconds.observe(exchange.seconds())
 
     def render_metrics(self) -> bytes:
-        """Return the text exposition of all workers' metrics, this one's as of now."""
+        """Return the text exposition of all workers' metrics, with this one's up to date."""
         self._set_gauges()
         return self._counters.metrics.render(self._rows)
 
@@ -281,7 +281,7 @@ class Api:
 
 
 def _named(troubles: Sequence[Unavailable | None]) -> str:
-    """Return the reasons in one line, and of several partitions which have it; "" without trouble."""
+    """Return the reasons on one line, each with its partitions if there are several; "" without trouble."""
     by_why: dict[str, list[str]] = {}
     for number, trouble in enumerate(troubles):
         if trouble is not None:

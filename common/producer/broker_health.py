@@ -25,7 +25,7 @@ _OF_ONE_PARTITION = ("broker_away", "stalled")
 
 
 class BrokerHealth:
-    """The state of the broker as its link and its confirms show it. `now` is a monotonic clock, in seconds.
+    """The state of the broker as its link and its confirms show it. `now` is the time of a monotonic clock, in seconds.
 
     `trouble` is why no event can be accepted now, or None. `partition` is None for the only queue; otherwise trouble
     with the queue is reported as that of one partition.
@@ -61,7 +61,7 @@ class BrokerHealth:
         self._set(broker_away=f"no broker: {reason}", broker_blocked="", stalled="")
 
     def close(self) -> None:
-        """Note that the process stops, and accepts no event any more."""
+        """Note that the process stops, and accepts no more events."""
         self._set(shutting_down=_TROUBLES["shutting_down"])
 
     def block(self, reason: str, now: float) -> None:
@@ -88,7 +88,7 @@ class BrokerHealth:
                 self._stall(_NACKED)
 
     def judge(self, since: float | None, now: float) -> str:
-        """Take note of the time. Return why another link should be tried, which may reach a live broker, or "".
+        """Check the time-outs. Return why another link should be tried, which can reach a live broker, or "".
 
         `since` is when the oldest event without a confirm was sent.
         """

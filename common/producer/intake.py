@@ -105,7 +105,7 @@ class Batch:
 
     def _publish(self, event: NormalEvent, publisher: Publisher) -> None:
         position = len(self._results)
-        # No client's key has a NUL, so this key is that of no other request.
+        # No client's key has a NUL, so no other request has this key.
         key = None if self._key is None else b"%b\x00%d" % (self._key, position)
         published = _BatchEvent(event, self._intake.message_id(event, key), self._intake, self, position)
         self._results.append(None)

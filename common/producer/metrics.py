@@ -27,17 +27,17 @@ class Counters:
         }
         self.token_requests = {
             name: m.counter("predlog_token_requests_total", "Requests with a known token, by its owner.", token=name)
-            for name in dict.fromkeys((*(token.name for token in tokens), OTHER))  # OTHER: those that a reload brought
+            for name in dict.fromkeys((*(token.name for token in tokens), OTHER))  # OTHER: those added by a reload
         }
         self.refusals = {
             reason: m.counter("predlog_refusals_total", "Events refused for now (503), by reason.", reason=reason)
             for reason in _REFUSALS
         }
         self.request_seconds = m.histogram(
-            "predlog_http_request_seconds", "From the last byte of a POST to its answer.", LATENCY_SECONDS
+            "predlog_http_request_seconds", "Time from the last byte of a POST to its answer.", LATENCY_SECONDS
         )
         self.confirm_seconds = m.histogram(
-            "predlog_confirm_seconds", "From publish to the broker's confirm.", LATENCY_SECONDS
+            "predlog_confirm_seconds", "Time from publish to the broker's confirm.", LATENCY_SECONDS
         )
         self.events = m.counter("predlog_events_total", "Events confirmed by the broker.")
         self.messages = m.counter("predlog_messages_total", "AMQP messages confirmed by the broker.")
@@ -46,16 +46,16 @@ class Counters:
         self.unconfirmed = m.gauge("predlog_unconfirmed", "Events sent to the broker and not yet confirmed.")
         self.unconfirmed_bytes = m.gauge("predlog_unconfirmed_bytes", "Bytes of the events not yet confirmed.")
         self.connected = m.gauge(
-            "predlog_amqp_connected", "1 while connected to the broker (of several workers: the least).", min
+            "predlog_amqp_connected", "1 while connected to the broker (with several workers, the least).", min
         )
         self.blocked = m.gauge("predlog_amqp_blocked", "1 while the broker takes no messages.", max)
-        self.stalled = m.gauge("predlog_stalled", "1 while events that were sent get no further.", max)
+        self.stalled = m.gauge("predlog_stalled", "1 while the broker confirms no events.", max)
         self.partitions_up = [
             m.gauge("predlog_partition_up", "1 while the partition takes events.", min, partition=str(partition))
             for partition in range(partitions)
             if partitions > 1
         ]
-        self.reconnects = m.counter("predlog_amqp_reconnects_total", "Connections to the broker lost.")
+        self.reconnects = m.counter("predlog_amqp_reconnects_total", "Lost connections to the broker.")
         self.connections = m.gauge("predlog_http_connections", "Open client connections.")
         self.start_time = m.gauge("process_start_time_seconds", "Start of the process, Unix time.", max)
         m.values[m.gauge("predlog_info", "Version and process.", max, version=__version__, process="producer")] = 1.0

@@ -27,7 +27,7 @@ class Origins:
     def __init__(self, allowed_hosts: str, cors_origins: str) -> None:
         self._hosts = frozenset(host.lower().encode() for host in allowed_hosts.split(",") if host)
         self._origins = frozenset(origin.lower().encode() for origin in cors_origins.split(",") if origin)
-        # A cache must not give one origin's page what another's was answered (Fetch standard, "CORS protocol and HTTP
+        # A cache must not give one origin's page the answer to another's (Fetch standard, "CORS protocol and HTTP
         # caches").
         self._vary = b"Vary: Origin\r\n" if self._origins else b""
 
@@ -44,7 +44,7 @@ class Origins:
         if head.method in _SAFE:
             return self._vary  # links may lead here from anywhere, and the browser lets no other page read the answer
         if head.sec_fetch_site is not None:
-            # The browser sets this field and no page can. It holds also behind a proxy that changes Host.
+            # The browser sets this field and no page can. It also holds behind a proxy that changes Host.
             is_own = head.sec_fetch_site in (b"same-origin", b"none")
         else:
             is_own = origin is None or _is_own(origin, head.host)
@@ -55,7 +55,7 @@ class Origins:
 
 
 def _is_own(origin: bytes, host: bytes | None) -> bool:
-    """Tell whether an Origin value names the host that was called. Either scheme will do, as a proxy may hide it."""
+    """Return whether an Origin value names the host that was called. Any scheme will do, as a proxy can hide it."""
     scheme, _, named = origin.lower().partition(b"://")
     port = _DEFAULT_PORTS.get(scheme)
     if port is None or not named or host is None:

@@ -30,7 +30,7 @@ from common.producer.broker_health import BrokerHealth
 LATE_SWEEP_SECONDS = 0.5
 
 GROUP_BYTES = 64 * 1024  # of the body of a message of several events, which is then one frame
-_LINE_BYTES = len(LINE_START) + 32 + len(ID_END)  # that a line of such a message has more than its event
+_LINE_BYTES = len(LINE_START) + 32 + len(ID_END)  # that a line of such a message adds to its event
 
 # The reason with which RabbitMQ 3.8 and later closes the channel (max_message_size).
 _TOO_LARGE = re.compile(r"larger than configured max size (\d+)")
@@ -55,16 +55,16 @@ class Publication(ABC):
     message_id: bytes
     rows: int
     # Set by the publisher:
-    since: float  # when it was published first
+    since: float  # when it was first published
     sent_before: bool  # on a link that was lost
 
     @abstractmethod
     def confirmed(self) -> None:
-        """Take note that the broker has the event on disk."""
+        """Note that the broker has the event on disk."""
 
     @abstractmethod
     def failed(self, error: NotConfirmed) -> None:
-        """Take note that the event was not accepted, or that its outcome is unknown."""
+        """Note that the event was not accepted, or that its outcome is unknown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +176,7 @@ class Publisher(LinkListener):
         return self._channel is not None
 
     def has_room_for_batch(self) -> bool:
-        """Tell whether an event of a batch may be published now. Half of the window is kept for single events."""
+        """Return whether an event of a batch may be published now. Half of the window is kept for single events."""
         return (
             self.health.trouble is None
             and self._channel is not None
@@ -190,11 +190,11 @@ class Publisher(LinkListener):
         self._waiting.append(resume)
 
     def publish(self, event: Publication) -> None:
-        """Send one event at the end of the turn; it is then told its outcome. Raise Unavailable or TooLarge if not."""
+        """Send one event at the end of the turn; its outcome comes later. Raise Unavailable or TooLarge if refused."""
         channel, limits, body_bytes = self._channel, self.limits, len(event.body)
         if (
             self.health.trouble is not None
-            or channel is None  # then there is trouble, too
+            or channel is None  # then there is also trouble
             or channel.lane.congested
             or body_bytes > self._most_body_bytes
             or self.unconfirmed_bytes >= limits.unconfirmed_bytes
@@ -323,7 +323,7 @@ class Publisher(LinkListener):
     def sweep(self) -> None:
         """Fail events that wait too long, and leave a link that does not confirm. Call it ten times a second."""
         now = self._now()
-        # If every sweep is late, the time-outs must hold all the same.
+        # The time-outs must hold even if every sweep is late.
         late = now - self._swept_at > LATE_SWEEP_SECONDS and not self._was_late
         self._swept_at, self._was_late = now, late
         self._stamp = packed_seconds(int(self._wall()))

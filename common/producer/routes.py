@@ -20,7 +20,7 @@ class Route(NamedTuple):
     is_page: bool = False  # that PROTECT_PAGES protects
 
     def wants_token(self, protect_pages: bool) -> bool:
-        """Tell whether a request needs a token, where there are any."""
+        """Return whether a request needs a token, if any are set."""
         return bool(self.takes) or (self.is_page and protect_pages)
 
 

@@ -29,9 +29,9 @@ from common.producer.tls import Certificate
 log = logging.getLogger("predlog.producer")
 
 SWEEP_SECONDS = 0.1
-ALL_UP_SECONDS = 5.0  # for every partition to get its connection; then the start stops waiting for the rest
+ALL_UP_SECONDS = 5.0  # for every partition to get its connection; after that, the start waits no longer
 FILES_BESIDES_CONNECTIONS = 64 + MOST_LEAVING
-MAX_UNCONFIRMED_BYTES = 64 * 1024 * 1024  # of events without a confirm: what a blocked broker may cost in memory
+MAX_UNCONFIRMED_BYTES = 64 * 1024 * 1024  # of events without a confirm: what a blocked broker can cost in memory
 BUFFERED_BYTES = 256 * 1024 * 1024  # of incomplete requests and unread answers, over all connections, at least
 LAST_ANSWERS_SECONDS = 0.1  # for sending the answers that end a drain
 
@@ -47,7 +47,7 @@ def limits_of(settings: ProducerSettings, most_connections: int) -> ServerLimits
 
 
 def publisher_limits_of(settings: ProducerSettings) -> PublisherLimits:
-    """Return the share of one partition."""
+    """Return the limits of one partition's publisher, its share of all."""
     return PublisherLimits(
         max(1, settings.max_unconfirmed // settings.partitions),
         max(1, MAX_UNCONFIRMED_BYTES // settings.partitions),
@@ -99,8 +99,8 @@ class Producer:
     async def start(self, replaces: bool = False) -> int:
         """Connect and listen; return the port. Raise StartupError.
 
-        A worker that `replaces` another waits some seconds for its broker before it listens, as others serve the
-        clients meanwhile. So does one with an inherited socket, whose clients wait in the queue.
+        A worker that `replaces` another waits up to ALL_UP_SECONDS for its broker before it listens, as others
+        serve the clients meanwhile. So does one with an inherited socket, whose clients wait in the queue.
         """
         settings = self._settings
         self._tasks = [
@@ -134,7 +134,7 @@ class Producer:
         settings = self._settings
         log.info("stopping: %d event(s) in flight", self._unconfirmed())
         self._api.announce_stop()
-        if settings.drain_delay_ms:  # a load balancer looks at /readyz, and sends no more
+        if settings.drain_delay_ms:  # a load balancer sees /readyz fail, and sends no more
             with suppress(TimeoutError):
                 async with asyncio.timeout(settings.drain_delay_ms / 1000):
                     await first_of(asyncio.Event(), *self._tasks)

@@ -24,7 +24,7 @@ class Certificate:
         try:
             self._load()  # into another context first, as OpenSSL replaces a certificate before it checks the key
             self.context.load_cert_chain(self._cert_file, self._key_file, _no_passphrase)
-            log.info("TLS certificate loaded again")
+            log.info("TLS certificate reloaded")
         except (OSError, StartupError) as error:
             log.error("%s; the old one stays", error)
 

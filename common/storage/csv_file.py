@@ -1,7 +1,7 @@
 """The CSV file on disk: append, sync, find where its rows end, set bytes aside.
 
-Knows what a row is. recovery.py and store.py decide which bytes are committed, and what becomes of the others. Every
-function raises OSError.
+recovery.py and store.py decide which bytes are committed, and what becomes of the others. Every function can raise
+OSError.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ class CsvFile:
         return status.st_size, stat.S_IMODE(status.st_mode)
 
     def check_header(self) -> None:
-        """Raise OSError for a file that does not begin with our header, as far as it goes: it is not predlog's."""
+        """Raise OSError for a file that is not predlog's: as far as it goes, it does not begin with our header."""
         if not CSV_HEADER.startswith(b"".join(self.read(0, len(CSV_HEADER)))):
             text = f"does not begin with the line {CSV_HEADER.decode().strip()!r} and CRLF: move it away"
             raise OSError(errno.EINVAL, text, self.path)
 
     def is_at(self, path: str) -> bool:
-        """Tell whether `path` leads to this file: nothing was renamed, removed or replaced."""
+        """Return whether `path` leads to this file: nothing was renamed, removed or replaced."""
         return is_at(self._fd, path)
 
     def write(self, data: bytes) -> None:
@@ -75,7 +75,7 @@ class CsvFile:
         return read(self._fd, start, end)
 
     def rows_end(self, start: int = 0) -> int:
-        """Find the offset behind the last whole row; `start` is behind one, or 0."""
+        """Find the offset after the last whole row; `start` is the end of an earlier row, or 0."""
         with open(self._fd, "rb", BLOCK_BYTES, closefd=False) as file:
             file.seek(start)
             return start + rows_end(file)
@@ -122,7 +122,7 @@ def crc32(blocks: Iterable[bytes]) -> int:
 
 
 def rows_end(lines: Iterable[bytes]) -> int:
-    """Find the offset behind the last whole row: behind the last CRLF with an even number of quotes before it."""
+    """Find the offset after the last whole row: after the last CRLF with an even number of quotes before it."""
     end = offset = quotes = 0
     for line in lines:
         offset += len(line)

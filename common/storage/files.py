@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from common.errors import DiskTrouble, StartupError
 
 BLOCK_BYTES = 1 << 20
-_MAY_END = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBUSY)  # EBUSY: another consumer has the file and may end
+_MAY_END = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBUSY)  # EBUSY: another consumer has the file, and can end
 
 
 @contextmanager
@@ -27,9 +27,9 @@ def naming(path: str) -> Iterator[None]:
 
 
 def open_regular(path: str, flags: int, mode: int | None = None) -> int:
-    """Open a regular file. Anything else there is an OSError, and a FIFO is not waited for.
+    """Open a regular file. Raise OSError for anything else, at once for a FIFO too.
 
-    With O_CREAT, a file that is made has exactly `mode`; None is 0644 without what the umask forbids.
+    With O_CREAT, a new file has exactly `mode`; None is 0644 without what the umask forbids.
     """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
@@ -45,14 +45,14 @@ def open_regular(path: str, flags: int, mode: int | None = None) -> int:
 
 
 def mode_of(path: str) -> int | None:
-    """Return the permission bits of a file; None if it cannot be looked at."""
+    """Return the permission bits of a file; None if that fails."""
     with suppress(OSError):
         return stat.S_IMODE(os.stat(path).st_mode)
     return None
 
 
 def is_at(fd: int, path: str) -> bool:
-    """Tell whether the open file is the one at `path`."""
+    """Return whether the open file is the one at `path`."""
     try:
         return os.path.samestat(os.fstat(fd), os.stat(path))
     except FileNotFoundError:
@@ -60,7 +60,7 @@ def is_at(fd: int, path: str) -> bool:
 
 
 def write_all(fd: int, data: bytes | bytearray) -> None:
-    """Write `data`. After an OSError any part of it may be written."""
+    """Write `data`. After an OSError, any part of it can be in the file."""
     rest = memoryview(data)
     while rest:
         rest = rest[os.write(fd, rest) :]
@@ -78,12 +78,12 @@ def checked(line: bytes) -> bytes | None:
 
 
 def utc_now() -> str:
-    """Return the UTC time as it is in names of files."""
+    """Return the UTC time as file names have it."""
     return time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
 
 
 def free_name(prefix: str) -> str:
-    """Return `prefix` + UTC time, numbered when it is taken. Safe under the consumer's lock."""
+    """Return `prefix` + UTC time, with a number if that name is taken. Safe under the consumer's lock."""
     name = utc = prefix + utc_now()
     number = 0
     while os.path.lexists(name):
@@ -112,7 +112,7 @@ def make_directory(path: str) -> None:
 
 
 def startup_error(error: OSError, path: str, notes: Sequence[str] = ()) -> StartupError | DiskTrouble:
-    """Return the error to raise at a start: DiskTrouble if a retry may work, else StartupError."""
+    """Return the error to raise at a start: DiskTrouble if a retry can help, else StartupError."""
     kind = DiskTrouble if error.errno in _MAY_END else StartupError
     return kind(explain_os_error(error, path) + (f" ({'; '.join(notes)})" if notes else ""))
 

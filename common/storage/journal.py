@@ -33,7 +33,7 @@ _NOWHERE = 0, 0, 0
 
 
 class Journal:
-    """The journal of `csv_path`, for one thread. Its file has the permission bits `mode`; None is what is usual."""
+    """The journal of `csv_path`, for one thread. Its file has the permission bits `mode` (None: the usual ones)."""
 
     def __init__(self, csv_path: str, dedup_window: int, prefetch_count: int) -> None:
         self.path = f"{csv_path}.journal"
@@ -121,16 +121,16 @@ class Journal:
         return aside
 
     def check(self) -> None:
-        """Raise TakenOver when another run has begun, OSError when that cannot be known."""
+        """Raise TakenOver if another run has begun, OSError if that cannot be determined."""
         if self._is_untouched():
             return
         reading = Reading(self.path, 0, 0)
-        with suppress(FileNotFoundError, JournalCorrupt):  # also of a damaged one, as far as it can be read
+        with suppress(FileNotFoundError, JournalCorrupt):  # a damaged one, too, as far as it can be read
             read_journal(reading)
         if reading.generation > self._generation:
             raise TakenOver(
                 f"{self.path}: another consumer has begun to write the same CSV, although this one has its lock (the "
-                "lock file was removed, or flock has no effect on this file system): this one stops, and acks nothing"
+                "lock file was removed, or flock has no effect on this file system); this one stops and acks nothing"
             )
 
     def close(self) -> None:
@@ -152,7 +152,7 @@ class Journal:
             self._window_ids, self._window_began = 0, now
 
     def _has_room(self) -> bool:
-        """Tell whether the journal is open and has not grown too much."""
+        """Return whether the journal is open and has not grown too much."""
         limit_bytes = _LEAST_ROOM_BYTES + 2 * (2 * ID_BYTES * self.window)
         return self._fd >= 0 and self._place[2] < limit_bytes
 
@@ -165,11 +165,11 @@ class Journal:
         os.lseek(fd, position, os.SEEK_SET)  # appending has moved it
         came, status = read_lines(file, reading, fence), os.fstat(fd)
         self._place = status.st_dev, status.st_ino, file.tell()
-        if not (came and self._is_untouched()):  # another run goes on beside it, perhaps in another file
+        if not (came and self._is_untouched()):  # another run is still at work, perhaps in another file
             raise OSError(errno.EBUSY, "was changed while it was read")
 
     def _is_untouched(self) -> bool:
-        """Tell whether the journal is as this run left it."""
+        """Return whether the journal is as this run left it."""
         try:
             status = os.stat(self.path)
         except FileNotFoundError:
@@ -218,7 +218,7 @@ class Journal:
 
 
 def read_journal(reading: Reading) -> None:
-    """Take what a journal says now, without a fence. Raise OSError, and as Reading.take does."""
+    """Take what a journal says now, without a fence. Raise OSError, and what Reading.take raises."""
     with naming(reading.path), open(open_regular(reading.path, os.O_RDONLY), "rb", BLOCK_BYTES) as file:
         read_lines(file, reading)
 

@@ -22,7 +22,7 @@ class Lock:
     def acquire(self) -> bool:
         """Take the lock, or return False at once when another process has it. Make the folder.
 
-        Raise as Store.open does.
+        Raise what Store.open raises.
         """
         try:
             make_directory(os.path.dirname(self.path))

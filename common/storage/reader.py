@@ -56,7 +56,7 @@ class MarkFile:
             file.write(line.ljust(_LINE_BYTES - 1) + b"\n")
 
     def clear(self) -> None:
-        """Let the mark say nothing, durably. Raise OSError."""
+        """Empty the mark, durably. Raise OSError."""
         with self._open() as file, naming(self._path):
             os.ftruncate(file.fileno(), 0)
             os.fsync(file.fileno())
@@ -114,4 +114,4 @@ def _open(path: str) -> tuple[int, int]:
             os.close(fd)
         time.sleep(_POLL_SECONDS)
     os.stat(path)  # raises when there is no CSV
-    raise StartupError(f"{path}: how much of it is committed is not known; start the consumer, or read the file itself")
+    raise StartupError(f"{path}: nothing says how much of it is committed; start the consumer, or read the file itself")

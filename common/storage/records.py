@@ -87,7 +87,7 @@ class Reading:
                 f"up to {VERSION}: upgrade, or move the journal and its CSV away together"
             )
         if self._fenced:
-            return  # a commit behind the fence
+            return  # a commit after the fence
         if self._damaged:
             raise JournalCorrupt("a damaged line")
         self.generation = int(record.get("generation", self.generation))
@@ -106,6 +106,6 @@ def window(dedup_window: int, prefetch_count: int) -> int:
     """Return the number of ids that are kept.
 
     The broker can redeliver `prefetch_count` messages, and as many others can be committed meanwhile. The largest
-    `prefetch_count` ever used counts, because what was unacked under it may still be redelivered.
+    `prefetch_count` ever used counts, because what was unacked under it can still be redelivered.
     """
     return max(dedup_window, 2 * prefetch_count)

@@ -1,7 +1,7 @@
 """Recovery as a decision: from what a start finds to the plan. Pure; repair.py carries it out.
 
 Nothing is ever destroyed. Bytes that must leave the CSV are set aside, and committed rows stay where they are.
-docs/guarantees.md ("What a start finds") and tests/unit/test_recovery.py have it as a table.
+docs/guarantees.md ("What a start finds") and tests/unit/test_recovery.py have the decision as a table.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class LastRun(NamedTuple):
     """The journal's record of the run before this one."""
 
     state: FileState
-    clean: bool  # it ended in order, with everything written committed
+    clean: bool  # it ended cleanly, with everything written committed
     outdated: str = ""  # why the state is not its last one, by the mark; else ""
 
 
@@ -52,13 +52,13 @@ class Plan(NamedTuple):
     cut_renamed: FileState | None = None  # find this file under another name, and set its uncommitted end aside
     not_found: str = ""  # the note for the operator when there is none
     note: str = ""  # for the operator
-    continue_after: FileState | None = None  # set aside what is behind the committed bytes
+    continue_after: FileState | None = None  # set aside what is after the committed bytes
     whole_until: int = 0  # of a file that is taken over; a torn row at its end is set aside
 
 
 NO_JOURNAL = "without a journal the last rows can be duplicated once, and retries of older events are not recognised"
 LONGER = (
-    "has {} bytes that its journal does not know of, though the last run ended in order (the journal is an older copy, "
+    "has {} bytes that its journal does not know of, though the last run ended cleanly (the journal is an older copy, "
     "or another program wrote them): whole rows stay, and can be duplicated once"
 )
 MOVED_AWAY = (
@@ -81,13 +81,13 @@ def decide(journal: LastRun | Corrupt | None, file: FileFacts) -> Plan:
     if not (journal.clean or journal.outdated) and (file.device, file.inode) != (state.device, state.inode):
         plan = Plan(cut_renamed=state, not_found="" if known else MOVED_AWAY.format(state.committed_bytes))
     more = file.size - state.committed_bytes
-    # A run that ended in order left nothing uncommitted: the rest may be committed rows, and the journal a copy.
+    # A run that ended cleanly left nothing uncommitted: the rest may be committed rows, and the journal a copy.
     if known and journal.clean and more > 0:
         return plan._replace(note=LONGER.format(more), whole_until=state.committed_bytes)
     if known:
         return plan._replace(continue_after=state)
     if not file.size:
-        note = "was missing or empty, and is started anew"
+        note = "was missing or empty, and is begun again"
     elif more < 0:
         note = f"was truncated or replaced: it has {file.size} bytes, and {state.committed_bytes} were committed"
     else:
@@ -96,9 +96,9 @@ def decide(journal: LastRun | Corrupt | None, file: FileFacts) -> Plan:
 
 
 def _is_known(file: FileFacts, journal: LastRun) -> bool:
-    """Tell whether an intact file is the one that the journal describes.
+    """Return whether an intact file is the one that the journal describes.
 
-    Every CSV begins with the header. If no more than that was committed, rows behind it are taken for those of a crash
+    Every CSV begins with the header. If no more than that was committed, rows after it are taken for those of a crash
     only in the same inode; any other file with rows was put there.
     """
     committed = journal.state.committed_bytes

@@ -1,4 +1,4 @@
-"""Recovery on the disk: how a plan of recovery.py is carried out. Every function raises OSError."""
+"""Recovery on the disk: how a plan of recovery.py is carried out. Every function can raise OSError."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def apply(plan: Plan, file: CsvFile, journal: Journal, notes: list[str]) -> File
 
 
 def is_intact(file: CsvFile, state: FileState) -> bool:
-    """Tell whether the committed bytes are still there, by the checksum of the last of them."""
+    """Return whether the committed bytes are still there, by the checksum of the last of them."""
     return file.size() >= state.committed_bytes and (
         crc32(file.read(state.chunk_offset, state.committed_bytes)) == state.chunk_crc32
     )
 
 
 def cut_renamed(path: str, state: FileState, notes: list[str]) -> bool:
-    """Find the renamed file of a run that crashed, and set its uncommitted end aside. Tell whether it was found."""
+    """Find the renamed file of a run that crashed, and set its uncommitted end aside. Return whether it was found."""
     found = False
     with os.scandir(os.path.dirname(path)) as entries:
         # Not `path` itself, which is open already: a reboot may have given its disk another device number.
@@ -52,7 +52,7 @@ def cut_renamed(path: str, state: FileState, notes: list[str]) -> bool:
                 notes.append(f"the file of the last run is now {name}")
                 if more := file.size() - state.committed_bytes:
                     aside = file.set_aside(state.committed_bytes, path)
-                    notes.append(f"{more} bytes that were not committed there moved to {aside}")
+                    notes.append(f"{more} bytes of it that were not committed were moved to {aside}")
                     file.sync()
         finally:
             file.close()

@@ -32,7 +32,7 @@ class Rotated(NamedTuple):
 
 
 def period_due(first_row_at: float, now: float, interval_seconds: int) -> bool:
-    """Tell whether `now` belongs to another period than the first row of a CSV. Times are Unix times; 0 s is never.
+    """Return whether `now` is in another period than the first row of a CSV. Times are Unix times; 0 s is never.
 
     Periods are counted from UTC midnight, those longer than a day from the Unix epoch.
     """
@@ -57,7 +57,7 @@ def rotated_files(csv_path: str) -> list[Rotated]:
 
 
 def new_name(csv_path: str) -> str:
-    """Return the name for a CSV that is rotated now, behind all others. Raise OSError."""
+    """Return the name for a CSV that is rotated now, after all others. Raise OSError."""
     utc, number = utc_now(), 0
     for last in rotated_files(csv_path)[-1:]:
         if last.utc >= utc:  # in the same second, or the clock was set back
@@ -77,12 +77,12 @@ def remove_oldest(csv_path: str, keep: int) -> list[str]:
 
 
 def tend(csv_path: str, keep: int, compresses: bool, log: logging.Logger) -> None:
-    """Remove all but the latest `keep` rotated files (0: none), and compress the others."""
+    """Remove all but the latest `keep` rotated files (0: remove none), and compress the others if `compresses`."""
     part = f"{csv_path}.{uuid.uuid4().hex}.gz.part"  # another consumer can still be at work here
     with _tending:
         try:
             for path in remove_oldest(csv_path, keep):
-                log.info("%s: removed, since the latest %d rotated files are kept", path, keep)
+                log.info("%s: removed, since only the latest %d rotated files are kept", path, keep)
             for file in rotated_files(csv_path):
                 if compresses and not file.compressed:
                     compress(file.path, part)

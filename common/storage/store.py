@@ -68,9 +68,9 @@ class Store:
     ) -> Store:
         """Recover the CSV and its journal. Log in one line what was found and done.
 
-        The caller holds the `lock`; the store releases it when it is closed. Of the rotated files the latest
-        `rotate_keep` are kept, and with 0 all. Raise DiskTrouble if a retry may work, and StartupError if the file is
-        not predlog's or cannot be written.
+        The caller holds the `lock`; the store releases it when it is closed. The latest `rotate_keep` rotated files are
+        kept, or all of them if it is 0. Raise DiskTrouble if a retry can help, and StartupError if the file is not
+        predlog's or cannot be written.
         """
         path = os.path.realpath(csv_path)
         journal = Journal(path, dedup_window, prefetch_count)
@@ -93,7 +93,7 @@ class Store:
 
     @property
     def committed_bytes(self) -> int:
-        """The length of the current CSV, header included."""
+        """The committed length of the current CSV, header included."""
         return self._state.committed_bytes
 
     @property
@@ -102,19 +102,19 @@ class Store:
 
     @property
     def window_seconds(self) -> float | None:
-        """How long the ids of the last full window took to come; None until this run has committed so many."""
+        """How long the ids of the last full window took to come; None until this run has committed as many."""
         return self._journal.window_seconds
 
     def period_due(self, rotate_interval_seconds: int) -> bool:
-        """Tell whether there are rows of another period than the current one (rotation.py); 0 is off."""
+        """Return whether there are rows of another period than the current one (rotation.py); 0 is off."""
         return self.has_rows and rotation.period_due(self._state.started_at, time.time(), rotate_interval_seconds)
 
     def seen(self, id: bytes) -> bool:
-        """Tell whether the message with this id (16 bytes) is committed, within the window."""
+        """Return whether the message with this id (16 bytes) is committed, within the window."""
         return self._journal.seen(id)
 
     def expect_again(self, events: int) -> None:
-        """Keep the ids of so many events that the broker can deliver again, and of as many that come meanwhile."""
+        """Keep the ids of `events` events that the broker can deliver again, and of as many that come meanwhile."""
         self._journal.expect_again(events)
 
     def append(self, data: bytes, ids: Sequence[bytes]) -> Timing:
@@ -141,7 +141,7 @@ class Store:
     def reopen(self) -> None:
         """Start a new file if the current one was renamed or removed, as append would. Raise OSError.
 
-        A link that was re-pointed is followed by the next start only.
+        Only the next start follows a link that was re-pointed.
         """
         if (target := os.path.realpath(self._csv_path)) != self.path:
             self._log.warning("%s leads to %s now; rows go to %s until a restart", self._csv_path, target, self.path)
@@ -222,12 +222,12 @@ class Store:
             self._start_file(logging.WARNING, "was renamed, removed or replaced")
         elif size > committed and is_intact(self._file, self._state):
             aside = self._file.set_aside(committed)
-            self._log.warning("%s: %d bytes of another program were moved to %s", self.path, size - committed, aside)
+            self._log.warning("%s: %d bytes from another program were moved to %s", self.path, size - committed, aside)
         elif size != committed:
             self._start_file(logging.WARNING, f"was truncated or changed: {committed} bytes were committed, not {size}")
 
     def _cut_own(self, data: bytes) -> int:
-        """Cut what a failed write of `data` left behind the committed bytes; return the size."""
+        """Cut what a failed write of `data` left after the committed bytes; return the size."""
         end = self.committed_bytes
         size = self._file.size()
         if end < size <= end + len(data) and b"".join(self._file.read(end, size)) == data[: size - end]:

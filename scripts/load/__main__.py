@@ -19,7 +19,7 @@ from scripts.load.generator import Load, percentile, run_with_progress
 from scripts.load.ledger import CUT, Ledger
 from scripts.load.verify import opened, total_bytes
 
-_QUIET_SECONDS = 2.0  # the consumer is taken to be done when the CSV has not grown for so long
+_QUIET_SECONDS = 2.0  # the consumer is taken to be done when the CSV has not grown for this long
 _VERIFY_SECONDS = 600.0
 
 
@@ -57,11 +57,11 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="the producer (default %(default)s)")
     parser.add_argument("--events", type=int, default=10_000, metavar="N", help="how many (default %(default)s)")
-    parser.add_argument("--concurrency", type=int, default=64, metavar="N", help="at once (default %(default)s)")
-    parser.add_argument("--pipeline", type=int, default=1, metavar="N", help="of these, on one connection (default 1)")
-    parser.add_argument("--frames", metavar="NxSIZE", help="5x20KB: predictions of 20 KB (default 0 to 10 small ones)")
-    parser.add_argument("--retries", action="store_true", help="Idempotency-Keys; send until 200, and some again")
-    parser.add_argument("--verify", type=Path, metavar="CSV", help="then compare this file with the answers")
+    parser.add_argument("--concurrency", type=int, default=64, metavar="N", help="in flight (default %(default)s)")
+    parser.add_argument("--pipeline", type=int, default=1, metavar="N", help="of these, per connection (default 1)")
+    parser.add_argument("--frames", metavar="NxSIZE", help="5x20KB: five predictions of 20 KB (default 0 to 10 small)")
+    parser.add_argument("--retries", action="store_true", help="send keys; repeat until 200, and some events again")
+    parser.add_argument("--verify", type=Path, metavar="CSV", help="at the end, compare this file with the answers")
     parser.add_argument("--seed", type=int, help="same seed, same events: use it once per CSV (default random)")
     parser.add_argument("--log", type=Path, metavar="FILE", help="write each answer as a JSON line")
     return parser.parse_args()
@@ -116,7 +116,7 @@ def _summary(load: Load, seconds: float, console: Console) -> None:
 
 
 def _verify(csv: Path, events: Events, ledger: Ledger, console: Console) -> Verdict:
-    """Wait until the consumer has caught up, then compare. Rows of others may be in the file and are only counted."""
+    """Wait until the consumer has caught up, then compare. The file can have rows of others, which are only counted."""
     with console.status(f"waiting until {csv} stops growing"):
         give_up = time.monotonic() + _VERIFY_SECONDS
         size, since = total_bytes(csv), time.monotonic()
@@ -133,7 +133,7 @@ def _verify(csv: Path, events: Events, ledger: Ledger, console: Console) -> Verd
     )
     prefix = events.prefix.decode()
     console.print(
-        f"the rows of this run have a device_id that begins with {prefix}: leave them out by it, or stop the consumer, "
+        f"the rows of this run have a device_id that begins with {prefix}: filter them out, or stop the consumer, "
         "remove them from the file, and start it again",
         markup=False,
     )

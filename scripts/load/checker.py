@@ -1,4 +1,4 @@
-"""Compares what was answered with what is in the CSV. Pure: events, a ledger and byte streams in, a verdict out.
+"""The check of the answers against what is in the CSV. Pure: events, a ledger and byte streams in, a verdict out.
 
 Rows are compared whole and as bytes, so that every part of the dialect counts.
 """
@@ -38,7 +38,7 @@ class Verdict:
     rows: int = 0
     lost: Finding = field(default_factory=Finding)  # answered 200, and not all rows are there
     duplicated: Finding = field(default_factory=Finding)  # a row more often than its event may be there
-    torn: Finding = field(default_factory=Finding)  # an event with a part of its rows; bytes that are no record
+    torn: Finding = field(default_factory=Finding)  # an event with a part of its rows; bytes that are not a record
     foreign: Finding = field(default_factory=Finding)  # rows that nobody sent, or whose event was refused
 
     @property
@@ -71,7 +71,7 @@ def check(events: Events, ledger: Ledger, files: Iterable[tuple[str, BinaryIO]])
             number = events.number(device_id)
             if number is None or number >= len(ledger):
                 for row in rows:
-                    # Half of an id, and a row after it, has seven cells, too.
+                    # Half of an id with a row after it also has seven cells.
                     whole_id = number is not None or events.prefix not in device_id
                     _judge_unknown_row(verdict, name, row, whole_id)
             elif rows == events.rows(number) and whole[number] < 255:
@@ -119,9 +119,9 @@ def _judge_unknown_row(verdict: Verdict, name: str, row: bytes, whole_id: bool =
 
 
 def _records(stream: BinaryIO, prefix: bytes) -> Iterator[bytes]:
-    """Cut a file where a line end is outside quotes.
+    """Cut a file after each line end outside quotes, and before each line that begins as our rows do.
 
-    Also before a line that begins as our rows do (no cell has such a line): one torn row must not swallow the rest.
+    No cell has a line that begins so. Without the second cut, one torn row would swallow the rest.
     """
     lines: list[bytes] = []
     quotes = 0

@@ -1,4 +1,4 @@
-"""A raw HTTP/1.1 client: keep-alive, pipelining, bounded waits, and no exceptions on the way of an answer."""
+"""A raw HTTP/1.1 client: keep-alive, pipelining, bounded waits, and no exception in place of an answer."""
 
 import asyncio
 import time
@@ -80,7 +80,7 @@ class Connection(asyncio.Protocol):
             self._transport.abort()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's is none by its class
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is one by its methods, not by its class
         self._check_timeout()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -101,7 +101,7 @@ class Connection(asyncio.Protocol):
                 length = int(head[at + 17 :].split(b"\r\n", 1)[0])
             if len(self._received) < end + 4 + length:
                 break
-            if status >= 200:  # 1xx is no answer
+            if status >= 200:  # 1xx is not the answer yet
                 self._settle(status, bytes(self._received[end + 4 : end + 4 + length]))
             start = end + 4 + length
         del self._received[:start]

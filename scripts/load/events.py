@@ -1,7 +1,7 @@
 """Seeded events that identify themselves, and the rows that the contract makes of each. Pure.
 
-Nothing of the code under test is imported: the expected rows come from the standard csv module alone, and so does
-every awkward choice (quotes, separators, line ends, other scripts, numbers as strings).
+No code under test is imported: the expected rows come from the standard csv module alone. The events hold every awkward
+choice: quotes, separators, line ends, other scripts, numbers as strings.
 An event is a function of (seed, frames, number): a ledger of millions of events keeps numbers, not bodies.
 """
 
@@ -73,7 +73,7 @@ class Events:
         """Prepare the events of `seed`. Without `frames`, each has 0 to 10 small predictions.
 
         Every `keyless_every`-th event has no Idempotency-Key, every `large_every`-th is larger than an AMQP frame. Of
-        the BATCH_EVENTS in a row, every `batch_every`-th are a batch, with one key for all.
+        the groups of BATCH_EVENTS in a row, every `batch_every`-th is a batch, with one key for all.
         """
         self.prefix = b"load-%d-" % seed
         self._keyless_every = keyless_every

@@ -13,7 +13,7 @@ from scripts.load.client import Answer, Connection, Target
 from scripts.load.events import BATCH_EVENTS, Events
 from scripts.load.ledger import CUT, Ledger
 
-ANSWER_TIMEOUT_SECONDS = 15.0  # longer than CONFIRM_TIMEOUT_MS, so that the producer can say 504 itself
+ANSWER_TIMEOUT_SECONDS = 15.0  # longer than CONFIRM_TIMEOUT_MS, so that the producer can answer 504 itself
 GIVE_UP_SECONDS = 60.0
 BURST_EVENTS = 512
 _BACKOFF_SECONDS = (0.05, 0.1, 0.2, 0.4, 0.8)
@@ -41,10 +41,10 @@ class Load:
     ) -> None:
         """Prepare `count` events (None: until `stop`), at most `rate` a second, `pipeline` at once on a connection.
 
-        With a `rate`, so many events are due at the same moment as `bursts` says, each for BURST_EVENTS in turn.
+        With a `rate`, `bursts` says how many events are due at the same moment, each number for BURST_EVENTS in turn.
 
         With `retries` each event has an Idempotency-Key and is sent until it is answered 200 or refused for good, for
-        GIVE_UP_SECONDS; a retry may write the same event differently. `log` gets each answer as a JSON line.
+        GIVE_UP_SECONDS; a retry can write the same event differently. `log` gets each answer as a JSON line.
         Several targets are as many ways to one service: connections are spread over them, and a retry takes another.
         """
         self.ledger = Ledger()
@@ -136,7 +136,7 @@ class Load:
             await _back_off(attempt)
 
     async def _deliver_batch(self, lines: list["_Line"], numbers: list[int]) -> None:
-        """Send a batch as an array or as lines. A retry is of the whole batch."""
+        """Send a batch as an array or as lines. A retry repeats the whole batch."""
         self.batches += 1
         key, as_lines = self._events.batch_key(numbers[0]), self.batches % 2 == 0
         content_type = "application/x-ndjson" if as_lines else "application/json"
@@ -183,7 +183,7 @@ class Load:
 
 
 class _Line:
-    """Keeps one connection up for all who share it."""
+    """One connection, which is kept up for all who share it."""
 
     def __init__(self, target: Target) -> None:
         self.target = target

@@ -1,6 +1,6 @@
-"""What was answered, event by event: the one side of the proof, the CSV being the other. Pure.
+"""What was answered, event by event: one side of the proof. The CSV is the other. Pure.
 
-Two bytes an event, so that a night of load fits into memory.
+It takes two bytes per event, so that a night of load fits into memory.
 """
 
 from collections import Counter
@@ -12,7 +12,7 @@ _LIMIT = 255
 
 
 class Ledger:
-    """`accepted[n]` and `unknown[n]` count the answers to event n that promise a row, or leave it open."""
+    """`accepted[n]` and `unknown[n]` count the answers to event n that promise its rows, or leave them open."""
 
     def __init__(self) -> None:
         self.accepted = bytearray()

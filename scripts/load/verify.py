@@ -1,4 +1,4 @@
-"""Finds and opens the files of one CSV: the live one and those it was rotated into."""
+"""The files of one CSV, found and opened: the live one and the rotated ones."""
 
 import gzip
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ def opened(csv: Path) -> Iterator[tuple[str, BinaryIO]]:
 
 
 def total_bytes(csv: Path) -> int:
-    """Return the size of all files. A file that disappears meanwhile counts nothing."""
+    """Return the size of all files. A file that disappears meanwhile counts as 0."""
     total = 0
     for path in csv_files(csv):
         with suppress(FileNotFoundError):

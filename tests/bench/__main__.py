@@ -1,7 +1,7 @@
 """The macro-benchmark, `python -m tests.bench`: about twelve minutes on a private RabbitMQ, then docs/benchmarks.md.
 
 QUICK=1 makes one short round; its figures are for development only. SECTIONS=producer,idle runs only those named. Both
-write to a temporary folder. Nothing here passes or fails by a time.
+write to a temporary folder. No time makes it pass or fail.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main() -> None:
     effort = dataclasses.replace(effort, idle_connections=min(effort.idle_connections, _raise_open_files() - 500))
     whole = not quick and chosen == names
     results, start = Results(), time.monotonic()
-    # /var/tmp is on a disk, where /tmp may be in memory, and fsync then costs nothing.
+    # /var/tmp is on a disk. /tmp can be in memory, where fsync costs nothing.
     with tempfile.TemporaryDirectory(prefix="predlog-bench-", dir="/var/tmp") as scratch:
         folder = Path(scratch)
         print("starting a private RabbitMQ …", flush=True)
@@ -47,9 +47,9 @@ def main() -> None:
             about = machine.describe(folder, broker.ctl("version").strip(), command)
             print("\n".join(f"  {name}: {value}" for name, value in about.items()), flush=True)
             if not BRIDGES:
-                print("  mind: mq-bridge is not installed, and is left out", flush=True)
+                print("  note: mq-bridge is not installed, and is left out", flush=True)
             if os.getloadavg()[0] > BUSY_LOAD:
-                print("  mind: the machine is busy with something else, and the figures will show it", flush=True)
+                print("  note: the machine is busy with something else, and the figures will show it", flush=True)
             stage = Stage(broker.url, broker.ctl, lambda: cpu_seconds_of(broker), folder, effort)
             for number, section in enumerate(SECTIONS, 1):
                 if section.__name__ not in chosen:
@@ -89,7 +89,7 @@ def _check_tools() -> None:
 
 
 def _raise_open_files() -> int:
-    """As many open files as allowed, for the connections here and in the programs started from here."""
+    """Allow as many open files as possible, for the connections here and in the programs started from here."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return 1_000_000 if hard == resource.RLIM_INFINITY else hard

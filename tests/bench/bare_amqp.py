@@ -1,5 +1,5 @@
-"""AMQP over one blocking socket, with as little work per message as Python allows: the broker's own limit, and the
-harness's own errands (declare, fill, count, purge). Shares with the project nothing but the queue's arguments.
+"""AMQP over one blocking socket, with as little work per message as Python allows. It shows the broker's own limit, and
+runs the harness's errands (declare, fill, count, purge). It shares only the queue's arguments with the project.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _ack_frame = struct.Struct(">BHIIQBB")
 
 
 class BareConnection:
-    """One connection with one channel, without heartbeats. Context manager."""
+    """One connection with one channel, without heartbeats. A context manager."""
 
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
@@ -90,7 +90,7 @@ class BareConnection:
             self._receive_confirms(confirms)
 
     def consume(self, queue: str, count: int, prefetch: int = 2000, ack_every: int = 256) -> None:
-        """Receive and ack `count` messages, looking at nothing but the delivery tags."""
+        """Receive and ack `count` messages, looking only at the delivery tags."""
         self._call(commands.Basic.Qos(prefetch_count=prefetch))
         self._send(commands.Basic.Consume(queue=queue))
         received = acked = 0

@@ -1,6 +1,6 @@
 """The consumer as a competent user would build it today: aio-pika, prefetch, manual ack, csv.writer, flush.
 
-It promises less than ours: no fsync, and a crash leaves torn or doubled rows.
+It promises less than ours: no fsync, and a crash leaves torn or duplicated rows.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The producer as a competent user would build it today: FastAPI, pydantic 2, uvicorn (uvloop, httptools), aio-pika.
 
-Same promise as ours up to the broker: 200 after the publisher confirm, persistent, mandatory, quorum queue.
+Its promise is ours up to the broker: 200 after the publisher confirm, persistent, mandatory, quorum queue.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What an event costs the broker, `python -m tests.bench.broker_cost`: docs/scaling.md has its figures.
 
 CPU and bytes are those of the nodes themselves, from /proc, so that a busy machine changes them little; no rate is
-measured. One node and a cluster of three, whose queues have a member on every node and their leaders spread; one, and
-four queues. All clients are on the first node: of three leaders, two are elsewhere.
+measured. There is one node, or a cluster of three whose queues have a member on every node and spread leaders; and one
+queue, or four. All clients are on the first node: of three leaders, two are elsewhere.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ def _shared(bodies: Sequence[bytes]) -> list[list[bytes]]:
     return [list(bodies[at : at + SHARED]) for at in range(0, len(bodies), SHARED)]
 
 
-SHARED = 16  # events in a message; a producer under load has 5 at 32 connections and some 30 at 256
+SHARED = 16  # events in a message; a producer under load has 5 at 32 connections and about 30 at 256
 CASES = (  # name, the events of each message, messages
-    ("small events, one a message", [[body] for body in events.small().bodies], 120_000),
+    ("small events, one per message", [[body] for body in events.small().bodies], 120_000),
     (f"small events, {SHARED} a message", _shared(events.small().bodies), 120_000 // SHARED),
     ("5 images of 20 KB", [[body] for body in events.with_frames().bodies], 2_400),
 )
 
 
 class Spent(NamedTuple):
-    """By all nodes together, so far."""
+    """What all nodes together have spent so far."""
 
     cpu_seconds: float
     written_bytes: int  # handed to the file system
@@ -102,7 +102,7 @@ def costs(nodes: Sequence[RabbitMQ], queues: int) -> list[list[str]]:
 
 
 def main() -> None:
-    rows = [["", "", "CPU of all nodes, µs an event", "bytes", "written bytes", "written / bytes"]]
+    rows = [["", "", "CPU of all nodes, µs per event", "bytes", "written bytes", "written / bytes"]]
     with tempfile.TemporaryDirectory(prefix="predlog-cost-", dir="/var/tmp") as folder:
         with Cluster(Path(folder) / "single", 1) as single:
             for queues in (1, 4):

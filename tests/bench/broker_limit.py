@@ -1,4 +1,4 @@
-"""What RabbitMQ itself takes and gives: pre-encoded frames from a bare socket, the same queue type and safety."""
+"""What RabbitMQ itself accepts and delivers: pre-encoded frames from a bare socket, the same queue type and safety."""
 
 from __future__ import annotations
 

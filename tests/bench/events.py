@@ -19,7 +19,7 @@ TAGS = ("cat", "dog", "animal", "person", "car", "truck", "indoor", "outdoor", "
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """`bodies[i]` is the JSON of one event, `rows[i]` its CSV rows, `predictions[i]` how many they are."""
+    """`bodies[i]` is the JSON of one event, `rows[i]` its CSV rows, `predictions[i]` their number."""
 
     bodies: list[bytes]
     rows: list[bytes]

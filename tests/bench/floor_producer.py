@@ -1,8 +1,8 @@
 """The floor: the smallest program on uvloop and orjson that reads a request, publishes its event and echoes it.
 
-For the benchmark only: what predlog needs above it is the price of all it does. This checks nothing, neither HTTP nor
-the event, and knows no trouble. A large body is not copied where it need not be, and what came in one turn of the loop
-goes to the broker in one write.
+It is for the benchmark only: what predlog needs beyond it is the price of all that predlog does. It checks neither HTTP
+nor the event, and handles no errors. A large body is not copied where it need not be, and what came in one turn of the
+loop goes to the broker in one write.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from common.process import Collector, keep_freed_memory
 from tests.bench.bare_amqp import BareConnection
 
 ANSWER = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
-JOINED_BYTES = 16 * 1024  # a smaller body is cheaper to join to what stands before it
+JOINED_BYTES = 16 * 1024  # a smaller body costs less to join to what is before it
 
 
 class Broker(asyncio.Protocol):
@@ -37,7 +37,7 @@ class Broker(asyncio.Protocol):
         self._transport: asyncio.Transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's is one by its methods only
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is one by its methods, not by its class
 
     def publish(self, client: Client, body: bytes) -> None:
         if not self._out:

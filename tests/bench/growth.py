@@ -1,4 +1,4 @@
-"""When a file grew: a thread that looks at its size every millisecond and does nothing else.
+"""When a file grew: a thread that only looks at its size, every millisecond.
 
 Which row became visible when is worked out afterwards from the offsets of the rows.
 """
@@ -17,7 +17,7 @@ POLL_SECONDS = 0.001
 
 
 class Growth:
-    """Context manager; `samples` are (time.perf_counter(), size in bytes) at each change of the size."""
+    """A context manager; `samples` are (time.perf_counter(), size in bytes) at each change of the size."""
 
     def __init__(self, path: Path) -> None:
         self.samples: list[tuple[float, int]] = [(time.perf_counter(), _size(path))]

@@ -44,7 +44,7 @@ class WrkResult:
 
 
 def write_bodies(load: Load, path: Path) -> Path:
-    """The file that post.lua reads: one body a line."""
+    """The file that post.lua reads: one body per line."""
     path.write_bytes(b"\n".join(load.bodies) + b"\n")
     return path
 
@@ -62,12 +62,12 @@ class Wrk:
         self._popen = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     def stop(self) -> WrkResult:
-        """The result up to now."""
+        """Return the result up to now."""
         self._popen.send_signal(signal.SIGINT)
         return self.result()
 
     def result(self) -> WrkResult:
-        """Waits for the end. Raises RuntimeError when wrk failed."""
+        """Wait for the end. Raise RuntimeError when wrk failed."""
         output, _ = self._popen.communicate()
         line = re.search(r"^RESULT (.*)$", output, re.M)
         if line is None:
@@ -99,7 +99,7 @@ def drive(
     """POST `bodies` in rotation (`count` of them; by default each once) over keep-alive connections; all answers.
 
     With a `rate` (requests/s) it is an open loop: a slow answer does not delay the requests after it, and latency
-    counts from the moment a request was due, so that no wait hides. Without, all are due at once.
+    counts from the moment a request was due, so that no wait is hidden. Without a rate, all are due at once.
     """
     requests = [request(body) for body in bodies]
     gc.collect()
@@ -142,7 +142,7 @@ class _Client:
         self._next = 0
 
     def send_due(self, now: float) -> bool:
-        """Sends what is due, as far as connections are idle; True when nothing is left to send."""
+        """Send what is due, as far as connections are idle; return True when nothing is left to send."""
         while self.idle and self._next < len(self.due) and self.due[self._next] <= now:
             self.idle.popleft().send(self._next, self._requests[self._next % len(self._requests)])
             self._next += 1
@@ -167,7 +167,7 @@ class _Connection(asyncio.Protocol):
         self._transport: asyncio.Transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's is one by its methods only
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is one by its methods, not by its class
 
     def send(self, index: int, request: bytes) -> None:
         self._index = index

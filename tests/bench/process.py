@@ -17,7 +17,7 @@ TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 
 
 class Process:
-    """Runs `command` in the project's folder, its output in a file. Context manager: SIGTERM at the end."""
+    """`command` as a process in the project's folder, its output in a file. A context manager: SIGTERM at the end."""
 
     def __init__(self, command: Sequence[str], settings: Mapping[str, str], log_file: Path) -> None:
         base = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR") if name in os.environ}
@@ -37,7 +37,7 @@ class Process:
         self.stop()
 
     def wait_until_ready(self, port: int, timeout_seconds: float = 30) -> None:
-        """Returns once GET /readyz on `port` is answered with no 5xx; raises RuntimeError with the end of the log."""
+        """Wait until GET /readyz on `port` is answered without 5xx; raise RuntimeError with the end of the log."""
         deadline = time.monotonic() + timeout_seconds
         while time.monotonic() < deadline:
             self.check()
@@ -54,7 +54,7 @@ class Process:
         raise RuntimeError(f"{self._name} was not ready within {timeout_seconds:.0f} s:\n{self.log_tail()}")
 
     def check(self) -> None:
-        """Raises RuntimeError with the end of the log when the process has ended."""
+        """Raise RuntimeError with the end of the log when the process has ended."""
         if self._popen.poll() is not None:
             raise RuntimeError(f"{self._name} ended with code {self._popen.returncode}:\n{self.log_tail()}")
 
@@ -62,7 +62,7 @@ class Process:
         return self._log_file.read_text(errors="replace")[-1500:]
 
     def cpu_seconds(self) -> float:
-        """user + sys so far, of the process and its living children."""
+        """Return user + sys so far, of the process and its living children."""
         ticks = 0
         for pid in self._pids():
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
@@ -70,15 +70,15 @@ class Process:
         return ticks / TICKS_PER_SECOND
 
     def memory_mb(self) -> float:
-        """Resident now, MB (10**6 bytes)."""
+        """Return the resident memory now, MB (10**6 bytes)."""
         return self._status_mb("VmRSS")
 
     def peak_memory_mb(self) -> float:
-        """The most that was ever resident, MB (10**6 bytes)."""
+        """Return the peak of the resident memory, MB (10**6 bytes)."""
         return self._status_mb("VmHWM")
 
     def signal(self, number: signal.Signals) -> None:
-        """To the process and its living children."""
+        """Signal the process and its living children."""
         for pid in self._pids():
             os.kill(pid, number)
 

@@ -1,4 +1,4 @@
-"""Results → lines for a person who watches, and docs/benchmarks.md. Pure but for write()."""
+"""Results → lines for a person who watches, and docs/benchmarks.md. Pure, except for write()."""
 
 # ruff: noqa: RUF001 - the typography is for people
 
@@ -54,7 +54,7 @@ VALUES = {
     "broken": ("connections broken", _COUNT),
 }
 
-# What a case is compared by: the first of these that was measured in it, and whether more is better.
+# By what a case is compared: the first of these that was measured in it, and whether more is better.
 COMPARED = (("rate", True), ("seconds", False), ("p99_ms", False), ("memory_mb", False))
 
 
@@ -136,7 +136,7 @@ TOPICS = (
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What is aimed at. `met` None: not measured in this run."""
+    """A target. `met` is None if it was not measured in this run."""
 
     name: str
     wanted: str

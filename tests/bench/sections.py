@@ -42,13 +42,13 @@ STILL_SECONDS = 1.0
 LONGEST_BLOCK_SECONDS = 120
 WARM_SECONDS = 1
 
-# Offered load, as a share of the baseline's highest rate; beyond all of it, predlog alone.
+# Offered load, as a share of the baseline's highest rate. Above 1, predlog alone gets it.
 OFFERED = {
     SMALL: {"a quarter of": 0.25, "half of": 0.5, "all of": 1.0, "twice": 2.0, "four times": 4.0},
     IMAGES: {"a quarter of": 0.25, "half of": 0.5, "all of": 1.0, "one and a half times": 1.5},
 }
 PARTITION_COUNTS = (1, 2, 4)
-HIGHEST_OFFERED = 0.8  # of what predlog itself has taken at most
+HIGHEST_OFFERED = 0.8  # of the highest rate of predlog itself
 
 # A backlog that takes about a second, on two cores.
 BACKLOG = {
@@ -236,7 +236,7 @@ SECTIONS: tuple[Section, ...] = (producer, batches, latency, consumer, end_to_en
 
 @contextlib.contextmanager
 def _producers(stage: Stage, *subjects: str) -> Iterator[dict[str, Producer]]:
-    """A producer of each, ready, with a queue of its own."""
+    """A ready producer of each program, with a queue of its own."""
     with contextlib.ExitStack() as stack:
         queues = [stack.enter_context(stage.queue(f"bench-{number}")) for number in range(len(subjects))]
         yield {s: stack.enter_context(stage.producer(s, queue)) for s, queue in zip(subjects, queues, strict=True)}
@@ -307,7 +307,7 @@ class _Flow:
 
     @contextlib.contextmanager
     def _fsyncs(self) -> Iterator[dict[str, float]]:
-        """Filled at the end: how often the consumer has synced its file, per second."""
+        """How often the consumer synced its file, per second; filled in at the end."""
         values: dict[str, float] = {}
         start, before = time.perf_counter(), self.consuming.fsyncs() if self.counts_fsyncs else 0.0
         yield values
@@ -344,7 +344,7 @@ def _highest_known(stage: Stage, results: Results, kind: str, subject: str, runn
 
 
 def _waits(stage: Stage, running: Producer, bodies: Sequence[bytes], count: int, rate: float) -> list[float]:
-    """Seconds from when each request of an open loop was due to its answer."""
+    """The seconds from when each request of an open loop was due until its answer."""
     answers = _accepted(load.drive(running.port, bodies, CLIENT_CONNECTIONS, rate, count))
     _settle(stage, running.queue)
     return [answer.at - answer.due for answer in answers]
@@ -397,6 +397,6 @@ def _percentiles(seconds: list[float]) -> dict[str, float]:
 
 
 def _settle(stage: Stage, queue: str) -> None:
-    """Leaves the next measurement an empty queue and a quiet broker."""
+    """Leave an empty queue and a quiet broker to the next measurement."""
     stage.purge(queue)
     time.sleep(SETTLE_SECONDS)

@@ -122,7 +122,7 @@ class Stage:
             connection.purge(queue)
 
     def wait_for_consumer(self, queue: str, process: Process, timeout_seconds: float = 30) -> None:
-        """Returns once `process` consumes from the queue."""
+        """Wait until `process` consumes from the queue."""
         deadline = time.monotonic() + timeout_seconds
         with BareConnection(self.amqp_url) as connection:
             while connection.counts(queue)[1] == 0:
@@ -132,7 +132,7 @@ class Stage:
                 time.sleep(0.05)
 
     def fill(self, queue: str, messages: Load, count: int) -> None:
-        """Publish `count` events, one a message."""
+        """Publish `count` events, one per message."""
         with BareConnection(self.amqp_url) as connection:
             connection.publish(blobs(queue, messages.bodies, count, connection.frame_max), count)
 
@@ -146,7 +146,7 @@ class Stage:
 
 
 def free_port() -> int:
-    """A port that nobody listens on now."""
+    """Return a port on which nobody listens now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

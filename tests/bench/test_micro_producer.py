@@ -75,7 +75,7 @@ def test_encode_a_publish(benchmark: BenchmarkFixture) -> None:
 
 
 class _Lane:
-    """Takes frames and sends them nowhere."""
+    """A lane that sends its frames nowhere."""
 
     congested = False
 

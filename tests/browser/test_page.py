@@ -27,7 +27,7 @@ CHROMIUM, CHROMEDRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(
     not (CHROMIUM and CHROMEDRIVER), reason="no browser: apt-get install chromium chromium-driver"
 )
-# No sandbox, since containers have none to give; and no talk with the browser's maker.
+# No sandbox, since a container cannot provide one; and no traffic to the browser's maker.
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
     *("--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage"),
@@ -43,7 +43,7 @@ class Page:
         self.driver = driver
 
     def open(self, url: str) -> None:
-        """Loads it anew, in a window of a desktop in light colours, and waits for the example."""
+        """Load it again, in a desktop's window with light colours, and wait for the example."""
         self.resize(*DESKTOP)
         self.prefer("prefers-color-scheme", "light")
         self.driver.get(f"{url}/docs")
@@ -80,7 +80,7 @@ class Page:
         )
 
     def send(self) -> str:
-        """Presses the button; the status shown with the answer."""
+        """Press the button; return the status shown with the answer."""
         self.run("document.getElementById('outcome').replaceChildren()")
         self.get("send").click()
         return self.status()
@@ -90,7 +90,7 @@ class Page:
         return self.text("#status")
 
     def complaints(self) -> list[str]:
-        """What the browser has logged since the last call: script errors, blocked content, failed requests."""
+        """Return what the browser has logged since the last call: script errors, blocked content, failed requests."""
         entries = self.driver.get_log("browser")  # type: ignore[no-untyped-call]
         return [entry["message"] for entry in entries]
 
@@ -132,7 +132,7 @@ def other_site() -> Iterator[str]:
             self.end_headers()
 
         def log_message(self, *arguments: object) -> None:
-            """Say nothing."""
+            """Log nothing."""
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Blank) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -168,7 +168,7 @@ def test_sending_the_example_shows_200_and_the_event(page: Page, url: str) -> No
 
 
 def test_the_answer_is_shown_as_it_came(page: Page, url: str) -> None:
-    """The answer is shown as it came not as javascript reads it."""
+    """JavaScript would read other numbers: 1 for 1.0."""
     page.open(url)
     event = {**openapi.EVENT, "client_id": 12345678901234567890}
     event["data"] = {"license_id": "", "preds": [{"image_frame": '"{[,:\\', "prob": 1, "tags": []}]}
@@ -284,7 +284,7 @@ def test_everything_can_be_done_with_the_keyboard_in_order(page: Page, url: str)
 
 
 def test_a_screen_reader_hears_answers_and_control_names(page: Page, url: str) -> None:
-    """A screen reader is told of answers and finds a name for every control."""
+    """Answers are announced, and every control has a name."""
     page.open(url)
     assert page.get("outcome").get_attribute("aria-live") == "polite"
     assert page.get("ready").get_attribute("role") == "status"
@@ -355,7 +355,7 @@ def test_the_page_follows_the_system_colours_with_contrast(page: Page, url: str,
     assert page.run(CONTRAST) == []
 
 
-def test_the_theme_can_be_switched_and_stays_so(page: Page, url: str) -> None:
+def test_the_theme_can_be_switched_and_stays(page: Page, url: str) -> None:
     page.open(url)
     ground = "return getComputedStyle(document.documentElement).backgroundColor"
     light = page.run(ground)
@@ -389,7 +389,7 @@ def test_the_token_goes_nowhere_but_into_requests(page: Page, producer: Start) -
     assert page.run("return JSON.stringify([localStorage, sessionStorage, document.cookie])") == '[{},{},""]'
 
 
-def test_without_a_broker_the_page_says_so_and_why(page: Page, producer: Start) -> None:
+def test_without_a_broker_the_page_shows_the_reason(page: Page, producer: Start) -> None:
     service = producer(wait=False, AMQP_URL=f"amqp://guest:guest@127.0.0.1:{free_port()}/")
     page.until(lambda: is_listening(service.url))
     page.open(service.url)
@@ -432,7 +432,7 @@ fetch(url, {method: "POST", headers, body}).then(answer => done(answer.status), 
 
 
 def test_a_page_of_another_site_writes_no_row(page: Page, producer: Start, other_site: str) -> None:
-    """Neither with fetch in no-cors mode nor with sendBeacon, which ask nobody; a preflight is refused as well."""
+    """It cannot with fetch in no-cors mode or sendBeacon, which send no preflight; a preflight is refused too."""
     service = producer()
     body = json.dumps(openapi.EVENT)
     page.driver.get(other_site)

@@ -1,1 +1,1 @@
-"""The proof of the promise: real processes are killed under load, then what was answered is compared with the CSV."""
+"""The proof of the promise: real processes are killed under load, then the answers are compared with the CSV."""

@@ -1,9 +1,9 @@
 """The chaos run (`make chaos`): rounds of seeded trouble under load, then the comparison of every answer with the CSV.
 
 Environment: SEED (same seed, same troubles in the same order; default: random), SECONDS (default 120), ROUNDS (a
-number of rounds instead of a time), CLUSTER (a cluster of so many nodes instead of one broker), PICTURE (a file for the
-picture of the run, as SVG). Exit code 0 only when nothing was lost, duplicated, torn or foreign, and everything came
-back on its own.
+number of rounds instead of a time), CLUSTER (a cluster of this many nodes instead of one broker), PICTURE (a file for
+the picture of the run, as SVG). The exit code is 0 only if nothing was lost, duplicated, torn or foreign, and
+everything came back on its own.
 """
 
 import os
@@ -59,7 +59,7 @@ class Report(NamedTuple):
 
 
 class Limit(NamedTuple):
-    """How long a run is: so many rounds, or else so many seconds."""
+    """How long a run is: a number of rounds, or else of seconds."""
 
     rounds: int | None
     seconds: float
@@ -137,11 +137,11 @@ class _Display:
         return self._limit.part_done(self.rounds, self.seconds)
 
     def say(self, now: str) -> None:
-        """What goes on now."""
+        """Show what happens now."""
         self._progress.update(self._task, now=now)
 
     def tell(self, line: str) -> None:
-        """A line that stays."""
+        """Print a line that stays."""
         self._progress.console.print(line)
 
     def _poll(self) -> None:
@@ -167,10 +167,10 @@ def run(
     broker: RabbitMQ | None = None,
     events: int = 0,
 ) -> Report:
-    """Raise StageError when even the end is not reached; `directory` then tells why.
+    """Raise StageError when even the end is not reached; the logs in `directory` then say why.
 
     `kinds` are the troubles of the first rounds, in place of the seed's choice. `broker` is used in place of a new one.
-    It does not end before so many `events` are accepted.
+    It does not end before `events` events are accepted.
     """
     settings = {"ROTATE_BYTES": "2000000", "ROTATE_GZIP": "1", "CONFIRM_TIMEOUT_MS": "5000"}
     if cluster_nodes:
@@ -229,7 +229,7 @@ def run(
 
 
 def _round(kind: str, play: Play, load: Load, display: _Display) -> float:
-    """Make one trouble and undo it; return the seconds until all was ready, 0 when that was not waited for."""
+    """Make one trouble and undo it; return the seconds until all was ready, or 0 if it did not wait for that."""
     trouble, name = play.trouble, kind.replace("_", " ")
     display.say(f"round {display.rounds + 1}: {name}")
     # What happened before does not change what is chosen in this round.

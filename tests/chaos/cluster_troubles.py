@@ -14,13 +14,13 @@ from tests.cluster import NET_TICKTIME_SECONDS, Cluster
 from tests.rabbitmq import RabbitMQ
 
 PARTITIONS = 4
-# In which the others notice a silent node, and a minority that it is one; an idle machine needs a fifth of it.
+# In this time the others notice a silent node, and a minority notices that it is one. An idle machine needs a fifth.
 NOTICED_SECONDS = 10.0 * NET_TICKTIME_SECONDS
 FAILOVER_SECONDS = 60.0
 
 
 class ClusterStage(Stage):
-    """The consumers' halves of the partitions are their own: one's end leaves the other's alone."""
+    """Each consumer has its own half of the partitions, so the end of one does not affect the other's."""
 
     def __init__(self, directory: Path, nodes: int, **settings: str) -> None:
         self.cluster = Cluster(directory / "rabbitmq", nodes)
@@ -54,7 +54,7 @@ class ClusterTrouble(Trouble):
             each.kill()
 
     def wait_until_away(self, node: RabbitMQ) -> None:
-        """Until the others work without it."""
+        """Wait until the others work without it."""
         watcher = self.choose.choice(self.stage.cluster.others(node))
         self.stage.wait_until(
             f"{watcher.name} takes {node.name} for dead",
@@ -63,7 +63,7 @@ class ClusterTrouble(Trouble):
         )
 
     def wait_until_paused(self, node: RabbitMQ) -> None:
-        """Until it serves nobody, as one of a minority; in RabbitMQ 4.3, which pauses none, until it knows."""
+        """Wait until it serves nobody, as one of a minority. RabbitMQ 4.3 pauses none: wait until it knows that."""
         cluster = self.stage.cluster
         self.stage.wait_until(
             f"{node.name} pauses",
@@ -72,16 +72,16 @@ class ClusterTrouble(Trouble):
         )
 
     def fail_over(self, what: str) -> None:
-        """Everybody is ready again while a node is away; notes how long that takes."""
+        """Wait until all are ready again while a node is away; note how long that takes."""
         began = time.monotonic()
         for service in (*self.stage.producers, *self.stage.consumers):
             self.stage.wait_until(f"{service.name} is ready with {what}", service.is_ready_or_raise, FAILOVER_SECONDS)
         self.note(f"ready with {what}", time.monotonic() - began)
 
     def wait_for_rows(self, what: str) -> None:
-        """Every partition gets rows while a node is away; notes how long that takes.
+        """Wait until every partition gets rows while a node is away; note how long that takes.
 
-        Without consumer_disconnected_timeout, RabbitMQ 4.3 delivers nothing to some for a minute.
+        Without consumer_disconnected_timeout, RabbitMQ 4.3 delivers nothing to some of them for a minute.
         """
         began = time.monotonic()
         paths = [csv.with_name(f"{csv.name}.committed") for csv in self.stage.queues.values()]
@@ -102,7 +102,7 @@ def kill_node(trouble: ClusterTrouble) -> None:
 
 
 def kill_node_for_a_moment(trouble: ClusterTrouble) -> None:
-    """It returns before everybody has noticed."""
+    """The node returns before all others have noticed."""
     trouble.kill(trouble.node())
     trouble.stage.sleep(trouble.choose.uniform(0, 1))
 
@@ -113,7 +113,7 @@ def kill_node_and_process(trouble: ClusterTrouble) -> None:
 
 
 def kill_majority(trouble: ClusterTrouble) -> None:
-    """No quorum: nobody accepts anything until it is back."""
+    """There is no quorum, so nobody accepts anything until it is back."""
     survivor = trouble.node()
     trouble.kill(*trouble.stage.cluster.others(survivor))
     trouble.wait_until_paused(survivor)
@@ -141,7 +141,7 @@ def kill_everything(trouble: ClusterTrouble) -> None:
 
 
 def freeze_node(trouble: ClusterTrouble) -> None:
-    """For longer than the tick time: the others take it for dead. It returns as if nothing had happened."""
+    """It is frozen for longer than the tick time: the others take it for dead. It returns as if nothing had been."""
     node = trouble.node()
     trouble.done["node frozen"] += 1
     node.pause()
@@ -173,7 +173,7 @@ def cut_off_node(trouble: ClusterTrouble) -> None:
 
 
 def upgrade_nodes(trouble: ClusterTrouble) -> None:
-    """As in a rolling upgrade: each node in turn stops in order, and all queues have their members before the next."""
+    """As in a rolling upgrade, each node in turn stops cleanly, once all queues have all of their members."""
     trouble.done["rolling restart of the nodes"] += 1
     cluster = trouble.stage.cluster
     for node in trouble.choose.sample(cluster.nodes, len(cluster.nodes)):
@@ -211,7 +211,7 @@ KINDS: tuple[Kind, ...] = (
 
 
 def undo(trouble: ClusterTrouble) -> None:
-    """Starts whatever is down, and unites what went separate ways, as an operator has to."""
+    """Start whatever is down, and unite nodes that split, as an operator has to."""
     stage = trouble.stage
     stage.cluster.start()
     if restarted := stage.cluster.unite():

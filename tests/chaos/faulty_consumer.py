@@ -1,10 +1,10 @@
 """consumer.py with a fault: it kills itself at one exact moment, or one of its safety steps is taken out.
 
-Only for tests; only this wrapper reads these variables:
+It is only for tests, and only this wrapper reads these variables:
 CHAOS_FAULT=POINT:N   SIGKILL to itself at the N-th passage of a point below, counted from its start
 CHAOS_FAULT=POINT:N:power   the same, and what was not synced is gone from CSV and journal, as after a power cut
 CHAOS_MUTATION=NAME   a step of the promise is missing
-CHAOS_CLOCK=SECONDS,…   the wall clock is wrong by so much: for a second by the first, for a second by the next, again
+CHAOS_CLOCK=SECONDS,…   the wall clock is off by each of these for a second, in turn, again and again
 CHAOS_FLOCK=off   flock has no effect, as on some network file systems
 """
 
@@ -63,7 +63,7 @@ def _after(owner: Any, name: str) -> Arm:
 
 
 def _in_the_middle_of(owner: Any, name: str) -> Arm:
-    """Of a write, whose last argument are the bytes; never between two lines."""
+    """Kill in the middle of a write, whose last argument is the bytes; never between two lines."""
 
     def arm(strike: Strike) -> None:
         real = getattr(owner, name)
@@ -86,7 +86,7 @@ STORING: dict[str, Arm] = {
     "commit-to-ack": _after(Journal, "commit"),
     "after-ack": _after(Worker, "_ack"),
 }
-"""What every batch passes."""
+"""The points that every batch passes."""
 
 RECOVERING: dict[str, Arm] = {
     "journal-read": _after(Journal, "load"),
@@ -96,7 +96,7 @@ RECOVERING: dict[str, Arm] = {
     "recovery-in-commit": _in_the_middle_of(journal, "write_all"),
     "recovered": _after(Journal, "commit"),
 }
-"""What a start passes (two of them only after a crash with rows that were not committed)."""
+"""The points that a start passes (two of them only after a crash with rows that were not committed)."""
 
 ROTATING: dict[str, Arm] = {
     "renamed-to-new-file": _before(Store, "_start_file"),
@@ -105,7 +105,7 @@ ROTATING: dict[str, Arm] = {
     "in-gzip": _before(gzip.GzipFile, "write"),
     "gzip-to-unlink": _after(rotation, "sync_directory"),
 }
-"""What a rotation passes (one of them a start, too)."""
+"""The points that a rotation passes (a start also passes one of them)."""
 
 POINTS = STORING | RECOVERING | ROTATING
 
@@ -214,7 +214,7 @@ def _lose_what_is_not_synced() -> None:
 
 
 def _shift_clock(offsets: list[float]) -> None:
-    """Only what our code asks: names of files and log lines have the true time."""
+    """Shift only the time that our code asks for: names of files and log lines have the true time."""
     real, began = time.time, time.monotonic()
 
     def shifted() -> float:

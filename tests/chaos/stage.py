@@ -40,11 +40,11 @@ _SAMPLE = re.compile(r"^(predlog_\w+) (\S+)$", re.MULTILINE)
 
 
 class StageError(Exception):
-    """Something did not end or come back as it must; one line for a person."""
+    """A failure to end or to come back. The text is one line for a person."""
 
 
 class Service:
-    """producer.py or a consumer: started again under the same address whenever it is asked to."""
+    """producer.py or a consumer: started again under the same address whenever a test wants it."""
 
     def __init__(self, name: str, command: list[str], port: int, environment: dict[str, str], directory: Path) -> None:
         self.name = name
@@ -57,7 +57,7 @@ class Service:
         self._latest: Counter[str] = Counter()
 
     def start(self, **environment: str) -> None:
-        """`environment` is for this life only."""
+        """Start it. `environment` is for this life only."""
         self._counted += self._latest
         self._latest = Counter()
         with self.log_path.open("ab") as log:
@@ -78,7 +78,7 @@ class Service:
 
     @property
     def exit_code(self) -> int | None:
-        """Of the last life that ended; minus the number of a signal."""
+        """The exit code of the last life that ended, or minus the number of a signal."""
         return None if self.process is None else self.process.poll()
 
     @property
@@ -87,7 +87,7 @@ class Service:
         return self.process.pid
 
     def kill(self) -> None:
-        """kill -9, its workers included."""
+        """Send SIGKILL, also to its workers."""
         if self.process is not None and self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
@@ -101,7 +101,7 @@ class Service:
             self.process.send_signal(number)
 
     def stop(self) -> int:
-        """SIGTERM; the exit code. Raises StageError if it does not end."""
+        """Send SIGTERM; return the exit code. Raise StageError if it does not end."""
         assert self.process is not None
         self.process.terminate()
         try:
@@ -110,7 +110,7 @@ class Service:
             raise StageError(f"{self.name} did not stop within {STOP_SECONDS:.0f} s: see {self.log_path}") from None
 
     def page(self, path: str) -> str | None:
-        """A page's text when it is answered 200."""
+        """Return a page's text if the answer is 200."""
         try:
             with urllib.request.urlopen(self.url + path, timeout=2) as answer:
                 return str(answer.read(), "utf-8")
@@ -121,18 +121,18 @@ class Service:
         return None
 
     def is_ready(self) -> bool:
-        """Whether /readyz says 200, and of no partition that it is down."""
+        """Return whether /readyz is 200 and names no partition as down."""
         page = self.page("/readyz")
         return page is not None and '"down"' not in page
 
     def is_ready_or_raise(self) -> bool:
-        """Raises StageError when it has ended."""
+        """Return whether it is ready; raise StageError if it has ended."""
         if not self.alive:
-            raise StageError(f"{self.name} ended by itself with {self.exit_code}: see {self.log_path}")
+            raise StageError(f"{self.name} ended on its own with {self.exit_code}: see {self.log_path}")
         return self.is_ready()
 
     def wait_for_death(self, timeout_seconds: float) -> bool:
-        """Whether it ended in time."""
+        """Return whether it ended in time."""
         assert self.process is not None
         try:
             self.process.wait(timeout_seconds)
@@ -141,19 +141,19 @@ class Service:
         return True
 
     def metrics(self) -> Counter[str]:
-        """Counters without labels, summed over all lives (of a killed one, what was read last)."""
+        """Return the counters without labels, summed over all lives (for a killed one, as they were last read)."""
         text = self.page("/metrics") if self.alive else None
         if text is not None:
             self._latest = Counter({name: int(float(value)) for name, value in _SAMPLE.findall(text)})
         return self._counted + self._latest
 
     def gauge(self, name: str) -> int:
-        """Its value as it was read last by `metrics`."""
+        """Return the value that `metrics` read last."""
         return self._latest[name]
 
 
 class LoadThread:
-    """A load in a thread of its own, so that the stage may block."""
+    """A load in a thread of its own, so that the stage can block."""
 
     def __init__(self, load: Load) -> None:
         self.load = load
@@ -169,7 +169,7 @@ class LoadThread:
             self._error = error
 
     def finish(self, *, now: bool, timeout_seconds: float = 90.0) -> None:
-        """Waits for its end (begins no new event if `now`), and raises what went wrong in it."""
+        """Wait for its end (with `now`, without any new event), and raise what went wrong in it."""
         if now:
             self.load.stop()
         self._thread.join(timeout_seconds)
@@ -180,7 +180,7 @@ class LoadThread:
 
 
 class Stage:
-    """Producers, and consumers of queues with a CSV each. Whoever waits polls, and is called `on_poll` meanwhile.
+    """Producers, and consumers of queues with a CSV each. Whoever waits polls, and each poll calls `on_poll`.
 
     The broker is started and stopped by the caller.
     """
@@ -209,7 +209,7 @@ class Stage:
         return [Target.parse(producer.url) for producer in self.producers]
 
     def wait_until(self, what: str, condition: Callable[[], bool], timeout_seconds: float) -> None:
-        """Polls; raises StageError."""
+        """Poll; raise StageError."""
         deadline = time.monotonic() + timeout_seconds
         while not condition():
             if time.monotonic() > deadline:
@@ -223,12 +223,12 @@ class Stage:
             time.sleep(min(left, 0.1))
 
     def wait_until_ready(self, *services: Service) -> None:
-        """Default: all that serve."""
+        """Wait for `services`, by default all that serve."""
         for service in services or (*self.producers, *self.consumers):
             self.wait_until(f"{service.name} is ready", service.is_ready_or_raise, READY_SECONDS)
 
     def ready_messages(self, queue_names: Iterable[str]) -> int:
-        """Messages that nobody has got. Asked by AMQP, because rabbitmqctl is seconds behind with quorum queues."""
+        """Count the messages that wait, by AMQP, because rabbitmqctl is seconds behind with quorum queues."""
 
         async def ask() -> int:
             async with asyncio.timeout(10):
@@ -245,7 +245,7 @@ class Stage:
         return sum(file.read_bytes().count(b"\n") for file in files if file.exists())
 
     def wait_until_stored(self) -> None:
-        """Until the consumers got nothing for a while and owe no ack, and the broker has no message left."""
+        """Wait until the consumers got nothing for a while and owe no ack, and the broker has no message left."""
         counted, since = -1, time.monotonic()
 
         def is_quiet() -> bool:
@@ -260,14 +260,14 @@ class Stage:
         self.wait_until("the queues are empty", lambda: self.ready_messages(self.queues) == 0, EMPTY_SECONDS)
 
     def verdict(self, events: Events, load: Load) -> Verdict:
-        """Over the CSVs of all queues; a row of another partition's device is foreign."""
+        """Judge the CSVs of all queues. A row of another partition's device is foreign."""
         verdict = check(events, load.ledger, chain.from_iterable(map(opened, self.queues.values())))
         for place in self.misplaced(events):
             verdict.foreign.add(place)
         return verdict
 
     def misplaced(self, events: Events) -> Iterator[str]:
-        """Each row that is not in the file of its device's partition: crc32 of the device_id, modulo their number."""
+        """Yield each row outside the file of its device's partition: crc32 of the device_id, modulo their number."""
         for index, csv in enumerate(self.queues.values()):
             for name, stream in opened(csv):
                 for line in stream:
@@ -304,11 +304,11 @@ class SingleStage(Stage):
         return self.standbys[0]
 
     def take_over(self) -> None:
-        """The standby is the consumer from now on."""
+        """Make the standby the consumer from now on."""
         self.consumers, self.standbys = self.standbys, self.consumers
 
     def ctl(self, *arguments: str) -> str:
-        """rabbitmqctl, with patience: under load, and just after a restart, it may fail. Raises StageError."""
+        """Run rabbitmqctl, with retries: it can fail under load and just after a restart. Raise StageError."""
         for _ in range(3):
             try:
                 return self.broker.ctl(*arguments)

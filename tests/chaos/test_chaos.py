@@ -29,7 +29,7 @@ def stage(tmp_path: Path, broker: RabbitMQ, queue_name: str) -> Iterator[SingleS
 
 
 def finish(stage: SingleStage, thread: LoadThread, *, now: bool, **environment: str) -> Verdict:
-    """A consumer without a fault takes what is left."""
+    """Let a consumer without a fault take what is left."""
     stage.consumer.start(**environment)
     thread.finish(now=now)
     stage.wait_until_stored()
@@ -71,7 +71,7 @@ def test_the_promise_holds_through_an_aimed_kill_at_every_step(stage: SingleStag
 )
 def test_a_missing_step_is_found(stage: SingleStage, mutation: str, fault: str, findings: set[str]) -> None:
     thread = LoadThread(Load(stage.targets(), EVENTS, count=2000, concurrency=64, retries=True))
-    # From a backlog, whose messages have many events each: a single one may have no row to double.
+    # From a backlog, whose messages have many events each: a single event can have no row to duplicate.
     stage.wait_until("a backlog", lambda: thread.load.ledger.accepted_events >= 1000, 60)
     stage.consumer.start(CHAOS_MUTATION=mutation, CHAOS_FAULT=fault, PREFETCH_COUNT="5")
     assert stage.consumer.wait_for_death(60)
@@ -81,7 +81,7 @@ def test_a_missing_step_is_found(stage: SingleStage, mutation: str, fault: str, 
 
 
 def test_two_consumers_without_locks_lose_nothing(stage: SingleStage) -> None:
-    """flock has no effect. The later one takes over, and the first one stops with one line before it acks."""
+    """flock has no effect. The later one takes over, and the earlier one stops with one line before it acks."""
     a, b = stage.consumer, stage.standby
 
     def said(service: Service) -> list[str]:
@@ -95,7 +95,7 @@ def test_two_consumers_without_locks_lose_nothing(stage: SingleStage) -> None:
     b.start(CHAOS_FLOCK="off")
     stage.wait_until_ready(b)
     a.send(signal.SIGCONT)
-    assert a.wait_for_death(60), "it writes on beside the other"
+    assert a.wait_for_death(60), "it continues to write beside the other"
     assert a.exit_code == 1
     assert len(said(a)) == 1
     stage.take_over()
@@ -109,7 +109,7 @@ def test_two_consumers_without_locks_lose_nothing(stage: SingleStage) -> None:
 
 
 def test_a_clock_set_back_delays_no_rotation(stage: SingleStage) -> None:
-    """By a day while it runs, and by another over its restart; rotation is due every second."""
+    """The clock goes back a day while it runs, and another over its restart; rotation is due every second."""
     thread = LoadThread(Load(stage.targets(), EVENTS, concurrency=4, retries=True, rate=50))
 
     def rotated() -> int:

@@ -40,12 +40,12 @@ def start(stage: Stage, partitions: int) -> None:
 
 
 def accept(load: Load, events: int) -> None:
-    """Until so many more are accepted."""
+    """Wait until this many more are accepted."""
     enough = load.ledger.accepted_events + events
     wait_until(f"{events} events are accepted", lambda: load.ledger.accepted_events >= enough)
 
 
-def test_a_change_of_partitions_loses_and_doubles_nothing(stages: dict[int, Stage], tmp_path: Path) -> None:
+def test_a_change_of_partitions_loses_and_duplicates_nothing(stages: dict[int, Stage], tmp_path: Path) -> None:
     """One grows to four and shrinks back while clients retry; some retries are of events stored before the change."""
     start(stages[1], 1)
     thread = LoadThread(Load(stages[1].targets(), EVENTS, concurrency=16, retries=True, rate=400))

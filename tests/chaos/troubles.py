@@ -1,4 +1,4 @@
-"""Every kind of trouble of a round on one broker: a function each, which makes it and leaves the undoing to the run.
+"""Every kind of trouble of a round on one broker: each is a function, which makes it and leaves the undoing to the run.
 
 All choices come from the given random generator, so that a seed repeats them; only the moments differ.
 """
@@ -34,13 +34,13 @@ class Trouble:
         self.slowest_seconds: dict[str, float] = {}  # of what was waited for while something was away
 
     def note(self, what: str, seconds: float) -> None:
-        """The longest is in the report."""
+        """Note the time. The report has the longest."""
         self.slowest_seconds[what] = max(self.slowest_seconds.get(what, 0.0), seconds)
 
     def stop(self, service: Service) -> None:
-        """SIGTERM, once it is up: before it listens to signals, it simply dies of one."""
+        """Send SIGTERM once it is up: before it handles signals, it simply dies of one."""
         self.stage.wait_until(f"{service.name} is up", lambda: service.page("/healthz") is not None, 20)
-        self.done[f"{service.name.partition('-')[0]} stopped in order"] += 1
+        self.done[f"{service.name.partition('-')[0]} stopped cleanly"] += 1
         if code := service.stop():
             raise StageError(f"{service.name} ended with {code} after SIGTERM: see {service.log_path}")
 
@@ -74,13 +74,13 @@ class SingleTrouble(Trouble):
                 self.stage.consumer.kill()
 
     def start_consumer(self, **environment: str) -> None:
-        """With settings of its own in each life."""
+        """Start it, with settings of its own in each life."""
         prefetch, flush = self.choose.choice((20, 300, 2000)), self.choose.choice((5, 50))
         chosen = {"PREFETCH_COUNT": str(prefetch), "FLUSH_INTERVAL_MS": str(flush)}
         self.stage.consumer.start(**{**chosen, **environment})
 
     def aim(self, point: str, passage: int, *options: str, **environment: str) -> None:
-        """A consumer that kills itself at this point. Not every point is always passed."""
+        """Let a consumer kill itself at this point. Not every point is always passed."""
         self.start_consumer(CHAOS_FAULT=":".join((point, str(passage), *options)), **environment)
         deadline = time.monotonic() + self.reached_seconds
         while self.stage.consumer.alive and time.monotonic() < deadline:
@@ -99,7 +99,7 @@ class SingleTrouble(Trouble):
 
 
 def kill_producer(trouble: SingleTrouble) -> None:
-    """Or one of its workers, when it has any: the others go on."""
+    """Kill it, or one of its workers if it has any: the others continue."""
     workers = trouble.stage.producer.workers() if trouble.stage.producer.alive else []
     if not workers:
         trouble.kill("producer")
@@ -128,7 +128,7 @@ def restart_broker(trouble: SingleTrouble) -> None:
 
 
 def freeze_broker(trouble: SingleTrouble) -> None:
-    """For longer than the heartbeat: both sides take the other for dead."""
+    """It is frozen for longer than the heartbeat: each side takes the other for dead."""
     trouble.done["broker frozen"] += 1
     trouble.stage.broker.pause()
     trouble.stage.sleep(trouble.choose.uniform(5, 8))
@@ -136,7 +136,7 @@ def freeze_broker(trouble: SingleTrouble) -> None:
 
 
 def freeze_consumer(trouble: SingleTrouble) -> None:
-    """For longer than the heartbeat: the broker gives its messages back, and its acks come too late."""
+    """It is frozen for longer than the heartbeat: the broker requeues its messages, and its acks come too late."""
     trouble.done["consumer frozen"] += 1
     trouble.stage.consumer.send(signal.SIGSTOP)
     trouble.stage.sleep(trouble.choose.uniform(4, 7))
@@ -168,7 +168,7 @@ def memory_alarm(trouble: SingleTrouble) -> None:
 
 
 def reject_publishes(trouble: SingleTrouble) -> None:
-    """A policy makes the broker refuse what it has no room for, and is cleared again."""
+    """A policy makes the broker refuse what it has no room for, until it is cleared."""
     stage = trouble.stage
     trouble.done["policy reject-publish"] += 1
     limit = f'{{"max-length": {trouble.choose.choice((1, 30))}, "overflow": "reject-publish"}}'
@@ -183,7 +183,7 @@ def reject_publishes(trouble: SingleTrouble) -> None:
 
 
 def revoke_rights(trouble: SingleTrouble) -> None:
-    """Of everything, or to write only; a connection that is open may keep them until it is closed."""
+    """Revoke all rights, or only that to write. An open connection can keep them until it is closed."""
     stage = trouble.stage
     if not (stage.producer.alive and stage.consumer.alive):
         return
@@ -197,7 +197,7 @@ def revoke_rights(trouble: SingleTrouble) -> None:
 
 
 def jump_the_clock(trouble: SingleTrouble) -> None:
-    """Of the consumer: by up to a day, back and forth while it runs, and over its restart."""
+    """The consumer's clock jumps by up to a day, back and forth while it runs, and over its restart."""
     day = 86_400
     offsets = [str(trouble.choose.choice((-day, -3600, -1, 0, 1, 3600, day))) for _ in range(3)]
     trouble.kill("consumer")
@@ -209,7 +209,7 @@ def jump_the_clock(trouble: SingleTrouble) -> None:
 
 
 def full_disk(trouble: SingleTrouble) -> None:
-    """The CSV cannot grow beyond some byte, which a write reaches in its middle."""
+    """The CSV cannot grow beyond a size that a write reaches in its middle."""
     stage = trouble.stage
     if not stage.consumer.alive:
         return
@@ -233,7 +233,7 @@ def stop_in_order(trouble: SingleTrouble) -> None:
 
 
 def rename_csv(trouble: SingleTrouble) -> None:
-    """What logrotate does, with its SIGHUP or without, or with a kill instead."""
+    """Do what logrotate does, with its SIGHUP, without it, or with a kill instead."""
     stage = trouble.stage
     if not stage.consumer.alive:
         return
@@ -242,7 +242,7 @@ def rename_csv(trouble: SingleTrouble) -> None:
         stage.csv.rename(stage.csv.with_name(f"data-renamed-{sum(trouble.done.values())}.csv"))
     what = trouble.choose.randrange(3)
     if what == 0:
-        # A process that has only just begun to start dies of it, as any does.
+        # A process that has only just begun to start dies of it, as any process does.
         stage.wait_until(f"{stage.consumer.name} is up", lambda: stage.consumer.page("/healthz") is not None, 20)
         stage.consumer.send(signal.SIGHUP)
     elif what == 1:
@@ -279,7 +279,7 @@ KINDS: tuple[Kind, ...] = (
 
 
 def undo(trouble: SingleTrouble) -> None:
-    """Starts whatever is down, as an init system would."""
+    """Start whatever is down, as an init system would."""
     stage = trouble.stage
     if stage.broker.process is None or stage.broker.process.poll() is not None:
         stage.broker.start()
@@ -292,7 +292,7 @@ def undo(trouble: SingleTrouble) -> None:
 
 
 def on_stage(directory: Path, seed: int, broker: RabbitMQ | None = None, **settings: str) -> Play:
-    """Without a `broker`, one is started. Settings are environment variables of all processes."""
+    """Start a broker unless one is given. Settings are environment variables of all processes."""
     stage = SingleStage(directory, broker or RabbitMQ(directory / "rabbitmq"), **settings)
     trouble = SingleTrouble(stage, seed)
 

@@ -1,4 +1,4 @@
-"""Against a deployment that runs, through its public faces alone: POST over HTTP, rows in the shared volume.
+"""Tests of a running deployment, only through its public interfaces: POST over HTTP, rows in the shared volume.
 
 PRODUCER_URL and CSV_FILE say where they are; API_TOKEN or API_TOKEN_FILE has the token that POST needs. Each run makes
 events that no other run has, so that it may be repeated on the same volume. The standard library and pytest only: the
@@ -34,7 +34,7 @@ DEADLINE_SECONDS = 30.0
 
 @pytest.fixture(scope="module", autouse=True)
 def ready() -> None:
-    """The container engine only tells that the producer is alive."""
+    """Wait until it is ready: the container engine only knows that the producer is alive."""
     deadline = time.monotonic() + DEADLINE_SECONDS
     while True:
         try:
@@ -50,7 +50,7 @@ def ready() -> None:
 
 @pytest.fixture
 def events() -> Events:
-    """Events of this test and this run alone."""
+    """Events that only this test of this run has."""
     return Events(random.SystemRandom().randrange(10**12))
 
 
@@ -66,12 +66,11 @@ def test_a_retry_with_the_same_key_makes_no_second_row(events: Events) -> None:
     key = events.id(0).decode()
     for variant in range(3):  # the same event, written differently
         assert post(events.body(1, variant), {"Idempotency-Key": key})[0] == 200
-    assert post(events.body(2))[0] == 200  # behind them in the queue: once it is there, nothing is still to come
+    assert post(events.body(2))[0] == 200  # after them in the queue: once it is there, nothing is still to come
     assert_rows(events, [1, 2])
 
 
 def test_a_malformed_event_is_a_422_and_adds_no_row(events: Events) -> None:
-    """A malformed event is a 422 that names each fault and adds no row."""
     event = json.loads(events.body(1))
     event["data"]["preds"] = [{"image_frame": "a", "prob": None, "tags": []}, {"image_frame": "b", "prob": 1}]
     status, answer = post(json.dumps(event).encode())
@@ -89,7 +88,7 @@ def test_the_pages_for_operators_answer(path: str) -> None:
 
 
 def post(body: bytes, headers: dict[str, str] | None = None) -> tuple[int, bytes]:
-    """Status and body of the answer, whichever it is."""
+    """Return status and body of the answer, whatever it is."""
     token = {"Authorization": f"Bearer {TOKEN}"} if TOKEN else {}
     headers = {"Content-Type": "application/json", **token, **(headers or {})}
     try:
@@ -101,7 +100,7 @@ def post(body: bytes, headers: dict[str, str] | None = None) -> tuple[int, bytes
 
 
 def assert_rows(events: Events, numbers: range | list[int]) -> None:
-    """Waits until the CSV has just the rows of these events, each once, whole and in order."""
+    """Wait until the CSV has exactly the rows of these events, each once, whole and in order."""
     expected = {number: events.rows(number) for number in numbers if events.rows(number)}
     deadline = time.monotonic() + DEADLINE_SECONDS
     while (found := rows_of(events)) != expected and time.monotonic() < deadline:
@@ -110,7 +109,7 @@ def assert_rows(events: Events, numbers: range | list[int]) -> None:
 
 
 def rows_of(events: Events) -> dict[int, list[bytes]]:
-    """The rows of these events, by number; those of others are left out."""
+    """Return the rows of these events, by number, without those of others."""
     found = defaultdict(list)
     text = CSV_FILE.read_bytes().decode()
     text = text[: text.rfind("\r\n") + 2]  # a batch that is being written

@@ -71,7 +71,7 @@ def command(request: pytest.FixtureRequest) -> list[str]:
 
 
 class Device:
-    """A client as a process, with its spool and what it said."""
+    """A client as a process, with its spool and its output."""
 
     def __init__(self, command: list[str], url: str, directory: Path, token: str = "") -> None:
         self.spool, self._errors = directory / "spool", directory / "client.log"
@@ -148,10 +148,10 @@ def assert_one_row_each(consumer: Service, numbers: range) -> None:
     assert rows(consumer) == expected
 
 
-def test_a_killed_producer_costs_no_event_and_doubles_none(
+def test_a_killed_producer_loses_and_duplicates_no_event(
     device: Callable[..., Device], producer: Start, consumer: Start
 ) -> None:
-    """Events come while it is killed, away and started again. Those that gathered meanwhile go as batches."""
+    """Events come while it is killed, away and started again. Those that gather meanwhile go as batches."""
     port = free_port()
     settings = {"HTTP_PORT": port, "API_TOKEN": "secret"}
     first, stored = producer(**settings), consumer()
@@ -187,10 +187,10 @@ def test_a_killed_client_continues_with_its_spool(
     assert_one_row_each(stored, range(50))
 
 
-def test_an_event_that_can_never_be_taken_stops_no_other(
+def test_an_event_that_is_refused_for_good_stops_no_other(
     device: Callable[..., Device], producer: Start, consumer: Start, tmp_path: Path
 ) -> None:
-    """One is no event (422), one is too large (413), alone and within a batch."""
+    """One is not an event (422), one is too large (413), alone and within a batch."""
     port = free_port()
     client = device(f"http://127.0.0.1:{port}")
     bad, large = event(-1, prob="high"), event(-2, image_frame="x" * 20_000)
@@ -212,7 +212,7 @@ def test_an_event_that_can_never_be_taken_stops_no_other(
 
 
 class _Scripted(BaseHTTPRequestHandler):
-    """Answers with the next of `answers`; notes each request."""
+    """A server that answers with the next of `answers`, and notes each request."""
 
     protocol_version = "HTTP/1.1"
     answers: ClassVar[list[tuple[int, dict[str, str], bytes]]]
@@ -233,7 +233,7 @@ class _Scripted(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 @pytest.fixture
@@ -252,7 +252,7 @@ def scripted() -> Iterator[tuple[str, type[_Scripted]]]:
 def test_a_retry_repeats_key_and_bytes_until_an_answer_is_final(
     device: Callable[..., Device], scripted: tuple[str, type[_Scripted]]
 ) -> None:
-    """What answers here is no answer, a redirect and a page of a captive portal, a proxy, and predlog in trouble."""
+    """The answers are none, a redirect and a page of a captive portal, those of a proxy, and of predlog in trouble."""
     url, server = scripted
     server.answers[:] = [
         (0, {}, b""),
@@ -300,7 +300,7 @@ def test_a_batch_is_repeated_whole_until_each_event_is_settled(
 
 
 class _Files(BaseHTTPRequestHandler):
-    """Serves the JavaScript client, and an empty page."""
+    """A server of the JavaScript client, and of an empty page."""
 
     def do_GET(self) -> None:
         is_module = self.path.endswith(".mjs")
@@ -311,7 +311,7 @@ class _Files(BaseHTTPRequestHandler):
             self.wfile.write((EXAMPLES / "javascript" / "predlog_client.mjs").read_bytes())
 
     def log_message(self, format: str, *args: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 @pytest.fixture

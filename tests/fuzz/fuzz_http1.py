@@ -1,7 +1,7 @@
 """Fuzz the HTTP/1.1 parser for some time: `python -m tests.fuzz.fuzz_http1 [SECONDS] [CORPUS]`.
 
-With atheris when it is installed (coverage-guided; keeps what it learned in the folder CORPUS), and hypothesis else.
-Ends with counts; ends with a failure and the stream that caused it when the parser broke a promise.
+It uses atheris when that is installed (coverage-guided; it keeps what it learned in the folder CORPUS), and hypothesis
+otherwise. It ends with counts, or with a failure and the stream that caused it if the parser broke a promise.
 """
 
 from __future__ import annotations

@@ -21,10 +21,10 @@ STATUSES = {400, 413, 414, 417, 431, 501, 505}
 
 
 class Outcome(NamedTuple):
-    """All that a parser says about a stream: the requests in it, the status of the error after them."""
+    """What a parser says about a stream: the requests in it, and the status of the error after them."""
 
     requests: tuple[tuple[Head, bytes], ...]
-    status: int | None  # None: waits for more
+    status: int | None  # None: it waits for more
     idle: bool
 
 
@@ -35,7 +35,7 @@ def seeds() -> list[bytes]:
 def read(
     pieces: Iterable[bytes], limits: Limits = LIMITS, on_request: Callable[[Request], None] | None = None
 ) -> Outcome:
-    """Feed a stream piece by piece. Fails when the parser stores more than its limits allow."""
+    """Feed a stream piece by piece. Fail when the parser stores more than its limits allow."""
     parser = RequestParser(limits)
     requests: list[tuple[Head, bytes]] = []
     status: int | None = None
@@ -61,14 +61,14 @@ def single_bytes(stream: bytes) -> list[bytes]:
     return [stream[i : i + 1] for i in range(len(stream))]
 
 
-# Where we accept what h11 refuses: the reason, and the same request as h11 takes it.
+# Where we accept what h11 refuses: the reason, and the same request as h11 accepts it.
 LENIENCIES: tuple[tuple[str, Callable[[bytes], bytes]], ...] = (
     (
-        "RFC 9112 section 2.2 has empty lines before a request line skipped",
+        "RFC 9112 section 2.2 skips empty lines before a request line",
         lambda raw: raw.lstrip(b"\r\n"),
     ),
     (
-        "RFC 9112 section 7.1.1 has white space before the ; of a chunk extension taken",
+        "RFC 9112 section 7.1.1 accepts white space before the ; of a chunk extension",
         lambda raw: re.sub(rb"(\r\n[0-9A-Fa-f]{1,16})[ \t]+;", rb"\1;", raw),
     ),
 )
@@ -84,7 +84,7 @@ class Seen(NamedTuple):
 
 
 def read_h11(raw: bytes) -> Seen | None:
-    """The one request that `raw` is, to its last byte; None when h11 refuses it."""
+    """Return the one request that `raw` is, to its last byte; None if h11 refuses it."""
     connection = h11.Connection(h11.SERVER, max_incomplete_event_size=1 << 20)
     connection.receive_data(raw)
     head: h11.Request | None = None
@@ -123,7 +123,7 @@ class _Callbacks:
 
 
 def read_httptools(raw: bytes) -> Seen | None:
-    """As `read_h11`, without headers; None when it refuses, as it does with methods that it does not know."""
+    """Do as `read_h11`, without headers. httptools also refuses methods that it does not know."""
     callbacks = _Callbacks()
     parser = httptools.HttpRequestParser(callbacks)
     try:
@@ -135,7 +135,7 @@ def read_httptools(raw: bytes) -> Seen | None:
 
 
 def check(stream: bytes, cuts: Iterable[int] = ()) -> Counter[str]:
-    """Everything that must hold for any stream. Returns what was seen, for statistics; raises AssertionError."""
+    """Check all that must hold for any stream. Return what was seen, for statistics; raise AssertionError."""
     counts: Counter[str] = Counter(streams=1)
     whole = read([stream])
     assert whole.status is None or whole.status in STATUSES
@@ -172,7 +172,7 @@ def check(stream: bytes, cuts: Iterable[int] = ()) -> Counter[str]:
             accepted = isinstance(rest.next_event(), h11.Request)
         except h11.RemoteProtocolError:
             accepted = False
-        counts["of these, heads that h11 takes"] += accepted
+        counts["of these, heads that h11 accepts"] += accepted
     return counts
 
 
@@ -190,11 +190,11 @@ def _compare(raw: bytes, request: Request, counts: Counter[str]) -> None:
             theirs = read_h11(raw)
             counts[f"h11 is stricter: {reason}"] += 1
     assert theirs is not None, f"h11 refuses {raw!r}"
-    # The value of Transfer-Encoding in lower case is h11's own doing.
+    # h11 itself puts the value of Transfer-Encoding into lower case.
     headers = tuple((name, value.lower() if name == b"transfer-encoding" else value) for name, value in ours.headers)
     assert theirs == ours._replace(headers=headers)
 
     also = read_httptools(raw)
     if also is not None:
-        counts["requests that httptools takes too"] += 1
+        counts["requests that httptools accepts too"] += 1
         assert also == ours._replace(headers=())

@@ -23,7 +23,7 @@ _FIELDS = [
 _EXTENSIONS = [b"", b"", b"", b";a", b';a="b;\\""', b" ;a", b"; a = b"]
 _TRAILERS = [b"", b"", b"X: y\r\n", b"X:\r\nY: z\r\n"]
 
-# What may be wrong, and how. (b"%b" is the right value.)
+# What can be wrong, and how. (b"%b" is the right value.)
 _FAULTS = {
     "empty lines": [b"\r\n", b"\r\n" * 9, b"\n", b"\r", b" "],
     "method": [b"get", b"CONNECT", b"PRI", b"", b"G\x80T", b"A" * 300],
@@ -119,7 +119,7 @@ _FAULTS = {
 
 @st.composite
 def request(draw: st.DrawFn) -> bytes:
-    """One request, with at most one fault, in one place."""
+    """One request with at most one fault, in one place."""
     framing = draw(st.sampled_from(["none", "length", "chunked", "chunked"]))
     fault = draw(st.sampled_from([None, None, None, *_FAULTS]))
     faulty_place = draw(st.integers(0, 3))  # which of several equal parts
@@ -192,7 +192,7 @@ def _damaged(stream: bytes, mutations: list[tuple[int, int, bytes]]) -> bytes:
 _pipeline = st.lists(request(), min_size=1, max_size=3).map(b"".join)
 _mutations = st.lists(_MUTATION, min_size=1, max_size=3)
 
-# What a connection may bring.
+# What a connection can bring.
 stream = st.one_of(
     _pipeline,
     _pipeline,

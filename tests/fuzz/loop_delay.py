@@ -1,6 +1,6 @@
 """How long a client's bytes keep the event loop from everyone else, measured inside a server of the whole API.
 
-The measure is the CPU time between two rounds of the loop, for the clock on the wall counts what other programs do.
+The measure is the CPU time between two rounds of the loop, since wall-clock time includes what other programs do.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class ConfirmingPublisher(Publisher):
 
 
 class Delay(NamedTuple):
-    """What the bytes did."""
+    """The effect of the bytes."""
 
     seconds: float  # of CPU, the longest round of the loop
     answers: bytes
@@ -102,7 +102,7 @@ async def _measure(streams: Sequence[bytes], timeout_seconds: float) -> Delay:
 
 
 async def _exchange(server: HttpServer, stream: bytes) -> bytes:
-    """What a client gets that sends a stream, closes its side, and reads to the end."""
+    """Return what a client gets that sends a stream, closes its side, and reads to the end."""
     loop = asyncio.get_running_loop()
     ours, theirs = socket.socketpair()
     with ours:

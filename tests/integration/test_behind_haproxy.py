@@ -1,4 +1,4 @@
-"""Producers behind a real HAProxy with the configuration of deploy/: a restart is seen by nobody."""
+"""Producers behind a real HAProxy with the configuration of deploy/: no client sees a restart."""
 
 from __future__ import annotations
 

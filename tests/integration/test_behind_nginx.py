@@ -1,4 +1,4 @@
-"""Producers behind a real nginx: refusals reach the client, and stops and restarts are seen by nobody."""
+"""Producers behind a real nginx: refusals reach the client, and no client sees stops and restarts."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ class Activated:
 
 
 def test_a_restart_on_a_held_socket_is_seen_by_nobody(broker: RabbitMQ, queue_name: str, tmp_path: Path) -> None:
-    """As with deploy/systemd/predlog-producer.socket: whoever comes while no producer runs waits for the next one."""
+    """As with deploy/systemd/predlog-producer.socket, clients that come while no producer runs wait for the next."""
     environment = {"AMQP_URL": broker.url, "QUEUE_NAME": queue_name}
     with socket.create_server(("127.0.0.1", 0), backlog=1000) as listener:
         port = listener.getsockname()[1]

@@ -1,4 +1,4 @@
-"""The configuration of the broker in deploy/compose, on this RabbitMQ: its user may do just enough."""
+"""The configuration of the broker in deploy/compose, on this RabbitMQ: its user has just the rights that it needs."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from scripts.rabbitmq import speaks_amqp
 from tests.rabbitmq import RabbitMQ
 
 
-def test_a_paused_node_is_silent_and_goes_on_when_resumed(broker: RabbitMQ) -> None:
+def test_a_paused_node_is_silent_and_continues_when_resumed(broker: RabbitMQ) -> None:
     broker.pause()
     try:
         assert not speaks_amqp(broker.port, timeout_seconds=0.3)

@@ -1,6 +1,6 @@
-"""A broker that does not take events, or not all of them: the producer says why at once, and takes them when it can.
+"""A broker that refuses events, or some of them: the producer reports why at once, and accepts events when it can.
 
-Real processes, a real RabbitMQ.
+These are real processes and a real RabbitMQ.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from tests.support.polling import wait_until
 
 
 def post(service: Service, device_id: str = "camera-7") -> tuple[int, str]:
-    """Status and detail of one event's answer."""
+    """Return status and detail of the answer to one event."""
     status, _, answer = call(service, "POST", "/process", json.dumps(EVENT | {"device_id": device_id}).encode())
     return status, "" if status == 200 else str(answer["detail"])
 
 
 def wait_for_stall(service: Service, device_id: str, words: str) -> None:
-    """Post until /readyz tells of it: only events show that a queue takes none."""
+    """Post until /readyz reports the stall: only events show that a queue takes none."""
 
     def told() -> bool:
         post(service, device_id)
@@ -57,7 +57,7 @@ def url_of(broker: RabbitMQ, vhost: str) -> str:
 
 
 def test_a_reject_publish_policy_comes_and_goes(broker: RabbitMQ, producer: Start, queue_name: str) -> None:
-    """RabbitMQ 3.10 nacks for ever on a channel that met the full queue: a new connection is needed, and taken."""
+    """RabbitMQ 3.10 nacks forever on a channel that met the full queue, so the producer opens a new connection."""
     service = producer()
     limit(broker, queue_name)
     wait_for_stall(service, "camera-7", "nack")
@@ -66,7 +66,7 @@ def test_a_reject_publish_policy_comes_and_goes(broker: RabbitMQ, producer: Star
         post(service)
         return service.metric("predlog_stalled") == 1
 
-    wait_until("the metric says it, too", is_stalled, explain=service.log)
+    wait_until("the metric shows it, too", is_stalled, explain=service.log)
     assert "nack" in service.log()
     broker.ctl("clear_policy", queue_name)
     broker.ctl("purge_queue", queue_name)
@@ -87,7 +87,7 @@ def test_a_user_who_may_not_write_ends_the_start(broker: RabbitMQ, producer: Sta
 
 
 def test_a_limit_on_connections_is_waited_for(broker: RabbitMQ, producer: Start, vhost: str) -> None:
-    """The old process may hold the last one while the new one starts."""
+    """The old process can hold the last one while the new one starts."""
     broker.ctl("set_user_limits", vhost, '{"max-connections": 0}')
     service = producer(wait=False, AMQP_URL=url_of(broker, vhost))
     wait_until("/readyz says why", lambda: "connection limit" in service.not_ready(), explain=service.log)
@@ -107,12 +107,12 @@ def test_a_limit_on_queues_is_what_the_error_says(broker: RabbitMQ, producer: St
     service = producer(wait=False, AMQP_URL=url_of(broker, vhost))
     assert service.process.wait(20) == 1
     last = service.log().splitlines()[-1]
-    assert "does not declare the queue" in last
+    assert "refuses to declare the queue" in last
     assert "limit" in last
     assert "other arguments" not in last
 
 
-def test_a_right_that_is_revoked_while_running_is_said_at_once(broker: RabbitMQ, producer: Start, vhost: str) -> None:
+def test_a_right_that_is_revoked_is_reported_at_once(broker: RabbitMQ, producer: Start, vhost: str) -> None:
     """No event waits for its time-out, and /readyz stays 503 between the attempts to connect."""
     service = producer(AMQP_URL=url_of(broker, vhost), CONFIRM_TIMEOUT_MS=60_000)
     assert post(service)[0] == 200
@@ -135,7 +135,7 @@ def test_a_right_that_is_revoked_while_running_is_said_at_once(broker: RabbitMQ,
 
 
 def test_a_connection_during_an_alarm_is_known_to_be_blocked(broker: RabbitMQ, producer: Start) -> None:
-    """RabbitMQ says so only to who publishes: the first event would wait for its time-out."""
+    """RabbitMQ tells only publishers of an alarm, so the first event would wait for its time-out."""
     broker.ctl("set_vm_memory_high_watermark", "0.00001")
     try:
         service = producer(wait=False, CONFIRM_TIMEOUT_MS=60_000)
@@ -196,7 +196,7 @@ def test_a_partition_without_a_leader_refuses_only_its_devices(
 
 
 def test_every_character_of_a_queue_name_works(broker: RabbitMQ, producer: Start, queue_name: str) -> None:
-    """What settings let through is taken by aiormq and by the broker, up to the longest name."""
+    """What the settings allow is accepted by aiormq and by the broker, up to the longest name."""
     name = (queue_name + "-_.:@#,/+ zZ9").ljust(245, "x")
     service = producer(QUEUE_NAME=name)
     assert post(service)[0] == 200

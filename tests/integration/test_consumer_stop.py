@@ -35,7 +35,7 @@ SHUTDOWN_TIMEOUT_MS = 1500
 
 
 async def publish(url: str, queue_name: str, bodies: list[bytes]) -> None:
-    """All of them at once, and until the broker has confirmed each."""
+    """Publish all at once, and wait until the broker has confirmed each."""
     heard = Heard()
     link = await open_link(url, "test", heard)
     await begin_publishing(link, asyncio.Event())
@@ -58,7 +58,7 @@ async def publish(url: str, queue_name: str, bodies: list[bytes]) -> None:
 
 
 async def devices_in_queue(url: str, queue_name: str, count: int) -> list[str]:
-    """All in the queue, once `count` are found: what a consumer held comes back a moment after its end."""
+    """Return all in the queue, once there are `count`: what a consumer held comes back a moment after its end."""
     found: list[str] = []
 
     async def take(message: Any) -> None:
@@ -84,14 +84,13 @@ def devices_in_csv(csv_file: Path) -> list[str]:
 
 
 async def stopped(service: Service) -> int:
-    """SIGTERM, and the exit code; the loop goes on, for its proxy."""
+    """Send SIGTERM; return the exit code. The loop runs meanwhile, for its proxy."""
     return await asyncio.to_thread(service.stop)
 
 
 async def test_sigterm_in_a_backlog_acks_exactly_what_is_stored(
     broker: RabbitMQ, queue_name: str, consumer: Start
 ) -> None:
-    """Sigterm in a backlog acks every stored row and leaves exactly the rest."""
     devices = [f"device-{number}" for number in range(BACKLOG)]
     await publish(broker.url, queue_name, [event(device) for device in devices])
     service = consumer(wait=False, PREFETCH_COUNT=5, FLUSH_INTERVAL_MS=1)
@@ -129,10 +128,9 @@ async def test_sigterm_while_the_broker_is_away_ends_in_time(
         assert "Traceback" not in service.log()
 
 
-async def test_a_failed_rotation_is_said_once_and_rows_continue(
+async def test_a_failed_rotation_is_logged_once_and_rows_continue(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A rotation that fails is said once while it lasts and rows go on."""
     caplog.set_level(logging.INFO)
     csv_file = tmp_path / "data.csv"
     settings = ConsumerSettings(amqp_url="amqp://127.0.0.1:1/", rotate_bytes=1, flush_interval_ms=0)

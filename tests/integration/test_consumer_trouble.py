@@ -1,4 +1,4 @@
-"""What must not stop the consumer in silence: partitions in trouble, queues that nobody serves, tasks that end."""
+"""What must not stop the consumer silently: partitions in trouble, queues that nobody serves, tasks that end."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def partitioned(consumer: Start) -> Service:
     return consumer(wait=False, PARTITIONS=4)
 
 
-def test_each_partition_has_a_csv_and_one_port_tells_of_all(
+def test_each_partition_has_a_csv_and_one_port_shows_all(
     broker: RabbitMQ, queue_name: str, partitioned: Service, tmp_path: Path
 ) -> None:
     partitioned.wait_until_ready()
@@ -48,7 +48,7 @@ def test_each_partition_has_a_csv_and_one_port_tells_of_all(
 
 @pytest.fixture
 def full_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MB, of which the file `ballast` takes all."""
+    """A file system of 1 MB, which the file `ballast` fills."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True)
@@ -103,26 +103,26 @@ async def test_a_service_starts_drains_and_closes_in_process(broker: RabbitMQ, q
     await second.close()
 
 
-def test_who_changes_partitions_is_told_what_is_left_over(broker: RabbitMQ, queue_name: str, consumer: Start) -> None:
-    """One line and a metric, until the old queues are empty; both ways."""
+def test_messages_of_another_partitions_value_are_reported(broker: RabbitMQ, queue_name: str, consumer: Start) -> None:
+    """There are one line and a metric until the old queues are empty, for both directions."""
     publish(broker.url, f"{queue_name}.0", [event("device-0")] * 3)
     publish(broker.url, f"{queue_name}.1", [])
     publish(broker.url, f"{queue_name}.2", [event("device-2")] * 2)
     shrunk = consumer(wait=False)
     said = "messages wait in queues that no consumer serves with PARTITIONS={}: {}"
     told = said.format(1, f"3 in '{queue_name}.0', 2 in '{queue_name}.2'")
-    wait_until("it is told", lambda: told in shrunk.log(), explain=shrunk.log)
+    wait_until("it is reported", lambda: told in shrunk.log(), explain=shrunk.log)
     wait_until("it is counted", lambda: shrunk.metric("predlog_unserved_messages") == 5)
     assert shrunk.log().count(told) == 1
     assert shrunk.stop() == 0
     publish(broker.url, queue_name, [event("device")])
     grown = consumer(wait=False, PARTITIONS=2)
     told = said.format(2, f"1 in '{queue_name}', 2 in '{queue_name}.2'")
-    wait_until("it is told", lambda: told in grown.log(), explain=grown.log)
+    wait_until("it is reported", lambda: told in grown.log(), explain=grown.log)
     wait_until("what it serves is stored", lambda: grown.metric("predlog_rows_total") == 3, explain=grown.log)
 
 
-def test_a_path_that_is_no_text_silences_no_partition(
+def test_a_path_that_is_not_text_silences_no_partition(
     broker: RabbitMQ, queue_name: str, consumer: Start, tmp_path: Path
 ) -> None:
     csv_file = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.csv")
@@ -130,13 +130,13 @@ def test_a_path_that_is_no_text_silences_no_partition(
     service = consumer(wait=False, PARTITIONS=2, CSV_FILE=csv_file)
     service.wait_until_ready()
     publish(broker.url, f"{queue_name}.1", [b"poison"])
-    wait_until("it is told", lambda: "is not a regular file" in service.not_ready(), explain=service.log)
+    wait_until("it is reported", lambda: "is not a regular file" in service.not_ready(), explain=service.log)
     assert service.not_ready().startswith("partition 1: cannot store: ")
     assert "/\\udcff.1.csv.dead-letters: " in service.not_ready()
 
 
-async def test_a_fault_in_the_watch_ends_the_service(broker: RabbitMQ, queue_name: str, tmp_path: Path) -> None:
-    """So that a supervisor starts another, and an operator sees why."""
+async def test_a_bug_in_the_watch_ends_the_service(broker: RabbitMQ, queue_name: str, tmp_path: Path) -> None:
+    """A supervisor then starts another, and an operator sees why."""
 
     def report(reason: str) -> None:
         raise ValueError("a fault")
@@ -180,7 +180,7 @@ async def test_the_health_port_answers_while_the_disk_hangs(
 
 
 def test_a_user_of_one_channel_gets_its_rows(node: RabbitMQ, queue_name: str, consumer: Start) -> None:
-    """The look for messages left over needs a second channel, and does without."""
+    """The look for messages that no consumer serves needs a second channel, and is given up."""
     publish(node.url, queue_name, [event("device")])
     node.ctl("set_user_limits", "guest", '{"max-channels": 1}')
     try:

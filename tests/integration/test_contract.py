@@ -30,7 +30,7 @@ Answer = tuple[int, dict[str, str], Any]
 
 
 def call(service: Service, method: str, path: str, body: bytes | None = None, **headers: str) -> Answer:
-    """Status, header fields in lower case, and the body: parsed when it is JSON."""
+    """Return status, header fields in lower case, and the body, parsed if it is JSON."""
     connection = http.client.HTTPConnection(service.url.removeprefix("http://"), timeout=20)
     try:
         connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
@@ -49,7 +49,7 @@ def post(service: Service, document: Any, path: str = "/process", **headers: str
 
 
 async def messages(broker: RabbitMQ, queue: str, count: int) -> list[Any]:
-    """Take `count` messages from a queue (by consuming: RabbitMQ refuses basic.get with a single active consumer)."""
+    """Take `count` messages from a queue. It consumes: RabbitMQ refuses basic.get with a single active consumer."""
     taken: asyncio.Queue[Any] = asyncio.Queue()
     async with aiormq.connect(broker.url) as connection, asyncio.timeout(40):
         channel = await connection.channel()
@@ -196,7 +196,7 @@ async def test_gzip_is_inflated_within_the_body_limit(producer: Start, broker: R
 async def test_a_batch_answers_for_each_event_after_its_confirm(
     producer: Start, broker: RabbitMQ, queue_name: str, lines: bool
 ) -> None:
-    service = producer(MAX_UNCONFIRMED=2)  # a batch larger than the window still goes through
+    service = producer(MAX_UNCONFIRMED=2)  # a batch larger than the window is still accepted
     documents = [{**EVENT, "device_id": f"d{number}"} for number in range(20)]
 
     def send(batch: list[Any], key: str) -> Answer:
@@ -209,7 +209,7 @@ async def test_a_batch_answers_for_each_event_after_its_confirm(
     assert (status, answer) == (200, {"accepted": 20, "results": [{"status": 200}] * 20})
     assert send(documents, "k")[0] == 200
     ids = [message.header.properties.message_id for message in await messages(broker, queue_name, 40)]
-    assert len(set(ids)) == 20, "a retry has the ids of the first try, and no two events share one"
+    assert len(set(ids)) == 20, "a retry has the ids of the first attempt, and no two events share one"
 
     status, _, answer = send([EVENT, {"device_id": "x"}], "k2")
     assert status == 207
@@ -220,7 +220,6 @@ async def test_a_batch_answers_for_each_event_after_its_confirm(
 
 
 def test_tokens_guard_post_and_leave_health_open(producer: Start) -> None:
-    """Tokens keep strangers out of post and leave health open."""
     service = producer(API_TOKEN="old,shop-1:new", PROTECT_PAGES=1, WORKERS=2)
     wait_until("both are connected", lambda: service.log().count("connected to") == 2, explain=service.log)
     status, fields, _ = post(service, EVENT)
@@ -243,7 +242,6 @@ def test_tokens_guard_post_and_leave_health_open(producer: Start) -> None:
 def test_pipelined_requests_are_answered_in_order(
     shared_producer: Service,
 ) -> None:
-    """Pipelined requests are answered in order though their confirms take their time."""
     requests = b""
     for number in range(100):
         if number % 3 == 2:
@@ -265,7 +263,7 @@ def test_pipelined_requests_are_answered_in_order(
 def test_expect_100_continue_refuses_a_body_before_it_is_read(
     shared_producer: Service,
 ) -> None:
-    """Expect 100 continue is sent for a welcome body and refused bodies are not read."""
+    """100 Continue is sent only for a request that its head does not refuse."""
     host, _, port = shared_producer.url.removeprefix("http://").partition(":")
     body = json.dumps(EVENT).encode()
     for path, first in ((b"/process", b"HTTP/1.1 100 "), (b"/nowhere", b"HTTP/1.1 404 ")):
@@ -280,7 +278,9 @@ def test_expect_100_continue_refuses_a_body_before_it_is_read(
 
 
 @pytest.mark.parametrize("which", ["producer", "consumer"])
-def test_why_there_is_no_broker_is_told_in_words(which: str, request: pytest.FixtureRequest, nobodys_port: int) -> None:
+def test_the_reason_for_no_broker_is_logged_in_words(
+    which: str, request: pytest.FixtureRequest, nobodys_port: int
+) -> None:
     start: Callable[..., Service] = request.getfixturevalue(which)
     service = start(wait=False, AMQP_URL=f"amqp://127.0.0.1:{nobodys_port}/")
     wait_until("the log says why", lambda: "no broker at" in service.log(), explain=service.log)
@@ -311,7 +311,7 @@ def test_what_waiting_does_not_fix_is_exit_1_with_one_line(
     assert "wrong" not in log
 
 
-def test_the_largest_bounds_that_are_taken_work(producer: Start) -> None:
+def test_the_largest_accepted_bounds_work(producer: Start) -> None:
     most = str(2**40)
     service = producer(MAX_BODY_BYTES=most, CONFIRM_TIMEOUT_MS=most, MAX_UNCONFIRMED=most)
     body = gzip.compress(json.dumps(EVENT).encode())
@@ -319,7 +319,7 @@ def test_the_largest_bounds_that_are_taken_work(producer: Start) -> None:
     assert service.stop() == 0
 
 
-def test_for_machines_the_last_words_are_json_too(consumer: Start, broker: RabbitMQ) -> None:
+def test_with_json_logs_the_last_line_is_json_too(consumer: Start, broker: RabbitMQ) -> None:
     service = consumer(wait=False, LOG_FORMAT="json", AMQP_URL=broker.url.replace("guest:guest", "guest:wrong"))
     assert service.process.wait(20) == 1
     last = [json.loads(line) for line in service.log().splitlines()][-1]
@@ -327,8 +327,7 @@ def test_for_machines_the_last_words_are_json_too(consumer: Start, broker: Rabbi
     assert last["level"] == "critical"
 
 
-def test_what_ends_several_workers_is_a_line_each(producer: Start, broker: RabbitMQ) -> None:
-    """What ends several workers is said in a line by those it ended."""
+def test_what_ends_several_workers_is_one_line_each(producer: Start, broker: RabbitMQ) -> None:
     service = producer(wait=False, WORKERS=3, AMQP_URL=broker.url.replace("guest:guest", "guest:wrong"))
     assert service.process.wait(20) == 1
     said = [line for line in service.log().splitlines() if " info " not in line]
@@ -353,7 +352,6 @@ def test_an_unwritable_csv_folder_is_one_clear_line(consumer: Start) -> None:
 
 
 def test_workers_share_a_port_and_metrics_and_are_replaced(producer: Start) -> None:
-    """Several workers share the port add their metrics up and are replaced when they die."""
     import os
     import signal
     from pathlib import Path
@@ -365,7 +363,7 @@ def test_workers_share_a_port_and_metrics_and_are_replaced(producer: Start) -> N
         return service.metric("predlog_events_total")
 
     service = producer(WORKERS=2)
-    # The gauge is the least of all workers.
+    # The gauge is the minimum over all workers.
     wait_until("both are connected", lambda: service.metric("predlog_amqp_connected") == 1, explain=service.log)
     for _ in range(40):
         assert post(service, EVENT)[0] == 200
@@ -377,7 +375,7 @@ def test_workers_share_a_port_and_metrics_and_are_replaced(producer: Start) -> N
     deadline = time.monotonic() + 45
     answered = 40
     while answered < 60 or len(children(service.process.pid)) < 2 or service.metric("predlog_amqp_connected") < 1:
-        assert post(service, EVENT)[0] == 200  # a new worker takes none before it has its broker
+        assert post(service, EVENT)[0] == 200  # a new worker accepts none before it has its broker
         answered += 1
         assert time.monotonic() < deadline, service.log()
     assert events(service) == answered

@@ -46,7 +46,7 @@ async def waiting(url: str, queue: str) -> int:
 
 
 async def take_all(url: str, queue: str) -> list[DeliveredMessage]:
-    """Everything in the queue, acked, in order."""
+    """Return everything in the queue, acked, in order."""
     taken: list[DeliveredMessage] = []
 
     async def take(found: DeliveredMessage) -> None:
@@ -58,7 +58,7 @@ async def take_all(url: str, queue: str) -> list[DeliveredMessage]:
         there = (await opened.queue_declare(queue, passive=True)).message_count or 0
         await opened.basic_consume(queue, take)
         await until(f"{there} messages are taken", lambda: len(taken) >= there)
-        if there:  # one ack for many: of many acks, a busy broker drops some when the channel closes behind them
+        if there:  # one ack for many: of many acks, a busy broker drops some when the channel closes after them
             await opened.basic_ack(there, multiple=True)
     return taken[:there]
 
@@ -80,7 +80,7 @@ def poison(number: int, body: bytes = b"not JSON", **properties: Any) -> Poison:
 
 
 def memory_bytes(service: Service) -> int:
-    """The most that was resident at any time."""
+    """Return the peak of the resident memory."""
     status = Path(f"/proc/{service.process.pid}/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
@@ -88,7 +88,9 @@ def memory_bytes(service: Service) -> int:
 # The consumer
 
 
-def test_what_is_no_event_goes_to_the_file_with_its_reason(broker: RabbitMQ, queue_name: str, consumer: Start) -> None:
+def test_what_is_not_an_event_goes_to_the_file_with_a_reason(
+    broker: RabbitMQ, queue_name: str, consumer: Start
+) -> None:
     service = consumer()
     publish(broker.url, queue_name, [event("good")])
     publish(broker.url, queue_name, [b"\xff", b'{"device_id":1}'], content_type="text/x", headers={"camera": 7})
@@ -102,7 +104,7 @@ def test_what_is_no_event_goes_to_the_file_with_its_reason(broker: RabbitMQ, que
     assert service.metric('predlog_dead_letters_total{reason="not_json"}') == 1
     assert service.metric('predlog_dead_letters_total{reason="not_an_event"}') == 1
     size = file_of(service.csv_file).stat().st_size
-    wait_until("its size is told", lambda: service.metric("predlog_dead_letters_bytes") == size)
+    wait_until("its size is a metric", lambda: service.metric("predlog_dead_letters_bytes") == size)
     assert service.not_ready() == ""
 
 
@@ -138,7 +140,7 @@ def test_the_file_changed_under_a_consumer_takes_later_letters(
 
 
 def test_poison_of_8_mb_is_within_the_bound_on_memory(broker: RabbitMQ, queue_name: str, consumer: Start) -> None:
-    """During an alarm of the broker's memory, which does not stop dead letters either."""
+    """It happens during a memory alarm of the broker, which does not stop dead letters either."""
     for _ in range(6):
         publish(broker.url, queue_name, [b"\xff" * 8_000_000] * 10)
     broker.ctl("set_vm_memory_high_watermark", "0.00001")
@@ -164,11 +166,11 @@ def test_thousands_of_poison_messages_are_a_few_lines(broker: RabbitMQ, queue_na
     assert len(letters_in(file_of(service.csv_file))) == 20_000
 
 
-def test_an_upgrade_is_told_of_dead_letters_in_a_queue(broker: RabbitMQ, queue_name: str, consumer: Start) -> None:
+def test_an_upgrade_reports_dead_letters_in_a_queue(broker: RabbitMQ, queue_name: str, consumer: Start) -> None:
     asyncio.run(dead_letter_in_1_0(broker.url, queue_name, 3))
     service = consumer()
     told = f"3 in '{queue_name}.dead'; see docs/scaling.md on changing PARTITIONS; --replay-dead-letters"
-    wait_until("it is told", lambda: told in service.log(), explain=service.log)
+    wait_until("it is logged", lambda: told in service.log(), explain=service.log)
     assert service.not_ready() == ""
 
 
@@ -298,7 +300,7 @@ asyncio.run(replay.replay(ConsumerSettings(amqp_url=url, queue_name=queue, csv_f
 
 @pytest.mark.parametrize("point", ["read", "sent", "confirmed", "removed", "emptied"])
 async def test_a_replay_that_is_killed_loses_none(settings: ConsumerSettings, point: str, tmp_path: Path) -> None:
-    """A page is repeated at most, under the same ids. Every line of the file is whole at that moment."""
+    """At most one page is repeated, under the same ids. Every line of the file is whole at that moment."""
     count = 600
     append(settings.csv_file, [poison(number) for number in range(count)])
     command = [sys.executable, "-c", KILL_SWITCH, point, settings.amqp_url, settings.queue_name, settings.csv_file]
@@ -319,7 +321,7 @@ async def test_a_replay_into_a_full_queue_keeps_the_rest(
 ) -> None:
     monkeypatch.setattr(replay, "QUEUE_ARGUMENTS", {"x-max-length": 300, "x-overflow": "reject-publish"})
     append(settings.csv_file, [poison(number) for number in range(1000)])
-    with pytest.raises(StartupError, match="takes no more messages"):
+    with pytest.raises(StartupError, match="accepts no more messages"):
         await replay.replay(settings)
     os.close(replay._take(str(file_of(settings.csv_file))))  # it has let go of the file
     left = letters_in(Path(f"{file_of(settings.csv_file)}.replay"))
@@ -332,7 +334,7 @@ async def test_a_second_replay_is_refused_with_one_line(settings: ConsumerSettin
     append(settings.csv_file, [poison(1)])
     fd = replay._take(str(file_of(settings.csv_file)))
     try:
-        with pytest.raises(StartupError, match="another replay, or the consumer, works on it"):
+        with pytest.raises(StartupError, match="another replay, or the consumer, is using it"):
             await replay.replay(settings)
     finally:
         os.close(fd)
@@ -354,7 +356,7 @@ async def test_a_damaged_line_is_published_as_it_is(settings: ConsumerSettings) 
 def test_a_replay_beside_a_consumer_ends_with_rows(
     broker: RabbitMQ, queue_name: str, consumer: Start, settings: ConsumerSettings
 ) -> None:
-    """What was corrected by hand becomes rows, once each; what is still no event comes back to the file."""
+    """What was corrected by hand becomes rows, once each; what is still not an event returns to the file."""
     service = consumer()
     publish(broker.url, queue_name, [b"poison %d" % number for number in range(700)])
     path = file_of(service.csv_file)
@@ -387,7 +389,7 @@ async def test_what_is_wrong_with_a_replay_is_one_line(
 
 
 async def test_the_commands_work_on_every_partition(settings: ConsumerSettings, tmp_path: Path) -> None:
-    """Or on those that PARTITION names."""
+    """With PARTITION, they work on those that it names."""
     for partition in range(3):
         append(str(tmp_path / f"data.{partition}.csv"), [poison(partition), poison(partition + 10)])
     listed = await asyncio.to_thread(run, settings, "--dead-letters", PARTITIONS="3")
@@ -400,7 +402,7 @@ async def test_the_commands_work_on_every_partition(settings: ConsumerSettings, 
             assert await waiting(settings.amqp_url, f"{settings.queue_name}.{partition}") == 2
 
 
-async def test_a_replay_needs_no_queue_before(settings: ConsumerSettings) -> None:
+async def test_a_replay_declares_the_queue(settings: ConsumerSettings) -> None:
     append(settings.csv_file, [poison(1)])
     assert await replay.replay(settings) == 0
     async with channel(settings.amqp_url) as opened:  # declared as the consumer does

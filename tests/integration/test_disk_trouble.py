@@ -1,4 +1,4 @@
-"""The store on a real disk in trouble: full, limited, read-only, not ours. It stays whole, and continues."""
+"""The store on a real disk in trouble: full, limited, read-only, not ours. The file stays whole, and work continues."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(disk: Path, free_pages: int) -> Path:
-    """Fills the disk but for `free_pages` with one file, and returns it."""
+    """Fill the disk except for `free_pages` with one file, and return it."""
     ballast = disk / "ballast"
     with ballast.open("wb", buffering=0) as file:
         try:
@@ -62,7 +62,7 @@ def fill(disk: Path, free_pages: int) -> Path:
 
 @pytest.mark.parametrize("free_pages", range(9))
 def test_on_a_full_disk_an_append_leaves_the_file_whole(disk: Path, free_pages: int) -> None:
-    """It fails, and works once there is space."""
+    """The append fails, and succeeds once there is space."""
     store = open_store(disk)
     store.append(ROW, [message_id(0)])
     before = (disk / "data.csv").read_bytes()
@@ -118,7 +118,7 @@ def test_rotation_on_a_full_disk_continues_with_space(disk: Path) -> None:
 
 
 def test_compression_never_keeps_rows_from_the_disk(disk: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Its part fills the disk in the middle of an append: it ends, and the rows are stored by the next try."""
+    """Its temporary file fills the disk during an append. It gives up, and the next attempt stores the rows."""
     store = Store.open(str(disk / "data.csv"), 1000, 10, log, rotate_gzip=True)
     noise = b"".join(b"%s;c;2024;license;frame;0.5;cat\r\n" % os.urandom(3000).hex().encode() for _ in range(17))
     store.append(noise, [message_id(0)])  # a hundred kilobytes that compress to fifty
@@ -152,7 +152,7 @@ def test_compression_never_keeps_rows_from_the_disk(disk: Path, caplog: pytest.L
 
 
 def test_compression_on_a_full_disk_leaves_no_part(disk: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """And what a crash left of it is removed by the next start, whatever is switched on then."""
+    """The next start removes what a crash left of it, regardless of the settings."""
     store = open_store(disk)
     noise = b"".join(b"%s;c;2024;license;frame;0.5;cat\r\n" % os.urandom(3000).hex().encode() for _ in range(17))
     store.append(noise, [message_id(0)])
@@ -161,7 +161,7 @@ def test_compression_on_a_full_disk_leaves_no_part(disk: Path, caplog: pytest.Lo
     store.close()
     ballast = fill(disk, 3)
     store = Store.open(str(disk / "data.csv"), 1000, 10, log, rotate_gzip=True)
-    wait_until("it is told", lambda: "it is tried again after the next rotation or start" in caplog.text)
+    wait_until("it is logged", lambda: "it is tried again after the next rotation or start" in caplog.text)
     store.append(ROW, [message_id(2)])
     store.close()
     ballast.unlink()
@@ -200,7 +200,7 @@ def in_a_process_of_its_own(action: Callable[[], None]) -> None:
 
 @pytest.mark.parametrize("room", [0, 1, len(ROW), 2 * len(ROW) - 1])
 def test_at_a_file_size_limit_a_short_write_is_taken_back(tmp_path: Path, room: int) -> None:
-    """And all is written later."""
+    """Later, all of it is written."""
 
     def limited() -> None:
         store = open_store(tmp_path)

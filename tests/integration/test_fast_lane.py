@@ -1,4 +1,4 @@
-"""The fast lane against a real broker: what stock aiormq does with the same messages, the lane does too."""
+"""The fast lane against a real broker: the lane does what plain aiormq does with the same messages."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SIZES = [0, 1, 500, 131_063, 131_064, 131_065, 400_000]  # around frame_max - 8,
 
 
 class Lane:
-    """A link through the fast lane, with all that it hears."""
+    """A link through the fast lane, with all that it receives."""
 
     def __init__(self, link: Link, heard: Heard, queue_name: str) -> None:
         self.link = link
@@ -67,7 +67,6 @@ def confirmed(confirms: list[Confirm]) -> set[int]:
 async def test_messages_of_any_size_arrive_as_through_plain_aiormq(
     broker: RabbitMQ, queue_name: str, publish_by: str, consume_by: str
 ) -> None:
-    """Messages of any size arrive the same through lane and stock."""
     sent = bodies()
     lane = await Lane.open(broker.url, queue_name)
     await declare(lane.link.channel, queue_name, QUEUE_ARGUMENTS)
@@ -118,7 +117,7 @@ async def test_acks_settle_what_they_cover_and_the_rest_comes_again(broker: Rabb
 
 
 async def test_tags_count_from_one_even_if_blocked_at_once(broker: RabbitMQ, queue_name: str) -> None:
-    """Confirms are on before the first event, although their answer is not waited for."""
+    """Confirms are on before the first event, although it does not wait for their answer."""
     blocked = asyncio.Event()
     blocked.set()
     heard = Heard()
@@ -146,7 +145,7 @@ async def test_a_nack_of_the_broker_arrives_as_one(broker: RabbitMQ, queue_name:
 
 
 async def test_a_message_for_a_missing_queue_ends_the_link(broker: RabbitMQ, queue_name: str) -> None:
-    """A message for a missing queue ends the link and its ack counts for nothing."""
+    """The broker acks the message that it returned, and that ack counts for nothing."""
     lane = await Lane.open(broker.url, queue_name)
     lane.publish(b"x", 1)
     async with asyncio.timeout(10):
@@ -156,7 +155,7 @@ async def test_a_message_for_a_missing_queue_ends_the_link(broker: RabbitMQ, que
 
 
 async def test_any_end_of_a_link_is_noticed_at_once(broker: RabbitMQ, queue_name: str) -> None:
-    """A deleted queue a closed channel and a cut connection are noticed at once."""
+    """The ends are a deleted queue, a closed channel and a cut connection."""
     async with aiormq.connect(broker.url) as connection:
         other = await connection.channel()
         for trouble, words in (("delete", "cancelled"), ("ack", "unknown delivery tag"), ("cut", "closed")):
@@ -196,7 +195,7 @@ async def test_idle_and_busy_connections_outlive_many_heartbeats(broker: RabbitM
 
 
 async def test_the_lane_verifies_tls_with_its_own_ca(broker: RabbitMQ, queue_name: str) -> None:
-    """The lane works over TLS with its own CA and never without verifying."""
+    """Without that CA, the certificate is refused."""
     url, ca_file = f"amqps://guest:guest@127.0.0.1:{broker.tls_port}/", broker.ca_file
     with pytest.raises(NoLink, match=r"certificate is refused.*cafile"):
         await open_link(url, "test", Heard())

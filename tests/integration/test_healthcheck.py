@@ -1,4 +1,4 @@
-"""The image's health check, against processes that are alive in every state that they can be in."""
+"""The image's health check, against live processes in every state that they can be in."""
 
 import os
 import signal

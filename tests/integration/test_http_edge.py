@@ -1,4 +1,4 @@
-"""Clients that are slow, greedy, half-dead or hostile: each gets what it deserves, and no other one notices."""
+"""Clients that are slow, greedy, half-dead or hostile: each gets what it deserves, and no other client notices."""
 
 from __future__ import annotations
 
@@ -53,7 +53,6 @@ def reset(client: socket.socket) -> None:
 
 @pytest.mark.parametrize(("token", "body_bytes", "status"), [("right", 9_000_000, 413), ("wrong", 8_000_000, 401)])
 def test_a_client_that_reads_last_gets_its_refusal(producer: Start, token: str, body_bytes: int, status: int) -> None:
-    """A client that reads only when all is sent gets its refusal."""
     service = producer(API_TOKEN="right")
     client = http.client.HTTPConnection(service.url.removeprefix("http://"), timeout=20)
     client.request("POST", "/process", b"x" * body_bytes, {"Authorization": f"Bearer {token}"})
@@ -62,7 +61,6 @@ def test_a_client_that_reads_last_gets_its_refusal(producer: Start, token: str, 
 
 
 def test_counts_do_not_depend_on_how_a_request_is_cut(producer: Start) -> None:
-    """What is counted does not depend on how a request is cut."""
     service = producer(API_TOKEN="right")
     whole = request()
     for cut in (len(whole), whole.index(b"\r\n\r\n") + 4):
@@ -81,7 +79,7 @@ def test_the_answer_to_a_refused_head_has_no_content(producer: Start) -> None:
     assert answer.endswith(b"\r\n\r\n")
 
 
-def test_half_a_request_behind_an_end_is_not_waited_for(producer: Start) -> None:
+def test_half_a_request_after_an_end_is_not_waited_for(producer: Start) -> None:
     with connected(producer(), timeout=10) as client:  # half of the time that a body has
         client.sendall(request() + request()[:-1])
         client.shutdown(socket.SHUT_WR)
@@ -99,7 +97,7 @@ def test_half_a_request_behind_an_end_is_not_waited_for(producer: Start) -> None
         b"GET /healthz HTTP/1.1\r\nHost: h\nX: y\r\n\r\n",
     ],
 )
-def test_nothing_behind_an_ambiguous_request_is_ever_answered(shared: Service, smuggler: bytes) -> None:
+def test_nothing_after_an_ambiguous_request_is_ever_answered(shared: Service, smuggler: bytes) -> None:
     with connected(shared) as client:
         client.sendall(
             b"GET /healthz HTTP/1.1\r\nHost: h\r\n\r\n" + smuggler + b"GET /readyz HTTP/1.1\r\nHost: h\r\n\r\n"
@@ -158,7 +156,7 @@ def test_hostile_bodies_do_not_stall_the_others(shared: Service) -> None:
     ]
 
     def slowest() -> float:
-        """Seconds of the slowest answer to another client while these bodies come."""
+        """Return the seconds of the slowest answer to another client while these bodies come."""
         done, most = threading.Event(), 0.0
 
         def attack() -> list[int]:
@@ -180,7 +178,7 @@ def test_hostile_bodies_do_not_stall_the_others(shared: Service) -> None:
 
 
 def test_clients_that_vanish_leave_nothing_behind(shared: Service) -> None:
-    """Aborted in the head, in the body, before the answer, half-open, in a flood: counted before and after."""
+    """They abort in the head, in the body, before the answer, half-open, and in a flood."""
     pid = shared.process.pid
     fds = Path(f"/proc/{pid}/fd")
 
@@ -233,7 +231,7 @@ def test_a_reset_in_a_full_pipeline_hangs_nobody(shared: Service) -> None:
 
 
 def test_a_stop_answers_every_pipelined_request(producer: Start) -> None:
-    """A stop answers every pipelined request and waits for no half sent one."""
+    """It does not wait for one that was half sent."""
     service = producer(SHUTDOWN_TIMEOUT_MS=30_000)
     with connected(service) as whole, connected(service) as half:
         half.sendall(request()[:-5])

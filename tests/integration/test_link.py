@@ -1,4 +1,4 @@
-"""One connection kept up for ever: cut, cancelled or refused at any moment, it comes back or ends, and never hangs."""
+"""One connection kept up forever: cut, cancelled or refused at any moment, it comes back or ends, and never hangs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ AT_ONCE = 8  # connections kept up side by side
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No pause between attempts, and no account of aiormq's, as in production."""
+    """Make no pause between attempts, and drop aiormq's log, as in production."""
     monkeypatch.setattr(link_module, "BACKOFF_FIRST_SECONDS", 0.0)
     for name in ("aiormq", "aiormq.connection", "aiormq.channel"):
         monkeypatch.setattr(logging.getLogger(name), "level", logging.CRITICAL)
@@ -66,7 +66,7 @@ class Kept(Heard):
         self.downs.append(reason)
 
     async def until_connected_through(self, proxy: Proxy) -> None:
-        """Until it is connected and all cuts are behind it; raises what keep_up raised."""
+        """Wait until it is connected and no cut is left; raise what keep_up raised."""
         while proxy.cuts or not self.connected.is_set() or self._link is None or self._link.lane.lost is not None:
             if self.task.done():
                 self.task.result()
@@ -75,7 +75,7 @@ class Kept(Heard):
     async def end(self) -> None:
         self.task.cancel()
         done, _ = await asyncio.wait({self.task}, timeout=5)
-        assert done, "a cancelled keep_up goes on"
+        assert done, "a cancelled keep_up continues"
 
 
 @asynccontextmanager
@@ -88,7 +88,7 @@ async def kept(url: str, queue_name: str) -> AsyncIterator[Kept]:
 
 
 async def set_up_bytes(broker: RabbitMQ, queue_name: str) -> int:
-    """What the broker says from the first byte of the handshake to the last of the set-up."""
+    """Count what the broker sends from the first byte of the handshake to the last of the set-up."""
     async with Proxy(broker.port) as proxy, kept(proxy.url, queue_name) as one:
         await one.until_connected_through(proxy)
         return proxy.passed_bytes
@@ -101,7 +101,7 @@ async def test_cut_at_any_byte_of_the_set_up_it_ends_connected(broker: RabbitMQ,
     async def through_every(first: int) -> None:
         async with Proxy(broker.port, reset) as proxy:
             # From the end to the start of the list the place grows: until the last one, no set-up was ever complete,
-            # so that each cut is one of those after which keep_up may give up.
+            # so that each cut is one of those after which keep_up can give up.
             proxy.cuts = list(range(first, total + 1, AT_ONCE))[::-1]
             async with kept(proxy.url, queue_name) as one:
                 await one.until_connected_through(proxy)
@@ -114,7 +114,7 @@ async def test_cut_at_any_byte_of_the_set_up_it_ends_connected(broker: RabbitMQ,
 async def test_cancelled_at_any_turn_of_the_loop_after_a_cut_it_ends(
     broker: RabbitMQ, queue_name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It ends, and asyncio has nothing to log about a task whose exception nobody looked at."""
+    """asyncio has nothing to log about a task whose exception nobody looked at."""
     total = await set_up_bytes(broker, queue_name)
     for place in range(10):
         for turns in range(20):
@@ -150,7 +150,7 @@ async def test_cancelled_at_any_turn_after_a_loss_in_a_call_it_ends(broker: Rabb
                 await asyncio.sleep(0)
             task.cancel()
             done, _ = await asyncio.wait({task}, timeout=5)
-            assert done, f"cancelled {turns} turns after the loss, it goes on"
+            assert done, f"cancelled {turns} turns after the loss, it continues"
             assert task.cancelled()
 
 
@@ -162,7 +162,7 @@ async def test_a_missing_certificate_file_is_one_line_that_names_it(key: str, qu
             await one.task
 
 
-async def test_a_refused_port_is_waited_for_and_said_once(
+async def test_a_refused_port_is_waited_for_and_logged_once(
     broker: RabbitMQ, queue_name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     attempts = 0
@@ -195,7 +195,7 @@ async def test_a_refused_port_is_waited_for_and_said_once(
 
 
 class Hosts:
-    """Two hosts that never answer, one that refuses, and a broker behind a proxy that may be cut."""
+    """Two hosts that never answer, one that refuses, and a broker behind a proxy that can be cut."""
 
     def __init__(self, broker: RabbitMQ) -> None:
         self.proxy = Proxy(broker.port)
@@ -262,7 +262,7 @@ async def test_hosts_that_are_all_gone_are_one_line(broker: RabbitMQ, monkeypatc
 async def test_an_unresolvable_name_delays_within_bounds(
     broker: RabbitMQ, queue_name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The name of a dead container, for example. Its look-up is one for all: uvloop has two threads for them."""
+    """An example is the name of a dead container. All share one look-up, since uvloop has two threads for them."""
     bound(monkeypatch, 0.1, 5.0)
     loop = asyncio.get_running_loop()
     getaddrinfo, answered = loop.getaddrinfo, asyncio.Event()
@@ -292,7 +292,7 @@ async def test_an_unresolvable_name_delays_within_bounds(
 
 
 class Peer:
-    """A server that is no broker. It counts its clients."""
+    """A server that is not a broker. It counts its clients."""
 
     def __init__(self, answer: bytes = b"", tls: ssl.SSLContext | None = None) -> None:
         self.clients = 0
@@ -314,10 +314,10 @@ class Peer:
 
 
 @pytest.mark.parametrize("answer", [b"", b"\0", b"HTTP/1.1 400 Bad Request\r\n\r\n", b"\x01\0\0\0\0\0\4\0\0\0\0\xce"])
-async def test_a_peer_that_is_no_broker_is_one_line_and_waited_for(
+async def test_a_peer_that_is_not_a_broker_is_logged_and_waited_for(
     answer: bytes, broker: RabbitMQ, queue_name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """HAProxy without a live backend accepts and closes. Two hosts in turn do not make it a line each time."""
+    """HAProxy without a live backend accepts and closes. With two hosts in turn, it is still not a line each time."""
     caplog.set_level(logging.INFO)
     async with asyncio.timeout(30), Peer(answer) as first, Peer(answer) as second, Proxy(broker.port) as proxy:
         ports = first.port, second.port
@@ -333,7 +333,7 @@ async def test_a_peer_that_is_no_broker_is_one_line_and_waited_for(
         await one.end()
 
 
-async def test_a_fault_of_our_own_is_named_and_traced(
+async def test_a_bug_of_our_own_is_named_with_its_traceback(
     broker: RabbitMQ, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Faulty(Heard):
@@ -376,12 +376,12 @@ async def test_each_tls_trouble_is_named(trouble: str, words: str, broker: Rabbi
 
 
 async def test_a_login_that_the_broker_lacks_is_named(broker: RabbitMQ) -> None:
-    with pytest.raises(StartupError, match=r"offers no login but .*PLAIN.*; correct .auth="):
+    with pytest.raises(StartupError, match=r"offers only these logins: .*PLAIN.*; correct .auth="):
         await open_link(f"{broker.url}?auth=external", "test", Heard())
 
 
 async def test_cancelling_closes_the_connection_in_order(broker: RabbitMQ, queue_name: str) -> None:
-    """What was sent last, an ack perhaps, arrives."""
+    """What was sent last, perhaps an ack, arrives."""
     async with asyncio.timeout(30), kept(broker.url, queue_name) as one:
         await one.connected.wait()
         assert one._link is not None

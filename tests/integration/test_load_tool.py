@@ -1,4 +1,4 @@
-"""The load tool as a user runs it: it drives both processes, and its verdict on the CSV can be trusted."""
+"""The load tool as a user runs it: it drives both processes, and its verdict on the CSV is right."""
 
 import json
 import subprocess
@@ -14,8 +14,8 @@ def load(producer: Service, *arguments: str) -> subprocess.CompletedProcess[str]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
 
-def test_runs_at_once_are_verified_each_by_itself(producer: Start, consumer: Start, tmp_path: Path) -> None:
-    """Every accepted event is verified, small or large; every answer is logged; a lost row is told."""
+def test_simultaneous_runs_are_verified_separately(producer: Start, consumer: Start, tmp_path: Path) -> None:
+    """Every accepted event is verified, small or large; every answer is logged; a lost row is reported."""
     target, csv, log = producer(), consumer().csv_file, tmp_path / "answers.jsonl"
     runs = (
         ("--events", "2000", "--retries", "--verify", str(csv), "--log", str(log)),
@@ -35,7 +35,7 @@ def test_runs_at_once_are_verified_each_by_itself(producer: Start, consumer: Sta
     assert {answer["status"] for answer in answers} == {200}
 
 
-def test_a_producer_that_is_not_there_is_one_line(nobodys_port: int) -> None:
+def test_a_producer_that_is_not_running_is_one_line(nobodys_port: int) -> None:
     command = [sys.executable, "-m", "scripts.load", "--url", f"http://127.0.0.1:{nobodys_port}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1

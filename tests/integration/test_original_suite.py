@@ -1,4 +1,4 @@
-"""The original's own test, over real HTTP: 1,000 calls; but each row is compared with what was sent."""
+"""The original's own test over real HTTP, 1,000 calls; here each row is compared with what was sent."""
 
 import asyncio
 import time

@@ -43,7 +43,7 @@ def committed(path: Path) -> bytes:
 
 
 def ends_of_rows(content: bytes) -> set[int]:
-    """Where a CSV can end so that it has whole rows, and the header."""
+    """Return where a CSV can end so that it has the header and whole rows."""
     assert content.startswith(CSV_HEADER)
     return {match.end() for match in re.finditer(rb'(?:[^"\r]|"[^"]*")*\r\n', content)}
 
@@ -101,7 +101,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 class Readers:
-    """A thread that reads again and again; `outputs` are the results in order."""
+    """A thread that reads repeatedly; `outputs` are the results in order."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -127,7 +127,7 @@ class Readers:
 
 
 def test_each_output_is_whole_rows_and_a_prefix_of_later_ones(disk: Path) -> None:
-    """Under load, with kills and a full disk."""
+    """This is under load, with kills and a full disk."""
     path = disk / "data.csv"
     Store.open(str(path), 1000, 10, log).close()
     ballast = disk / "ballast"
@@ -171,7 +171,7 @@ def stored(path: Path) -> Store:
 
 @pytest.mark.parametrize("stopped", [True, False])
 def test_what_is_not_committed_is_not_read(tmp_path: Path, stopped: bool) -> None:
-    """And the CSV needs no consumer."""
+    """The reader needs no consumer."""
     path = tmp_path / "data.csv"
     store = stored(path)
     if stopped:
@@ -196,7 +196,7 @@ def test_the_file_for_readers_is_one_line_of_json(tmp_path: Path) -> None:
 def test_without_its_mark_a_reader_waits_for_the_consumer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: str
 ) -> None:
-    """Then it is refused with one line. A start writes the mark."""
+    """After a while it is refused with one line. A start writes the mark."""
     monkeypatch.setattr(reader, "_PATIENCE_SECONDS", 0.1)
     path, mark = tmp_path / "data.csv", tmp_path / "data.csv.committed"
     store = stored(path)

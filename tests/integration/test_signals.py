@@ -1,4 +1,4 @@
-"""Signals to real processes, at moments when they have no handler yet or no longer."""
+"""Signals to real processes, at moments when there is no handler yet or no longer."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def storm(service: Service) -> Iterator[None]:
     ids=str,
 )
 def test_sighup_never_ends_a_process(name: str, settings: dict[str, int], producer: Start, consumer: Start) -> None:
-    """From its first import to its exit code. The interpreter's own start, some 20 ms, is not ours."""
+    """This is from the first import to the exit code. The interpreter's own start, about 20 ms, is not ours."""
     service = (producer if name == "producer" else consumer)(wait=False, **settings)
     wait_until("it ignores SIGHUP", lambda: ignores_sighup(service.process.pid), explain=service.log)
     with storm(service):
@@ -100,7 +100,7 @@ sys.exit(run.main())
 
 @pytest.mark.parametrize("stubborn", ["producer", "broker"])
 def test_make_run_ends_at_once_on_a_second_interrupt(stubborn: str, tmp_path: Path) -> None:
-    """What does not stop is killed then, at whatever moment of the stop, and no traceback is shown."""
+    """Whatever does not stop is then killed, at any moment of the stop, and no traceback is shown."""
     log = tmp_path / "log"
     with log.open("wb") as output:
         command = [sys.executable, "-c", MAKE_RUN, stubborn]

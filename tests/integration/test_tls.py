@@ -28,7 +28,7 @@ def issue(authority: trustme.CA, folder: Path) -> None:
 def ask(
     service: Service, authority: trustme.CA, method: str = "GET", path: str = "/readyz", body: bytes | None = None
 ) -> tuple[int, bytes]:
-    """Status, and the serial number of the certificate that was shown."""
+    """Return status, and the serial number of the certificate that was shown."""
     context = ssl.create_default_context()
     authority.configure_trust(context)
     port = int(service.url.rpartition(":")[2])
@@ -43,7 +43,6 @@ def ask(
 
 
 def test_sighup_loads_a_new_certificate_and_keeps_a_good_one(producer: Start, tmp_path: Path) -> None:
-    """Https serves and sighup brings the new certificate while a broken one keeps the old."""
     authority = trustme.CA()
     issue(authority, tmp_path)
     service = producer(wait=False, TLS_CERT=tmp_path / "cert.pem", TLS_KEY=tmp_path / "key.pem")

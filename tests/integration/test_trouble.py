@@ -1,6 +1,6 @@
-"""Trouble with the disk, the broker and the network: both processes say so, lose and double nothing, and come back.
+"""Trouble with the disk, the broker and the network: both processes report it, lose and duplicate nothing, and recover.
 
-Real processes under a steady load; at the end every answer is compared with the CSV.
+They are real processes under a steady load. At the end, every answer is compared with the CSV.
 """
 
 import asyncio
@@ -34,7 +34,7 @@ from tests.rabbitmq import RabbitMQ
 from tests.support import polling
 from tests.support.polling import wait_until
 
-RECOVERY_SECONDS = 40.0  # of which we may need a few; the rest is for a busy machine
+RECOVERY_SECONDS = 40.0  # a few are needed; the rest is for a busy machine
 HEARTBEAT = "?heartbeat=1"
 
 
@@ -45,7 +45,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     disk.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(disk)]
     if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode != 0:
-        pytest.skip("only root may mount a small file system; the limit on the file's size is tested anyway")
+        pytest.skip("only root can mount a small file system; the limit on the file's size is tested anyway")
     yield disk
     subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
@@ -73,7 +73,7 @@ class Traffic:
         return self.load.ledger.accepted_events
 
     def wait_for_more(self, count: int = 50) -> None:
-        """Until so many more events are accepted."""
+        """Wait until this many more events are accepted."""
         wanted = self.accepted + count
         until("events are accepted", lambda: self.accepted >= wanted)
 
@@ -81,7 +81,7 @@ class Traffic:
         self._thread.finish(now=True)
 
     def assert_exactly_once(self) -> None:
-        """Ends the load; every accepted event gets to the CSV, once."""
+        """End the load; check that every accepted event gets to the CSV, once."""
         self.end()
         until("every accepted event is in the CSV", lambda: not self._verdict().lost.count)
         assert self.accepted == len(self.load.ledger)
@@ -109,12 +109,12 @@ def until_lost(service: Service, connections: int) -> None:
 
 
 def limit_file_size(service: Service, size_bytes: int) -> None:
-    """Writes beyond it fail, the one that crosses it in its middle. Leave some room for the service's log."""
+    """Let writes beyond it fail, the one that crosses it in its middle. Leave some room for the service's log."""
     resource.prlimit(service.process.pid, resource.RLIMIT_FSIZE, (size_bytes, resource.RLIM_INFINITY))
 
 
 def messages(node: RabbitMQ, queue_name: str) -> int:
-    """In the queue; the broker counts those of quorum queues every few seconds."""
+    """Count the messages in the queue. The broker counts those of quorum queues every few seconds."""
     lines = node.ctl("list_queues", "--no-table-headers", "name", "messages").splitlines()
     return {name: int(count) for name, count in (line.split("\t") for line in lines)}[queue_name]
 
@@ -133,7 +133,7 @@ def test_a_standby_takes_over_within_seconds_of_a_kill(producer: Start, consumer
     traffic.assert_exactly_once()
 
 
-def test_a_full_disk_is_told_and_waited_out(small_disk: Path, producer: Start, consumer: Start) -> None:
+def test_a_full_disk_is_reported_and_waited_out(small_disk: Path, producer: Start, consumer: Start) -> None:
     csv = small_disk / "data.csv"
     storing = consumer(CSV_FILE=csv)
     traffic = Traffic(producer(), csv)
@@ -149,13 +149,15 @@ def test_a_full_disk_is_told_and_waited_out(small_disk: Path, producer: Start, c
     traffic.assert_exactly_once()
 
 
-def test_a_start_on_a_full_disk_is_told_once_and_waited_out(small_disk: Path, producer: Start, consumer: Start) -> None:
+def test_a_start_on_a_full_disk_is_logged_once_and_waited_out(
+    small_disk: Path, producer: Start, consumer: Start
+) -> None:
     csv = small_disk / "data.csv"
     traffic = Traffic(producer(), csv)
     traffic.wait_for_more()
     filler = filled(small_disk)
     starting = consumer(CSV_FILE=csv, wait=False)
-    until("the trouble is told", lambda: "cannot store" in starting.log())
+    until("the trouble is logged", lambda: "cannot store" in starting.log())
     until_not_ready(starting, "No space left on device; free some space")
     traffic.wait_for_more()
     filler.unlink()
@@ -167,7 +169,7 @@ def test_a_start_on_a_full_disk_is_told_once_and_waited_out(small_disk: Path, pr
 def test_a_stop_ends_the_wait_for_a_disk_that_is_full(small_disk: Path, consumer: Start) -> None:
     filled(small_disk)
     starting = consumer(CSV_FILE=small_disk / "data.csv", wait=False)
-    until("the trouble is told", lambda: "cannot store" in starting.log())
+    until("the trouble is logged", lambda: "cannot store" in starting.log())
     starting.process.send_signal(signal.SIGTERM)
     assert starting.process.wait(10) == 0
 
@@ -221,7 +223,6 @@ def test_an_event_too_large_for_the_broker_disturbs_no_other(producer: Start, co
 
 
 def test_a_new_connection_takes_nothing_during_disk_trouble(producer: Start, consumer: Start, node: RabbitMQ) -> None:
-    """While nothing can be stored a new connection takes nothing."""
     posting, storing = producer(AMQP_URL=node.url), consumer(AMQP_URL=node.url)
     traffic = Traffic(posting, storing.csv_file)
     traffic.wait_for_more()
@@ -253,7 +254,7 @@ def test_a_killed_broker_keeps_what_it_confirmed(producer: Start, consumer: Star
 
 
 def test_a_silent_broker_is_left_and_found_again(producer: Start, consumer: Start, node: RabbitMQ) -> None:
-    """A broker that is silent for longer than the heartbeat is left and found again."""
+    """It is silent for longer than the heartbeat."""
     posting, storing = producer(AMQP_URL=node.url + HEARTBEAT), consumer(AMQP_URL=node.url + HEARTBEAT)
     traffic = Traffic(posting, storing.csv_file)
     traffic.wait_for_more()
@@ -267,7 +268,7 @@ def test_a_silent_broker_is_left_and_found_again(producer: Start, consumer: Star
 
 
 async def test_no_200_after_the_end_of_a_drain_is_a_lie(producer: Start, broker: RabbitMQ) -> None:
-    """Late confirms, of events that were answered 504, answer no event that was published after those."""
+    """Late confirms of events that were answered 504 confirm no event that was published after them."""
     event = json.dumps(EVENT).encode()
     request = b"POST /process HTTP/1.1\r\nHost: h\r\nContent-Length: %d\r\n\r\n%b" % (len(event), event)
     async with Proxy(broker.port) as proxy:
@@ -315,7 +316,7 @@ async def test_the_health_port_answers_until_the_end(producer: Start, broker: Ra
 
 
 async def test_secrets_in_files_are_read_again_on_sighup(producer: Start, broker: RabbitMQ, tmp_path: Path) -> None:
-    """New tokens at once, a new AMQP_URL with the next connection. A file that cannot be used changes nothing."""
+    """New tokens count at once, a new AMQP_URL from the next connection on. A bad file changes nothing."""
     event, token_file, url_file = json.dumps(EVENT).encode(), tmp_path / "token", tmp_path / "url"
 
     async def status(token: str) -> int:
@@ -363,7 +364,7 @@ def test_a_memory_alarm_refuses_events_until_it_ends(producer: Start, consumer: 
 def test_a_deleted_queue_is_declared_again_by_both(
     producer: Start, consumer: Start, node: RabbitMQ, queue_name: str
 ) -> None:
-    """A queue deleted under a live consumer is made again by both."""
+    """It is deleted while the consumer is connected."""
     posting, storing = producer(AMQP_URL=node.url), consumer(AMQP_URL=node.url)
     node.ctl("delete_queue", queue_name)
     traffic = Traffic(posting, storing.csv_file)
@@ -409,10 +410,10 @@ def test_a_consumer_that_the_broker_ends_comes_back(producer: Start, consumer: S
     traffic.assert_exactly_once()
 
 
-def test_a_flush_interval_beyond_the_broker_s_patience_stores(
+def test_a_flush_interval_beyond_consumer_timeout_stores(
     producer: Start, consumer: Start, impatient_node: RabbitMQ
 ) -> None:
-    """FLUSH_INTERVAL_MS longer than consumer_timeout: no endless 406, but rows."""
+    """FLUSH_INTERVAL_MS is longer than consumer_timeout. There are rows, and no endless 406."""
     posting = producer(AMQP_URL=impatient_node.url)
     storing = consumer(AMQP_URL=impatient_node.url, FLUSH_INTERVAL_MS=9000)
     assert call(posting, "POST", "/process", json.dumps(EVENT).encode(), Content_Type="application/json")[0] == 200
@@ -423,7 +424,7 @@ def test_a_flush_interval_beyond_the_broker_s_patience_stores(
 def test_fifty_reconnects_drop_and_dead_letter_no_message(
     producer: Start, consumer: Start, broker: RabbitMQ, queue_name: str
 ) -> None:
-    """Fifty reconnects with a full prefetch lose no message, and dead-letter none."""
+    """Each reconnect is with a full prefetch."""
     traffic = Traffic(producer(EVENTS_PER_MESSAGE=1), Path())
     traffic.wait_for_more(100)
     traffic.end()

@@ -24,12 +24,12 @@ def event(device: str = "device", frame: str = "frame") -> bytes:
 
 
 def event_line(event_id: str, device: str = "device") -> bytes:
-    """The same as a line of a message with several events."""
+    """The same event as a line of a message with several events."""
     return b'{"message_id":"%b",' % event_id.encode() + event(device)[1:]
 
 
 def delivery(tag: int, body: bytes = b"", redelivered: bool = False, **properties: Any) -> Delivery:
-    """A delivered message; without a `body`, of an event of its own."""
+    """A delivered message; without a `body`, it has an event of its own."""
     body = body or event(f"device-{tag}")
     properties = {"message_id": f"{tag:032x}"} | properties
     header = ContentHeader(body_size=len(body), properties=Basic.Properties(**properties))
@@ -42,7 +42,7 @@ def group(tag: int, *lines: bytes, redelivered: bool = False, **properties: Any)
 
 
 def publish(url: str, queue_name: str, bodies: list[bytes], **properties: Any) -> None:
-    """Declare the queue, and publish until all is confirmed."""
+    """Declare the queue, publish, and wait until all is confirmed."""
 
     async def run() -> None:
         async with aiormq.connect(url) as connection:

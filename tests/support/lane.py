@@ -1,4 +1,4 @@
-"""Links without a broker, and listeners that keep what they hear."""
+"""Links without a broker, and listeners that keep what they get."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Heard:
 
 
 class FakeLane:
-    """What a FastLane does for those who send. Make it while a loop runs."""
+    """What a FastLane does for a sender. Make it while a loop runs."""
 
     def __init__(self) -> None:
         self.sent: list[bytes] = []
@@ -75,7 +75,7 @@ class FakeLane:
 
 
 class FakeChannel:
-    """Answers at once, and notes what it was asked. `waiting` and `consumers` are what a passive declare tells."""
+    """A channel that answers at once, and notes the calls. A passive declare returns `waiting` and `consumers`."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []

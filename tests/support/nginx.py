@@ -47,14 +47,14 @@ http {{
 
 @contextlib.contextmanager
 def nginx(directory: Path, urls: list[str], keep_alive: bool) -> Iterator[str]:
-    """The URL of an nginx in front of `urls`; `keep_alive` is of its connections to them."""
+    """The URL of an nginx in front of `urls`; `keep_alive` is for its connections to them."""
     assert PROGRAM is not None
     directory.mkdir()
     port = free_port()
     (directory / "nginx.conf").write_text(
         _CONFIGURATION.format(
             directory=directory,
-            user="user root;" if os.geteuid() == 0 else "",  # the test's folder is nobody else's
+            user="user root;" if os.geteuid() == 0 else "",  # no other user can read the test's folder
             port=port,
             servers=" ".join(f"server {url.removeprefix('http://')};" for url in urls),
             keepalive="keepalive 32;" if keep_alive else "",

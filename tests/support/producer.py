@@ -102,12 +102,12 @@ class FakeProducer:
         self._connection.connection_made(self._transport)
 
     def send(self, *requests: bytes) -> list[Answer]:
-        """Send requests on the one connection, run the loop until it is idle; the answers that came."""
+        """Send requests on the one connection, and run the loop until it is idle. Return the answers."""
         self._connection.data_received(b"".join(requests))
         return self.run()
 
     def run(self) -> list[Answer]:
-        """Run the loop until it is idle; the answers that came since the last time."""
+        """Run the loop until it is idle. Return the answers since the last call."""
         while self._soon:
             self._soon.pop(0)()
         answers, data = [], bytes(self._transport.sent)
@@ -123,11 +123,11 @@ class FakeProducer:
         return answers
 
     def confirm(self, tag: int, ok: bool = True, multiple: bool = False, partition: int = 0) -> list[Answer]:
-        """The broker confirms; the answers that this brings."""
+        """Confirm as the broker does. Return the answers that this brings."""
         self.publishers[partition].confirms([Confirm(tag, multiple, ok)])
         self.publishers[partition].sweep()
         return self.run()
 
     def refusals(self, reason: str) -> float:
-        """How many events were refused for this reason."""
+        """Return how many events were refused for this reason."""
         return self.counters.metrics.values[self.counters.refusals[reason]]

@@ -25,7 +25,7 @@ class Published(NamedTuple):
 
 
 def published(sent: bytes) -> list[Published]:
-    """Return the messages in a stream of whole frames that publishes and does nothing else."""
+    """Return the messages in a stream of whole frames that only publishes."""
     messages: list[Published] = []
     header, body, wanted, at = b"", b"", 0, 0
     while at < len(sent):
@@ -37,7 +37,7 @@ def published(sent: bytes) -> list[Published]:
         elif kind == 3:
             body += payload
         if kind != 1 and len(body) == wanted:
-            id_at = 14 + 1 + header[14] + 1  # behind flags, content-type and delivery-mode
+            id_at = 14 + 1 + header[14] + 1  # after flags, content-type and delivery-mode
             content_type = header[15 : 15 + header[14]].decode()
             messages.append(Published(content_type, header[id_at + 1 : id_at + 1 + header[id_at]], body))
     return messages

@@ -1,4 +1,4 @@
-"""A transport without a socket, for unit tests of protocols: it keeps what it is told."""
+"""A transport without a socket, for unit tests of protocols: it keeps the calls."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class FakeTransport(asyncio.Transport):
         self.closing = self.aborted = self.ended = False
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
-        assert not self.ended, "written behind the end of the stream"
+        assert not self.ended, "written after the end of the stream"
         if not self.closing:
             self.sent += data
 

@@ -1,4 +1,4 @@
-"""AMQP URLs with one host or several, and that nothing of a bad one is ever shown."""
+"""AMQP URLs with one host or several. Nothing of a bad one is ever shown."""
 
 import asyncio
 
@@ -63,7 +63,7 @@ def test_every_host_of_a_url_is_found(url: str, hosts: list[tuple[str, int]]) ->
         "amqp://u:p@h/secret" + "%F0%9F%90%87" * 64,
     ],
 )
-def test_what_is_no_url_is_refused_without_its_text(url: str) -> None:
+def test_what_is_not_a_url_is_refused_without_its_text(url: str) -> None:
     with pytest.raises(AddressError) as refusal:
         parse_address(url)
     assert "secret" not in str(refusal.value)
@@ -83,8 +83,8 @@ def test_one_host_at_a_time_is_a_url_for_aiormq() -> None:
     st.text(alphabet="aé:,/[]1=%.&2F_-+~€", max_size=20),
     st.sampled_from(["", "?heartbeat=5", "?timeout=3", "?name=x", "?auth=external", "?cafile=é"]),
 )
-def test_what_is_taken_never_fails_in_aiormq(user: str, hosts: str, vhost: str, query: str) -> None:
-    """Or it would be a traceback at every attempt to connect."""
+def test_what_is_accepted_never_fails_in_aiormq(user: str, hosts: str, vhost: str, query: str) -> None:
+    """Otherwise there would be a traceback at every attempt to connect."""
     try:
         address = parse_address(f"amqp://{user}@{hosts}/{vhost}{query}")
     except AddressError:

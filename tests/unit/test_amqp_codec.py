@@ -89,7 +89,7 @@ control = st.one_of(
 
 @st.composite
 def streams(draw: st.DrawFn) -> list[Frame]:
-    """Frames as a broker may send them: those of one message in order, those of other channels anywhere between."""
+    """Frames as a broker can send them: those of one message in order, those of other channels anywhere between."""
     lanes = [
         [frame for item in draw(st.lists(content(channel) | single(channel), max_size=4)) for frame in item]
         for channel in (HOT_CHANNEL, 2)
@@ -111,7 +111,7 @@ def split(data: bytes, cuts: list[int]) -> list[bytes]:
 
 
 def by_pamqp(stream: list[Frame]) -> tuple[list[Delivery], list[Confirm], list[Notice], bytes, list[str | None]]:
-    """What the decoder must find, from pamqp's own frames."""
+    """Return what the decoder must find, from pamqp's own frames."""
     deliveries, confirms, notices, cold, ids = [], [], [], b"", []
     method: object = None
     header: ContentHeader | None = None
@@ -188,7 +188,7 @@ def test_a_body_is_published_without_a_copy(frame_max: int) -> None:
 @pytest.mark.parametrize("content_type", [JSON, NDJSON])
 @pytest.mark.parametrize("size", [1, 55, 56, 57, 112, 113, 1000])
 def test_pamqp_reads_a_published_message_of_any_size(size: int, content_type: bytes) -> None:
-    """A published message is what pamqp reads with no frame above frame max."""
+    """No frame is above frame_max."""
     body = bytes(range(256)) * 4
     encoder = PublishEncoder("predictions", 64 + 64, content_type)
     data = b"".join(encoder.encode(body[:size], b"a" * 32, packed_seconds(1_700_000_000)))
@@ -216,8 +216,8 @@ def test_pamqp_reads_a_published_message_of_any_size(size: int, content_type: by
     assert max(sizes[2:]) <= 128
 
 
-def test_a_header_above_frame_max_is_taken_cut_anywhere() -> None:
-    """RabbitMQ does not split it, and adds to it: x-death, for example, to a header that just fitted."""
+def test_a_header_above_frame_max_is_read_cut_anywhere() -> None:
+    """RabbitMQ does not split it, and adds to it: for example x-death, to a header that just fitted."""
     big = commands.Basic.Properties(message_id="m", headers={"x": "y" * 5000})
     frames = [commands.Basic.Deliver("t", 1, True, "", "q"), ContentHeader(body_size=1, properties=big)]
     data = b"".join(wire((1, frame)) for frame in [*frames, ContentBody(b"x")])
@@ -242,7 +242,7 @@ def test_an_ack_is_what_pamqp_writes() -> None:
         (b"\x02\x00\x02\x00\x10\x00\x00", "frame_max"),
         (b"\x02\x00\x01\x01\x00\x00\x00", "frame_max"),
         (b"\x15\x03\x01\x00\x02\x02\x46", "TLS"),
-        (b"AMQP\x00\x00\x09\x00", "no AMQP 0-9-1"),
+        (b"AMQP\x00\x00\x09\x00", "it speaks another protocol"),
         (wire((1, commands.Basic.Deliver("t", 1, False, "", "q"))) * 2, "inside a message"),
         (wire((1, commands.Basic.Deliver("t", 1, False, "", "q"))) + wire((1, ContentBody(b"x"))), "unexpected frame"),
         (
@@ -253,7 +253,7 @@ def test_an_ack_is_what_pamqp_writes() -> None:
         ),
     ],
 )
-def test_what_is_not_amqp_is_refused_not_guessed(stream: bytes, what: str) -> None:
+def test_what_is_not_amqp_is_refused_and_not_guessed(stream: bytes, what: str) -> None:
     decoder = FrameDecoder()
     decoder.frame_max = 4096
     with pytest.raises(FrameError, match=what):
@@ -271,13 +271,13 @@ def test_what_is_not_amqp_is_refused_not_guessed(stream: bytes, what: str) -> No
         ((0, commands.Connection.Close(320, "CONNECTION_FORCED", 0, 0)), Notice("lost", "closed: CONNECTION_FORCED")),
     ],
 )
-def test_the_end_of_a_channel_is_noticed_and_handed_on(frame: Frame, notice: Notice) -> None:
+def test_the_end_of_a_channel_is_noticed_and_passed_on(frame: Frame, notice: Notice) -> None:
     decoder = FrameDecoder()
     assert decoder.feed(wire(frame)) == wire(frame)
     assert decoder.notices == [notice]
 
 
-def test_an_empty_message_id_is_none() -> None:
+def test_an_empty_message_id_is_no_id() -> None:
     properties = commands.Basic.Properties(message_id="x", delivery_mode=2)
     header = wire((1, ContentHeader(body_size=1, properties=properties)))[7:-1]
     assert message_id_of(header) == b"x"

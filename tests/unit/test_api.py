@@ -68,7 +68,7 @@ def test_without_a_broker_an_event_is_503_that_names_no_address() -> None:
 
 
 def test_retry_after_varies_and_is_longer_without_a_broker() -> None:
-    """So that ten thousand devices do not come back in the same second."""
+    """Ten thousand devices must not return in the same second."""
     producer = FakeProducer()
     producer.publishers[0].down("cut")
     answers = [answer for _ in range(100) for answer in producer.send(post("/process", an_event()))]
@@ -112,7 +112,7 @@ def test_a_batch_waits_for_the_window_and_leaves_half_of_it() -> None:
     assert producer.send(batch(10)) == []
     assert producer.publishers[0].unconfirmed == 4
     single = producer.send(post("/process", an_event("single")), GET_READY)
-    assert single == []  # behind the batch on this connection; not refused
+    assert single == []  # after the batch on this connection; not refused
     assert producer.publishers[0].unconfirmed == 5
     answers = [answer for tag in range(1, 12) for answer in producer.confirm(tag)]
     assert [answer.status for answer in answers] == [200, 200, 200]
@@ -169,7 +169,7 @@ def test_a_key_gives_each_event_of_a_batch_its_own_lasting_id() -> None:
 
 
 def test_events_of_one_turn_share_a_message_and_its_confirm() -> None:
-    """Pipelined requests and those of a batch, which is read a turn later. Each has its own answer and is counted."""
+    """There are pipelined requests, and a batch, which is read a turn later. Each event is answered and counted."""
     producer = FakeProducer(events_per_message=64)
     singles = [post("/process", an_event(f"d{number}")) for number in range(3)]
     assert producer.send(*singles, post("/process/batch", [an_event("b1"), an_event("b2")])) == []
@@ -200,8 +200,8 @@ def test_a_scrape_behind_the_events_of_its_connection_loses_no_count() -> None:
         ("/process/batch", "text/plain", "application/json, application/x-ndjson"),
     ],
 )
-def test_content_that_a_page_does_not_take_is_415(path: str, content_type: str, accept: str) -> None:
-    """JSON lines are taken for a batch only."""
+def test_content_that_a_route_does_not_accept_is_415(path: str, content_type: str, accept: str) -> None:
+    """NDJSON is accepted for a batch only."""
     (answer,) = FakeProducer().send(post(path, an_event(), Content_Type=content_type))
     assert (answer.status, answer.fields["accept"]) == (415, accept)
 
@@ -362,7 +362,7 @@ def test_a_preflight_is_answered_for_a_listed_origin_only() -> None:
 
 
 def test_answers_vary_by_origin_where_origins_are_listed() -> None:
-    """A cache must not give one origin what another was answered."""
+    """A cache must not give one origin the answer to another."""
     page = "GET /openapi.json HTTP/1.1\r\nHost: h\r\n{}\r\n"
     for origin in ("", "Origin: https://dash.example\r\n", "Origin: https://evil.example\r\n"):
         (answer,) = FakeProducer(cors_origins="https://dash.example").send(page.format(origin).encode())
@@ -374,7 +374,7 @@ def test_answers_vary_by_origin_where_origins_are_listed() -> None:
 
 
 def test_the_host_of_the_target_counts_before_the_field() -> None:
-    """So RFC 9112 section 3.2.2; else ALLOWED_HOSTS would judge by a name that was not called."""
+    """RFC 9112 section 3.2.2 says so. Otherwise ALLOWED_HOSTS would judge by a name that was not called."""
     for target, host, status in (("a.example", "b.example", 200), ("b.example", "a.example", 403)):
         (answer,) = FakeProducer(allowed_hosts="a.example").send(
             f"GET http://{target}/openapi.json HTTP/1.1\r\nHost: {host}\r\n\r\n".encode()
@@ -407,13 +407,13 @@ def test_a_stop_that_is_announced_is_not_ready_but_takes_events() -> None:
 
 
 def readiness(producer: FakeProducer) -> tuple[int, str]:
-    """The status of /readyz, and what it says of partitions that take no events."""
+    """Return the status of /readyz, and what it says about partitions that take no events."""
     (answer,) = producer.send(GET_READY)
     return answer.status, answer.content.get("detail") or answer.content.get("down", "")
 
 
 def test_readyz_is_200_while_one_partition_takes_events() -> None:
-    """A load balancer that took the producer out would take it from the healthy partitions as well."""
+    """A load balancer that took the producer out would also take it from the healthy partitions."""
     producer = FakeProducer(partitions=4)
     producer.api.tick(0)
     assert readiness(producer) == (200, "")
@@ -431,7 +431,7 @@ def test_readyz_is_200_while_one_partition_takes_events() -> None:
 
 
 def test_a_start_is_ready_once_every_partition_is() -> None:
-    """Else a rolling restart would answer 503 for a moment. One that stays down does not stop the others for ever."""
+    """Otherwise a rolling restart would answer 503 for a moment. One that stays down delays the others only."""
     producer = FakeProducer(partitions=4)
     producer.publishers[1].down("not connected yet")
     producer.api.tick(0)
@@ -440,7 +440,7 @@ def test_a_start_is_ready_once_every_partition_is() -> None:
     assert readiness(producer)[0] == 200
 
 
-def test_the_only_partition_that_is_down_is_503_without_a_number() -> None:
+def test_the_only_partition_that_is_down_is_503_without_number() -> None:
     producer = FakeProducer()
     producer.api.tick(0)
     producer.publishers[0].down("cut")
@@ -448,7 +448,7 @@ def test_the_only_partition_that_is_down_is_503_without_a_number() -> None:
 
 
 def test_the_largest_batch_is_within_the_bound_on_memory() -> None:
-    """With MAX_BODY_BYTES of 64 MiB, a batch above 32 MiB was 503 forever, though nothing else was there."""
+    """With MAX_BODY_BYTES of 64 MiB, a batch above 32 MiB was always 503, though nothing else was there."""
     for mib in (8, 64):
         settings = ProducerSettings(max_body_bytes=mib << 20)
         assert limits_of(settings, 100).buffered_bytes > PARSED_FACTOR * settings.max_body_bytes

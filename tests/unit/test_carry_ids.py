@@ -1,4 +1,4 @@
-"""What is stored is known in every CSV of a new number of partitions."""
+"""Every CSV of a new number of partitions knows what is stored."""
 
 import logging
 from pathlib import Path
@@ -64,7 +64,7 @@ def test_a_running_consumer_is_named(tmp_path: Path, capsys: pytest.CaptureFixtu
     lock = Lock(csv_files(csv, 4)[2])
     assert lock.acquire()
     assert carry(csv, 1, 4) == 1
-    assert f"a consumer of {csv_files(csv, 4)[2]} runs: stop all consumers first" in capsys.readouterr().err
+    assert f"a consumer of {csv_files(csv, 4)[2]} is running: stop all consumers first" in capsys.readouterr().err
     assert not Path(csv_files(csv, 4)[0]).exists()
     lock.release()
 
@@ -78,7 +78,7 @@ def test_a_corrupt_journal_is_one_line(tmp_path: Path, capsys: pytest.CaptureFix
     assert f"{csv}.journal: no whole line; start the consumer once" in capsys.readouterr().err
 
 
-def test_nothing_to_carry_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_to_carry_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert carry(str(tmp_path / "data.csv"), 4, 1) == 1
     assert "nothing to carry" in capsys.readouterr().err
 

@@ -1,4 +1,4 @@
-"""The checker of the load tool and of the chaos run: it finds each fault, and no fault in a good file."""
+"""The checker of the load tool and of the chaos run: it finds each fault, and none in a good file."""
 
 import csv
 import io
@@ -71,14 +71,14 @@ def test_a_part_of_an_event_of_unknown_outcome_is_torn() -> None:
 
 
 @pytest.mark.parametrize("distance", [0, 500], ids=["at once", "later"])
-def test_an_event_that_is_there_twice_is_doubled(distance: int) -> None:
+def test_an_event_that_is_there_twice_is_duplicated(distance: int) -> None:
     rows = all_rows()
     at = rows.index(EVENTS.rows(KEYED)[0]) + distance
     at = next(i for i in range(at, len(rows)) if rows[i].startswith(EVENTS.id(KEYED)) or distance)
     assert counts(judge([*rows[:at], *EVENTS.rows(KEYED), *rows[at:]])) == {"duplicated": 1}
 
 
-def test_one_row_that_is_there_twice_is_doubled_and_torn() -> None:
+def test_one_row_that_is_there_twice_is_duplicated_and_torn() -> None:
     assert counts(judge([*all_rows(), EVENTS.rows(KEYED)[0]])) == {"duplicated": 1, "torn": 1}
 
 
@@ -86,7 +86,7 @@ CUTS: dict[str, Callable[[bytes], int]] = {
     "in the prefix of its id": lambda row: 1,
     "in its id": lambda row: 5,
     "in a quoted cell": lambda row: row.index(b';"') + 3,
-    "behind a quoted cell": lambda row: row.index(b";", row.index(b'"', row.index(b';"') + 2)),
+    "after a quoted cell": lambda row: row.index(b";", row.index(b'"', row.index(b';"') + 2)),
     "before the line end": lambda row: len(row) - 2,
 }
 
@@ -118,7 +118,7 @@ def test_a_changed_cell_is_a_foreign_row_and_a_lost_event() -> None:
     assert counts(judge(rows)) == {"foreign": 1, "lost": 1, "torn": 1}
 
 
-def test_a_row_that_is_right_but_for_the_dialect_is_a_finding() -> None:
+def test_a_row_in_another_dialect_is_a_finding() -> None:
     rows = all_rows()
     rows[-1] = rows[-1].replace(b"\r\n", b"\n")
     assert not judge(rows).holds
@@ -158,7 +158,6 @@ def test_copies_allowed_follow_from_the_answers_and_the_key(
 
 
 def test_events_depend_on_seed_and_number_only() -> None:
-    """Events depend on seed and number only and never look like one another."""
     again = Events(seed=7, keyless_every=4, large_every=150)
     assert [again.body(n) for n in range(COUNT)] == [EVENTS.body(n) for n in range(COUNT)]
     assert len(set(all_rows())) == len(all_rows())

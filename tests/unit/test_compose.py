@@ -1,4 +1,4 @@
-"""The compose files: closed by default, loud without secrets, and made of files that exist."""
+"""The compose files: closed by default, refusing to start without secrets, and made of files that exist."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ CLUSTER: dict[str, Any] = yaml.safe_load((FOLDER / "compose.cluster.yaml").read_
 SECRETS: dict[str, Any] = yaml.safe_load((FOLDER / "secrets.yaml").read_text())
 
 
-def test_as_it_is_only_this_machine_reaches_the_trial() -> None:
+def test_by_default_only_this_machine_reaches_the_trial() -> None:
     ports = [port for service in TRIAL["services"].values() for port in service.get("ports", [])]
     assert len(ports) == 4
     assert all(re.match(r"127\.0\.0\.1:|\$\{HTTP_BIND:-127\.0\.0\.1\}:", port) for port in ports)
 
 
 def test_the_cluster_does_not_start_without_secrets() -> None:
-    """No default for a cookie, and passwords and tokens are files that only make-secrets makes."""
+    """The cookie has no default, and passwords and tokens are files that only make-secrets makes."""
     text = (FOLDER / "compose.cluster.yaml").read_text()
     assert re.findall(r"\$\{(\w+)[:}]", text) == ["RABBITMQ_COOKIE", "HTTP_PORT"]
     assert "${RABBITMQ_COOKIE:?" in text

@@ -52,7 +52,7 @@ def consumer(*argv: str, **environ: str) -> ConsumerSettings:
     return made(ConsumerSettings, *argv, **environ)
 
 
-def test_the_defaults_are_the_contract_s() -> None:
+def test_the_defaults_are_the_contracts() -> None:
     ours = producer()
     assert (ours.amqp_url, ours.queue_name) == ("amqp://guest:guest@localhost:5672/", "predictions")
     assert (ours.http_host, ours.http_port, ours.max_body_bytes, ours.workers) == ("127.0.0.1", 8000, 8 * 2**20, 1)
@@ -76,7 +76,7 @@ def test_an_empty_variable_is_an_unset_one() -> None:
     assert producer(HTTP_PORT="", LOG_LEVEL="").http_port == 8000
 
 
-def test_rabbitmq_host_is_the_original_s_way_and_amqp_url_wins() -> None:
+def test_rabbitmq_host_is_the_originals_and_amqp_url_wins() -> None:
     assert producer(RABBITMQ_HOST="broker").amqp_url == "amqp://guest:guest@broker:5672/"
     assert producer(RABBITMQ_HOST="broker", AMQP_URL="amqp://a:b@c/").amqp_url == "amqp://a:b@c/"
 
@@ -113,7 +113,7 @@ def test_a_switch_needs_no_value() -> None:
 
 
 @pytest.mark.parametrize("value", ["nan", "high", "inf"])
-def test_a_threshold_that_is_no_number_is_refused(value: str) -> None:
+def test_a_threshold_that_is_not_a_number_is_refused(value: str) -> None:
     with pytest.raises(SettingError, match="LOW_PROB_THRESHOLD"):
         consumer(LOW_PROB_THRESHOLD=value)
 
@@ -154,7 +154,7 @@ def test_a_secret_is_the_text_of_its_file() -> None:
 
 @pytest.mark.parametrize("name", SECRETS)
 @pytest.mark.parametrize("path", ["/run/missing", "/run/empty", "/run/words", "/run/binary"])
-def test_a_secret_file_that_is_no_use_is_named(name: str, path: str) -> None:
+def test_a_secret_file_that_cannot_be_used_is_named(name: str, path: str) -> None:
     with pytest.raises(SettingError, match=f"^{name.upper()}_FILE is '{path}'") as error:
         producer(**{f"{name}_file".upper(): path})
     assert "hidden" not in str(error.value)

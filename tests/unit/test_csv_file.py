@@ -27,8 +27,8 @@ def encode(rows: list[list[str]]) -> bytes:
 
 
 @given(st.lists(st.lists(cells, min_size=2, max_size=3), max_size=6), st.data())
-def test_a_torn_file_ends_behind_its_last_whole_row(rows: list[list[str]], data: st.DataObject) -> None:
-    """Torn at any byte."""
+def test_a_torn_file_ends_after_its_last_whole_row(rows: list[list[str]], data: st.DataObject) -> None:
+    """It is torn at any byte."""
     ends = [len(encode(rows[:count])) for count in range(len(rows) + 1)]
     whole = encode(rows)
     torn = whole[: data.draw(st.integers(0, len(whole)), "length")]
@@ -36,7 +36,7 @@ def test_a_torn_file_ends_behind_its_last_whole_row(rows: list[list[str]], data:
 
 
 def test_the_end_of_rows_is_found_in_linear_time() -> None:
-    """Also when a quote is never closed."""
+    """That holds even when a quote is never closed."""
     lines = b"a;b\r\n" * 200_000
     assert rows_end(io.BytesIO(lines + b'"' + lines)) == len(lines)
 
@@ -77,7 +77,7 @@ def test_nothing_is_cut_when_setting_aside_fails(tmp_path: Path, monkeypatch: py
 
 
 def test_a_second_consumer_cannot_open_the_file(tmp_path: Path) -> None:
-    """Even without a lock file."""
+    """That holds even without a lock file."""
     path = str(tmp_path / "data.csv")
     file = CsvFile(path)
     with pytest.raises(OSError, match="is in use by another consumer"):
@@ -93,7 +93,6 @@ def test_a_device_is_refused(special: str) -> None:
 
 
 def test_a_file_is_in_place_until_its_path_names_another(tmp_path: Path) -> None:
-    """Or none."""
     path = tmp_path / "data.csv"
     file = CsvFile(str(path))
     assert file.is_at(str(path))
@@ -113,7 +112,6 @@ def test_a_free_name_is_never_taken(tmp_path: Path) -> None:
 
 
 def test_a_compressed_file_replaces_the_plain_one(tmp_path: Path) -> None:
-    """With the same bytes."""
     path, part = tmp_path / "data-1.csv", str(tmp_path / "data.csv.gz.part")
     path.write_bytes(content := b"a;b\r\n" * 500_000)
     compress(str(path), part)
@@ -125,7 +123,7 @@ def test_a_compressed_file_replaces_the_plain_one(tmp_path: Path) -> None:
 def test_compression_that_dies_at_any_step_can_be_run_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    """It leaves a whole file."""
+    """There is a whole file after each step."""
     path, part = tmp_path / "data-1.csv", str(tmp_path / "data.csv.gz.part")
     packed = tmp_path / "data-1.csv.gz"
     path.write_bytes(content := b"a;b\r\n" * 1000)
@@ -141,7 +139,7 @@ def test_compression_that_dies_at_any_step_can_be_run_again(
 
 
 def test_folders_are_made_up_to_the_root(tmp_path: Path) -> None:
-    """An existing one is fine."""
+    """An existing folder is fine."""
     make_directory(str(tmp_path / "a" / "b" / "c"))
     make_directory(str(tmp_path / "a" / "b" / "c"))
     assert (tmp_path / "a" / "b" / "c").is_dir()

@@ -34,7 +34,7 @@ PROMTOOL = shutil.which("promtool")
 
 
 def names_in(expression: str) -> set[str]:
-    """The metrics that a PromQL expression reads, a histogram's without its suffix; fails on a syntax error."""
+    """Return the metrics that a PromQL expression reads, a histogram's without its suffix. Fail on a syntax error."""
     promql_parser.parse(expression.replace("$__rate_interval", "5m"))
     words = set(re.findall(r"\b(?:predlog|process)_[a-z_]+", re.sub(r'"[^"]*"', '""', expression)))
     return {word if word in NAMES else re.sub(r"_(bucket|sum|count)$", "", word) for word in words}
@@ -52,7 +52,6 @@ def test_every_metric_is_on_the_dashboard() -> None:
 
 
 def test_the_dashboard_fits_any_data_source_name() -> None:
-    """The dashboard can be imported whatever the data source is called."""
     assert {"title", "uid", "schemaVersion", "panels", "templating"} <= DASHBOARD.keys()
     assert "id" not in DASHBOARD  # that of another Grafana would overwrite something
     variables = {variable["name"]: variable for variable in DASHBOARD["templating"]["list"]}
@@ -89,7 +88,7 @@ def test_alerts_tell_people_what_and_how_bad() -> None:
         assert rule["annotations"]["description"]
 
 
-# What makes each alert fire: series (promtool's notation, one value a minute) in which all is well but for the trouble.
+# What makes each alert fire: series (promtool's notation, one value per minute) in which all else is well.
 WELL = {
     'predlog_info{process="producer", version="1", job="p", instance="p1"}': "1x40",
     'predlog_info{process="consumer", version="1", job="c", instance="c1"}': "1x40",
@@ -149,7 +148,7 @@ def test_promtool_accepts_the_alert_rules() -> None:
     promtool("check", "rules", "--lint=all", "--lint-fatal", MONITORING / "alerts.yaml")
 
 
-def test_prometheus_takes_the_scrape_configuration() -> None:
+def test_prometheus_accepts_the_scrape_configuration() -> None:
     """The rule file that it names is next to it."""
     promtool("check", "config", MONITORING / "prometheus.yml")
 

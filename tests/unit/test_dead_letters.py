@@ -99,7 +99,7 @@ def test_a_line_cut_by_a_crash_takes_no_other_with_it(csv_file: str) -> None:
 
 
 @pytest.mark.parametrize("change", ["emptied", "deleted", "moved"])
-def test_who_changes_the_file_loses_no_later_letter(csv_file: str, change: str) -> None:
+def test_a_change_of_the_file_loses_no_later_letter(csv_file: str, change: str) -> None:
     path = Path(f"{csv_file}.dead-letters")
     append(csv_file, [poison(b"before")])
     if change == "emptied":
@@ -113,7 +113,7 @@ def test_who_changes_the_file_loses_no_later_letter(csv_file: str, change: str) 
 
 
 def test_a_letter_is_never_only_in_a_file_taken_away(csv_file: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The file is renamed during the append, which then writes again, under the same id."""
+    """The file is renamed during the append, which then writes again under the same id."""
     path = Path(f"{csv_file}.dead-letters")
     append(csv_file, [poison(b"before")])
 
@@ -130,7 +130,7 @@ def test_a_letter_is_never_only_in_a_file_taken_away(csv_file: str, monkeypatch:
 
 
 def test_while_a_replay_takes_the_file_an_append_fails(csv_file: str) -> None:
-    """So that it is repeated, and no half of a line is replayed."""
+    """The append is then repeated, and no half of a line is replayed."""
     append(csv_file, [poison(b"before")])
     with open(f"{csv_file}.dead-letters", "rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -142,7 +142,7 @@ def test_while_a_replay_takes_the_file_an_append_fails(csv_file: str) -> None:
 
 
 @pytest.mark.parametrize("make", [lambda path: path.mkdir(), lambda path: os.mkfifo(path)], ids=["folder", "fifo"])
-def test_what_is_no_file_is_an_error_that_names_it(csv_file: str, make: Any) -> None:
+def test_what_is_not_a_file_is_an_error_that_names_it(csv_file: str, make: Any) -> None:
     path = Path(f"{csv_file}.dead-letters")
     make(path)
     with pytest.raises(OSError, match="regular") as raised:

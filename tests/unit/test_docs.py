@@ -24,7 +24,7 @@ BOTH = {item.name for item in fields(config.Settings)}
 
 
 def rows(kind: type[config.Settings], left_out: frozenset[str] | set[str] = frozenset()) -> list[str]:
-    """The table of settings as the code has them, in its order."""
+    """Return the table of settings as the code has them, in its order."""
     found = []
     for item in fields(kind):
         default = config.DEFAULT_AMQP_URL if item.name == "amqp_url" else item.default
@@ -49,7 +49,7 @@ def rows_in(markdown: str) -> list[str]:
     ],
 )
 def test_the_settings_page_is_what_the_code_says(heading: str, expected: list[str]) -> None:
-    """Each setting with its default and its help, in the code's order; none that does not exist."""
+    """The page has each setting with its default and its help, in the code's order, and no other."""
     section = SETTINGS.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
     assert rows_in(section) == expected
 
@@ -67,7 +67,7 @@ def test_every_file_of_the_code_that_a_page_names_exists(page: Path) -> None:
 
 
 def defined_in(path: Path) -> set[str]:
-    """Functions, classes, and methods as `Class.method`."""
+    """Return functions, classes, and methods as `Class.method`."""
     defined = set()
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
@@ -97,7 +97,7 @@ def test_every_method_that_the_walk_of_an_event_names_exists() -> None:
 
 
 def test_what_pydantic_1_coerced_is_answered_as_documented() -> None:
-    """Each row of the table in docs/http.md, tried."""
+    """Each row of the table in docs/http.md is tried."""
     event = {
         "device_id": "a",
         "client_id": "b",
@@ -122,7 +122,7 @@ def test_what_pydantic_1_coerced_is_answered_as_documented() -> None:
 
 
 def anchors(page: Path) -> set[str]:
-    """The fragments that GitHub gives a page's headings."""
+    """Return the fragments that GitHub gives a page's headings."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 

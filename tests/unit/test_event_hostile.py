@@ -1,4 +1,4 @@
-"""No body of 8 MiB, whatever is in it, holds the event loop for long; big honest bodies are not taken for hostile."""
+"""No body of 8 MiB, whatever is in it, holds the event loop for long. Large honest bodies are accepted."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def list_of(item: bytes, count: int) -> bytes:
 
 
 def filled(template: bytes, filler: bytes) -> bytes:
-    """`template` with as many fillers in place of its `?` as fit a body."""
+    """`template` with as many fillers in place of its `?` as a body can have."""
     return template.replace(b"?", filler * ((BODY_BYTES - len(template)) // len(filler)))
 
 
@@ -106,7 +106,7 @@ def test_too_many_values_are_refused_before_parsing(make: Callable[[], bytes], m
     st.lists(st.tuples(st.sampled_from([b",", b"[", b":", b"A", b",A", b"[{,A"]), st.integers(0, 70_000)), max_size=5)
 )
 def test_values_are_counted_exactly(runs: list[tuple[bytes, int]]) -> None:
-    """The limit on values is exact, be they many or few in a stretch of the document."""
+    """It does not matter whether a stretch of the document has many or few."""
     body = b"".join(text * count for text, count in runs) + b"A" * UNBOUNDED_BYTES
     values = sum(body.count(char) for char in (b",", b":", b"[", b"{"))
     finish(bound_values(body, values))
@@ -178,7 +178,7 @@ COSTLY: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: an_event(PRED.replace(b'"a"', list_of(b'"a"', 50_000)), b"9" * 30),
         "string_type",
     ),
-    "a NUL in front of many tags": (lambda: with_tags(b'"\\u0000",' + list_of(b'"a"', 60_000)), "string_nul"),
+    "a NUL before many tags": (lambda: with_tags(b'"\\u0000",' + list_of(b'"a"', 60_000)), "string_nul"),
     "a NUL in each of many tags": (lambda: with_tags(list_of(b'"\\u0000"', 60_000)), "string_nul"),
     "100000 deep": (lambda: b"[" * 100_000, "json_invalid"),
     "100000 deep, closed": (
@@ -195,7 +195,7 @@ def test_a_costly_body_takes_no_long_stage(make: Callable[[], bytes], kind: str)
     assert kind_of(lambda: normalise_in_stages(body, MAX_PREDS)) == kind
 
 
-def test_the_list_of_faults_is_bounded_and_says_so() -> None:
+def test_the_list_of_faults_is_bounded_and_states_it() -> None:
     with pytest.raises(InvalidEvent) as caught:
         normalise_event(an_event(list_of(b"{}", MAX_PREDS)), MAX_PREDS)
     *listed, last = caught.value.faults
@@ -233,7 +233,7 @@ def test_without_a_limit_any_number_of_predictions_is_an_event() -> None:
 
 
 def batch_body(lines: bool, count: int, frame: str) -> bytes:
-    """A batch of `count` ordinary events, of five predictions of two tags."""
+    """A batch of `count` ordinary events, with five predictions of two tags each."""
     pred = PRED.replace(b'"f"', json.dumps(frame).encode()).replace(b'"a"', b'"cat","animal"')
     documents = [an_event(list_of(pred, 5), device_id=b'"camera-%d"' % number) for number in range(count)]
     return b"\n".join(documents) if lines else b"[" + b",".join(documents) + b"]"
@@ -252,7 +252,7 @@ COSTLY_BATCHES: dict[str, tuple[Callable[[], bytes], bool, str]] = {
     "NaN beside two-byte characters": (lambda: b'[NaN,"' + "é".encode() * 4_194_290 + b'"]', False, "json_invalid"),
     "names": (lambda: b"[{" + b",".join(b'"%035d":1' % n for n in range(BATCH_VALUES // 2 - 2)) + b"}]", False, "ok"),
     "tags, the last at fault": (lambda: b"[" + with_tags(list_of(b'"a"', 290_000) + b",1") + b"]", False, "ok"),
-    "a quote that is never closed in front of many values": (
+    "a quote that is never closed, before many values": (
         lambda: b'"\n' + b"\n".join([b'{"a":[' + list_of(b"[]", 83_000) + b"]}"] * 33),
         True,
         "ok",
@@ -263,7 +263,7 @@ COSTLY_BATCHES: dict[str, tuple[Callable[[], bytes], bool, str]] = {
     "one large line, all escaped": (lambda: filled(with_frame(b'"?"', b"null"), b"\\n"), True, "ok"),
     "an empty object in each line": (lambda: b"\n".join([b"{}"] * MAX_EVENTS), True, "ok"),
     "an empty object for each event": (lambda: b"[" + list_of(b"{}", MAX_EVENTS) + b"]", False, "ok"),
-    "lines beyond all measure": (lambda: b"\n" * BODY_BYTES, True, "json_too_large"),
+    "far too many lines": (lambda: b"\n" * BODY_BYTES, True, "json_too_large"),
 }
 
 
@@ -274,7 +274,7 @@ def test_a_costly_batch_takes_no_long_stage(make: Callable[[], bytes], lines: bo
 
 
 def test_an_object_for_a_batch_is_refused_with_a_hint_at_ndjson() -> None:
-    """Lines that are sent as application/json begin like one."""
+    """NDJSON that is sent as application/json begins like one."""
     for body in (batch_body(True, 3, "f"), b" {}"):
         with pytest.raises(InvalidEvent) as caught:
             list(normalise_batch(body, False, MAX_PREDS))

@@ -23,7 +23,7 @@ from tests.support.cells import split_tags
 THRESHOLD = 0.25
 NAMES = CSV_HEADER.decode().strip().split(";")
 
-# Mostly what the dialect gives a meaning to, and what readers like to guess about.
+# Mostly characters with a meaning in the dialect, and values that readers try to guess.
 NASTY = st.text(st.sampled_from(list(";,\"\r\n\0'\t \\#|é\u2028\ufeff😀a1")), max_size=6)
 WORDS = st.sampled_from(
     ["", "NA", "nan", "NULL", "null", "None", "1", "01", "1.0", "true", '""', "low_prob", "-", "\\N"]
@@ -117,14 +117,14 @@ def test_with_plain_tags_the_bytes_are_what_the_original_wrote(batch: list[Event
 @thorough
 @given(batch=st.lists(events(TEXT), max_size=3))
 def test_pandas_reads_back_every_event(batch: list[Event]) -> None:
-    """Cells are text here, not values to guess: dtype, keep_default_na."""
+    """The options dtype and keep_default_na make cells text, not values to guess."""
     frame = pandas.read_csv(io.BytesIO(file_of(batch)), sep=";", dtype=str, keep_default_na=False)
     assert list(frame.columns) == NAMES
     assert same(typed(frame.values.tolist()), expected_rows(batch))
 
 
 def read_with_duckdb(path: Path) -> list[list[Any]]:
-    """The dialect is said, not guessed. An empty cell comes as NULL, and stands for the empty string."""
+    """The dialect is stated, not guessed. An empty cell comes as NULL, and stands for the empty string."""
     relation = duckdb.execute(
         """SELECT COLUMNS(*) FROM read_csv(?, delim=';', quote='"', escape='"', header=true, auto_detect=false,
                columns={'device_id':'VARCHAR','client_id':'VARCHAR','created_at':'VARCHAR','license_id':'VARCHAR',
@@ -162,7 +162,7 @@ def test_normal_form_survives_the_queue(one: Event) -> None:
 @thorough
 @given(batch=st.lists(events(st.text(st.sampled_from('ab\u00e9;",\n'), max_size=3)), min_size=1, max_size=1))
 def test_what_another_publisher_laid_out_gives_the_same_rows(batch: list[Event]) -> None:
-    """Integers for ids and prob, unknown members, other order: the look closer finds what the quick look would."""
+    """It has integers for ids and prob, unknown members, another order. The slow path finds what the quick one does."""
     [one] = batch
     loose = json.dumps({"more": 1, **dict(reversed(list(one.items()))), "device_id": 7}, indent=1).encode()
     expected = encode_rows([{**one, "device_id": "7"}], THRESHOLD)
@@ -186,7 +186,7 @@ def test_no_row_is_made_of_what_is_not_an_event(fault: dict[str, object]) -> Non
 
 
 def test_readers_get_the_same_table_with_their_own_types() -> None:
-    """prob as a number, without any of the options above but the delimiter."""
+    """prob is a number. The only option is the delimiter."""
     batch = [
         {
             "device_id": "d",
@@ -204,7 +204,7 @@ def test_readers_get_the_same_table_with_their_own_types() -> None:
 
 
 def test_a_cell_beyond_pythons_field_limit_is_one_cell() -> None:
-    """csv.reader stops at 128 KiB unless told; a frame in base64 may be longer."""
+    """csv.reader stops at 128 KiB by default; a frame in base64 can be longer."""
     size = 200_000
     batch = [
         {

@@ -1,4 +1,4 @@
-"""One example of an event stands everywhere: in examples/, README, `make run`, compose.yaml and on the page."""
+"""The same example of an event is everywhere: in examples/, README, `make run`, compose.yaml and on the page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A free port is given out once: nobody takes it between the choice and the server's start."""
+"""A free port is given out once: no other process takes it between the choice and the server's start."""
 
 from __future__ import annotations
 

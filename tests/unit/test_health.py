@@ -54,7 +54,7 @@ def test_nothing_else_is_served(target: str, method: str, status: int) -> None:
     assert ask(Health(lambda: "", lambda: b""), target, method)[0] == status
 
 
-def test_each_partition_that_cannot_go_on_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_partition_that_cannot_continue_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     board = Board([2, 5])
     assert board.not_ready() == "partition 2: starting; partition 5: starting"
     board.report(0, "")

@@ -1,8 +1,8 @@
-"""Streams that went wrong in other servers: what those were told of, run against the whole API.
+"""Streams that misled other servers, as reported to their projects, run against the whole API.
 
 The numbers are of advisories, issues and changes of these projects. Advisories about HTTP/2, HTTP/3, WebSocket frames,
-forms, static files, clients, FastCGI, JWT and certificates do not apply: there is nothing of the kind here. What only
-shows when a stream comes in pieces is test_http_parser's, where every input is also cut at every byte.
+forms, static files, clients, FastCGI, JWT and certificates do not apply: predlog has none of these. What only
+shows when a stream comes in pieces is in test_http_parser, where every input is also cut at every byte.
 Each stream is followed by a good request, which must not be answered when it is unclear where the first one ends.
 """
 
@@ -94,22 +94,22 @@ REFUSED: dict[str, tuple[bytes, int]] = {
     "relative target: gunicorn 2026": (get(b"healthz"), 400),
     "very long target": (get(b"/" + b"a" * 70_000), 414),
     "very many fields": (get(b"/", *[b"a:"] * 5000), 431),
-    "data behind CONNECT: Envoy CVE-2025-64763, hypercorn 277": (b"CONNECT h:443 HTTP/1.1\r\nHost: h\r\n\r\n", 501),
+    "data after CONNECT: Envoy CVE-2025-64763, hypercorn 277": (b"CONNECT h:443 HTTP/1.1\r\nHost: h\r\n\r\n", 501),
     "preface of HTTP/2": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505),
     "refused before its body came": (b"POST /nowhere HTTP/1.1\r\nHost: h\r\nContent-Length: 1000\r\n\r\n", 404),
-    "behind a close": (get(b"/healthz", b"Connection: close"), 200),
+    "after a close": (get(b"/healthz", b"Connection: close"), 200),
 }
 
 
 def run(stream: bytes) -> tuple[list[int], bytes]:
-    """The statuses of what is answered to a stream with a good request behind it, and the answers."""
+    """Return the statuses and the answers for a stream with a good request after it."""
     delay = delay_of([stream + GOOD])
     assert delay.seconds < MOST_SECONDS
     return [int(status) for status in re.findall(rb"HTTP/1\.1 (\d{3}) ", delay.answers)], delay.answers
 
 
 @pytest.mark.parametrize(("stream", "status"), REFUSED.values(), ids=REFUSED)
-def test_nothing_is_answered_behind_what_misled_other_servers(stream: bytes, status: int) -> None:
+def test_nothing_is_answered_after_what_misled_other_servers(stream: bytes, status: int) -> None:
     statuses, answers = run(stream)
     assert statuses == [status]
     assert b"Connection: close" in answers
@@ -159,7 +159,7 @@ UNDERSTOOD: dict[str, tuple[bytes, int]] = {
 def test_what_is_clear_is_answered_and_so_is_the_next(
     stream: bytes, status: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Nothing of it is in a header or in the log."""
+    """Nothing of the stream is in a header or in the log."""
     statuses, answers = run(stream)
     assert statuses == [status, 200]
     assert b"Set-Cookie" not in answers
@@ -168,6 +168,6 @@ def test_what_is_clear_is_answered_and_so_is_the_next(
 
 
 def test_a_pipeline_without_end_holds_little() -> None:
-    """Of aiohttp CVE-2026-54273: requests were queued without a limit."""
+    """In aiohttp (CVE-2026-54273), requests were queued without a limit."""
     statuses, _ = run(GOOD * 5000)
     assert statuses == [200] * 5001

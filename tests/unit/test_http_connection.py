@@ -1,4 +1,4 @@
-"""Connections, seen through a transport that keeps what it is told; time is a number that the test sets."""
+"""Connections, seen through a transport that keeps the calls. Time is a number that the test sets."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Server:
         connection.connection_lost(None)
 
     def fill(self) -> list[FakeTransport]:
-        """All places are taken, by clients whose answers are due."""
+        """Take all places with clients whose answers are due."""
         transports = []
         for _ in range(self.state.limits.connections):
             connection, transport = self.connect()
@@ -110,7 +110,7 @@ def server() -> Server:
 
 
 def status(transport: FakeTransport) -> int:
-    """Of the last answer."""
+    """Return the status of the last answer."""
     return int(bytes(transport.sent).rpartition(b"HTTP/1.1 ")[2][:3])
 
 
@@ -138,7 +138,7 @@ def test_an_idle_client_with_an_unread_answer_is_cut_off(server: Server) -> None
     assert transport.aborted
 
 
-def test_a_close_waits_for_the_client_to_read_not_for_ever(server: Server) -> None:
+def test_a_close_waits_for_the_client_to_read_not_forever(server: Server) -> None:
     connection, transport = server.connect()
     transport.unsent = 100
     connection.data_received(LAST_GET)
@@ -197,7 +197,7 @@ def test_a_client_that_reads_nothing_has_nothing_more_handled(server: Server) ->
     connection, transport = server.connect()
     connection.data_received(LATER + GET * 50)
     transport.unsent = 100_000
-    server.waiting.pop().answer(200, b"large")  # with the answers behind it, as many as are handled at once
+    server.waiting.pop().answer(200, b"large")  # with the answers after it, as many as are handled at once
     connection.pause_writing()
     answers = bytes(transport.sent).count(b"HTTP/1.1 ")
     connection.data_received(GET * 50)
@@ -232,7 +232,7 @@ def test_silence_and_a_trickle_are_bounded() -> None:
     assert after_progress(100.0, 16_000, 105.0) == 101.0
 
 
-def test_the_newcomer_does_not_pay_for_who_stalls(server: Server) -> None:
+def test_the_newcomer_does_not_pay_for_a_stalled_client(server: Server) -> None:
     (small, _), (large, transport), (newcomer, new_transport) = server.connect(), server.connect(), server.connect()
     small.data_received(upload(500_000, 100_000))
     large.data_received(upload(900_000, 899_000))
@@ -263,7 +263,7 @@ def test_at_the_limit_the_longest_idle_connection_leaves(server: Server) -> None
 
 
 def test_a_newcomer_without_a_place_gets_503_at_once(server: Server) -> None:
-    """It can still send what it was about to: those that were refused are read for a while, so many of them."""
+    """It can still send what it was about to: a number of refused clients are read for a while."""
     others = server.fill()
     crowd = [server.connect() for _ in range(MOST_LEAVING)]
     for connection, transport in crowd:
@@ -289,7 +289,7 @@ def test_a_free_place_is_given_to_the_next(server: Server) -> None:
     assert not transport.closing
 
 
-def test_who_was_refused_and_lingers_gives_its_place_up_first(server: Server) -> None:
+def test_a_refused_client_that_lingers_leaves_first(server: Server) -> None:
     (refused, transport), *others = [server.connect() for _ in range(3)]
     refused.data_received(b"POST /none HTTP/1.1\r\nHost: h\r\nContent-Length: 7000000\r\n\r\n")
     server.now += 3
@@ -331,7 +331,7 @@ def test_no_more_than_a_few_half_heads_stay_for_their_answer() -> None:
 
 
 def test_a_refused_upload_is_read_to_its_end(server: Server) -> None:
-    """However large it is: a reset would destroy the refusal."""
+    """That holds however large it is: a reset would destroy the refusal."""
     connection, transport = server.connect()
     connection.data_received(b"POST /none HTTP/1.1\r\nHost: h\r\nContent-Length: 7000000\r\n\r\n")
     assert status(transport) == 404
@@ -345,7 +345,7 @@ def test_a_refused_upload_is_read_to_its_end(server: Server) -> None:
     assert transport.closing
 
 
-def test_a_stop_waits_for_the_next_request_of_who_was_active(server: Server) -> None:
+def test_a_stop_waits_for_the_next_request_of_active_clients(server: Server) -> None:
     connection, transport = server.connect()
     _, idle = server.connect()
     server.now += LAST_REQUEST_SECONDS + 1
@@ -372,7 +372,7 @@ def test_a_stop_lets_a_body_come_in_and_bounds_silence(server: Server) -> None:
 
 
 def test_a_stop_ends_a_pipeline_with_connection_close(server: Server) -> None:
-    """All that was handled is answered, however fast more comes. What comes behind it is read and dropped."""
+    """All that was handled is answered, however fast more comes. What comes after that is read and dropped."""
     connection, transport = server.connect()
     connection.data_received(LATER * 20 + GET[:5])
     server.state.drain()
@@ -390,7 +390,7 @@ def test_a_stop_ends_a_pipeline_with_connection_close(server: Server) -> None:
     assert transport.closing
 
 
-def test_who_connects_during_a_stop_is_answered(server: Server) -> None:
+def test_a_client_that_connects_during_a_stop_is_answered(server: Server) -> None:
     server.state.drain()
     connection, transport = server.connect()
     connection.data_received(GET)
@@ -414,7 +414,7 @@ def test_slow_pipelined_requests_give_the_loop_back(server: Server) -> None:
     assert transport.reading
 
 
-def test_cheap_pipelined_requests_give_the_loop_back_as_well(server: Server) -> None:
+def test_cheap_pipelined_requests_give_the_loop_back_too(server: Server) -> None:
     """Answers that free the pipeline do not begin a new slice."""
     server.slow_seconds = 0.0001
     connection, transport = server.connect()
@@ -462,7 +462,7 @@ def test_what_an_exchange_holds_counts_until_its_answer(server: Server) -> None:
         assert server.state.pool.held_bytes == 0
 
 
-def test_an_answer_behind_one_that_is_due_counts_as_memory(server: Server) -> None:
+def test_an_answer_after_one_that_is_due_counts_as_memory(server: Server) -> None:
     connection, _ = server.connect()
     connection.data_received(LATER + LATER)
     first, second = server.waiting
@@ -474,7 +474,7 @@ def test_an_answer_behind_one_that_is_due_counts_as_memory(server: Server) -> No
 
 
 def test_many_answers_at_once_give_the_loop_back() -> None:
-    """One confirm can answer thousands, each with a request behind it that costs less than a slice."""
+    """One confirm can answer thousands, each with a request after it that costs less than a slice."""
     server = Server(replace(LIMITS, connections=100, pipelined=1))
     for _ in range(50):
         connection, _ = server.connect()
@@ -487,8 +487,8 @@ def test_many_answers_at_once_give_the_loop_back() -> None:
     assert server.now - began > 0.049
 
 
-def test_who_waits_for_a_turn_does_not_count_as_stalled(server: Server) -> None:
-    """It is our delay, not the client's: its connection is not closed in favour of another."""
+def test_a_client_that_waits_for_a_turn_is_not_stalled(server: Server) -> None:
+    """The delay is ours, not the client's: its connection is not closed in favour of another."""
     (waiting, transport), (slow, _) = server.connect(), server.connect()
     server.slow_seconds = SILENT_SECONDS
     slow.data_received(GET)

@@ -1,4 +1,4 @@
-"""Any interleaving of pieces, answers, stalls and ends: answers in order, one each, and no memory stays counted."""
+"""Any interleaving of pieces, answers, stalls and ends: answers are in order, one each, and no memory stays counted."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Clock:
 
 
 class Recorder:
-    """Keeps its exchanges to answer them when it is told; answers /now and /slow, refuses /refused, breaks at /bug."""
+    """An application that keeps its exchanges until they are answered. /now, /slow, /refused and /bug do as named."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
@@ -152,7 +152,7 @@ class Client:
             self.state.drain()
 
     def finish(self) -> None:
-        """All that is left to come comes."""
+        """Deliver all that is left to come."""
         for _ in range(200):
             self.step("resume", 0)
             self.step("turn", 0)
@@ -176,14 +176,14 @@ class Client:
         self.transport.abort()
         self.connection.connection_lost(None)
         for exchange in self.application.waiting:
-            exchange.answer(200, b"too late")  # goes nowhere
+            exchange.answer(200, b"too late")  # is sent to nobody
         self.step("turn", 0)
         assert not self.state.pool.members
         assert self.state.pool.held_bytes == 0
 
 
 def in_order(client: Client) -> list[tuple[int, bytes, bytes]]:
-    """The final answers; fails unless they are those of the handled requests, in order, and at most one refusal."""
+    """Return the final answers. Fail unless they are of the handled requests, in order, and at most one refusal."""
     final = [answer for answer in client.answers() if answer[0] != 100]
     application = client.application
     assert len(application.checked) == len(set(application.checked)), "a request was checked twice"
@@ -193,7 +193,7 @@ def in_order(client: Client) -> list[tuple[int, bytes, bytes]]:
     assert set(numbers) <= set(application.handled)
     for position, (_, fields, _) in enumerate(final):
         if b"Connection: close" in fields:
-            assert position == len(final) - 1, "an answer behind the last one"
+            assert position == len(final) - 1, "an answer after the last one"
     return final
 
 

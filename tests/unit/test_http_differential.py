@@ -1,4 +1,4 @@
-"""Streams that nobody wrote by hand, through our parser, h11 and httptools.
+"""Streams that were not written by hand, through our parser, h11 and httptools.
 
 What must hold is in tests/fuzz/http1_oracle.py, with the list of what we accept though h11 refuses it.
 """
@@ -15,7 +15,7 @@ from tests.fuzz import http1_oracle, http1_streams
 
 @pytest.mark.parametrize("path", sorted(http1_oracle.CORPUS.glob("*.http")), ids=lambda path: path.stem)
 def test_a_corpus_stream_means_the_same_to_other_parsers(path: Path) -> None:
-    """A seed of the corpus means the same to h11 and httptools wherever it is cut."""
+    """The others are h11 and httptools. It does not matter where the stream is cut."""
     stream = path.read_bytes()
     http1_oracle.check(stream)
     whole = http1_oracle.read([stream])
@@ -28,5 +28,5 @@ def test_a_corpus_stream_means_the_same_to_other_parsers(path: Path) -> None:
 @settings(max_examples=3 * settings().max_examples, deadline=None, suppress_health_check=list(HealthCheck))
 @given(http1_streams.stream, http1_streams.cuts)
 def test_what_is_accepted_means_the_same_to_h11(stream: bytes, cuts: list[int]) -> None:
-    """What is accepted h11 accepts with the same meaning and cuts make no difference."""
+    """Cuts make no difference."""
     http1_oracle.check(stream, cuts)

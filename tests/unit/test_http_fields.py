@@ -1,4 +1,4 @@
-"""common.http: media types, content codings and idempotency keys, as values that a client may send."""
+"""common.http: media types, content codings and idempotency keys, as values that a client can send."""
 
 from __future__ import annotations
 
@@ -177,5 +177,5 @@ def test_idempotency_key(value: bytes | None, key: bytes | None) -> None:
         b'"' + b"a" * 256 + b'"',
     ],
 )
-def test_rfc_8941_section_3_3_3_what_is_no_key_is_400(value: bytes | None) -> None:
+def test_rfc_8941_section_3_3_3_what_is_not_a_key_is_400(value: bytes | None) -> None:
     assert refusal(idempotency_key, value).status == 400

@@ -1,6 +1,6 @@
 """common.http.parser, rule by rule; each case names the section of RFC 9110 or 9112 that it comes from.
 
-Every stream is also read cut in two at every byte, and byte by byte: the result must be the same.
+Every stream is also read in two pieces, cut at every byte, and byte by byte: the result must be the same.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ ACCEPTED = [
     case("9112-3.2 empty Host", request(b"GET / HTTP/1.1", b"Host:"), {}),
     # Fields
     case(
-        "9112-5 white space around a value is not of it",
+        "9112-5 white space around a value is not part of it",
         get(b"/", b"X:\t a\tb  c \t"),
         {"headers": (X, (b"x", b"a\tb  c"))},
     ),
@@ -116,7 +116,7 @@ ACCEPTED = [
     case("9110-5.3 other fields may repeat", get(b"/", b"X: a", b"X: b"), {"headers": (X, (b"x", b"a"), (b"x", b"b"))}),
     case("9110-5.5 obs-text in a value", get(b"/", b"X: \x80\xff"), {"headers": (X, (b"x", b"\x80\xff"))}),
     case(
-        "plan: the fields that the service acts on",
+        "design: the fields that the service acts on",
         get(b"/", b"Content-Encoding: gzip", b'Idempotency-Key: "k"', b"Authorization: Bearer t"),
         {"content_encoding": b"gzip", "idempotency_key": b'"k"', "authorization": b"Bearer t", "content_type": None},
     ),
@@ -206,7 +206,7 @@ REFUSED = [
     case("9112-3 no target", 400, request(b"GET HTTP/1.1", b"Host: x")),
     case("9112-3 no method", 400, request(b" / HTTP/1.1", b"Host: x")),
     case("9112-3 space in the target", 400, get(b"/a b")),
-    case("9110-5.6.2 method is no token", 400, request(b"G(T / HTTP/1.1", b"Host: x")),
+    case("9110-5.6.2 method is not a token", 400, request(b"G(T / HTTP/1.1", b"Host: x")),
     case("9110-5.6.2 method with non-ASCII", 400, request(b"G\xc3\x89T / HTTP/1.1", b"Host: x")),
     case("9112-3 a response", 400, request(b"HTTP/1.1 200 OK", b"Host: x")),
     case("9112-3 a TLS hello", 400, bytes.fromhex("16030100c8010000c40303")),
@@ -221,7 +221,7 @@ REFUSED = [
     case("9112-2.3 another protocol", 400, request(b"GET / ICY/1.1", b"Host: x")),
     case("9112-3 HTTP/0.9 without version", 400, request(b"GET /")),
     # Target
-    case("9112-3.2 target is no path", 400, get(b"process")),
+    case("9112-3.2 target is not a path", 400, get(b"process")),
     case("9112-3.2 fragment", 400, get(b"/a#b")),
     case("9112-3.2 non-ASCII", 400, get(b"/caf\xc3\xa9")),
     case("3986-2.1 percent at the end", 400, get(b"/a%")),
@@ -257,7 +257,7 @@ REFUSED = [
     case("9112-5.1 tab before the colon", 400, get(b"/", b"Content-Length\t: 0")),
     case("9112-5.1 no colon", 400, get(b"/", b"X")),
     case("9112-5.1 no name", 400, get(b"/", b": y")),
-    case("9110-5.1 name is no token", 400, get(b"/", b"X@Y: z")),
+    case("9110-5.1 name is not a token", 400, get(b"/", b"X@Y: z")),
     case("9110-5.1 name with non-ASCII", 400, get(b"/", b"X\xe9: z")),
     case("9112-2.2 white space before the first field", 400, request(b"GET / HTTP/1.1", b" X: y", b"Host: x")),
     case("9112-5.2 folded line", 400, get(b"/", b"X: a", b" b")),
@@ -358,7 +358,7 @@ def test_accepts(stream: bytes, expected: dict[str, object]) -> None:
 
 
 @pytest.mark.parametrize(("stream", "_"), ACCEPTED)
-def test_no_beginning_of_a_request_is_taken_for_it(stream: bytes, _: object) -> None:
+def test_no_prefix_of_a_request_is_taken_for_it(stream: bytes, _: object) -> None:
     for length in range(len(stream)):
         outcome = read([stream[:length]], ROOMY)
         assert (outcome.requests, outcome.status) == ((), None)
@@ -393,12 +393,12 @@ def test_requests_before_a_bad_one_are_answered_none_after(status: int | None, s
     "beginning", [b"", b"GET", b"GET / HTTP/1.1\r\n", b"GET / HTTP/1.1\r\nHost: x", b"GET / HTTP/1.1\r\nHost"]
 )
 def test_a_bad_byte_is_refused_before_the_head_is_complete(beginning: bytes, bad: bytes) -> None:
-    """A byte that no head may have is refused before the head is complete."""
+    """No head may have such a byte."""
     assert read_in_every_way(beginning + bad) == Outcome((), 400, False)
 
 
 def test_a_bare_lf_after_content_that_ends_in_cr_is_refused() -> None:
-    """A bare line feed after content that ends in cr is no line end."""
+    """It is not a line end."""
     first = post(b"Content-Length: 2", body=b"0\r")
     for rest in (b"\n", b"\n\r\n" + GET, b"\n" + GET[:-1], b"\n" + b"a" * 20_000):
         outcome = read([first + rest], ROOMY)
@@ -554,7 +554,7 @@ def test_memory_grows_with_what_has_arrived_only() -> None:
 
 @pytest.mark.parametrize("size", [65536, 1 << 23])
 @pytest.mark.parametrize("rest", [b"G", GET[:-1], post(b"Content-Length: 9", body=b"x"), chunked(b"9\r\nx")])
-def test_a_small_rest_does_not_hold_a_large_piece_in_memory(size: int, rest: bytes) -> None:
+def test_a_small_rest_does_not_keep_a_large_piece_in_memory(size: int, rest: bytes) -> None:
     tracemalloc.start()
     try:
         pieces = pieces_of(post(b"Content-Length: 1000000", body=b"8" * 1_000_000) + rest, size)
@@ -662,12 +662,11 @@ def test_a_large_body_is_written_without_a_copy() -> None:
 
 
 def test_rfc_9110_9_3_2_an_answer_to_head_has_no_body() -> None:
-    """Rfc 9110 section 9 3 2 the answer to head has the length and not the body."""
     assert response(200, b"{}", method="HEAD") == response(200, b"{}")[:-2]
 
 
-def test_rfc_9112_9_3_keep_alive_is_said_to_1_0_clients() -> None:
-    """Rfc 9112 section 9 3 keep alive is said to 1 0 clients and close to all."""
+def test_rfc_9112_9_3_keep_alive_is_sent_to_1_0_clients() -> None:
+    """`Connection: close` is sent to all clients."""
     for status, http10 in itertools.product((200, 204), (False, True)):
         assert b"\r\nConnection: close\r\n" in response(status, keep_alive=False, http10=http10)
         assert (b"\r\nConnection: keep-alive\r\n" in response(status, http10=http10)) == http10

@@ -52,7 +52,7 @@ class Hello:
 
 
 class Large(Hello):
-    """An application that answers with much, and counts how often."""
+    """An application with large answers, which it counts."""
 
     handled = 0
 
@@ -87,7 +87,7 @@ async def connect(port: int) -> socket.socket:
 
 
 async def exchange(port: int, sent: bytes, tls: ssl.SSLContext | None = None) -> bytes:
-    """Send all, then read to the end of the connection, as a client in another thread does."""
+    """Send all, then read to the end of the connection, in another thread as a client would."""
 
     def run() -> bytes:
         with socket.create_connection(("127.0.0.1", port), 10) as plain:
@@ -157,7 +157,7 @@ async def test_a_head_that_drips_is_not_granted_more_time() -> None:
 
 @on_uvloop
 async def test_a_client_that_reads_nothing_is_bounded_and_cut_off() -> None:
-    """What it asks for is not handled, beyond one depth of the pipeline; then it has its time to read."""
+    """Its requests are handled only up to one depth of the pipeline. Then it has its time to read."""
     application = Large()
     async with serving(application, write_seconds=0.3) as (server, port):
         client = await connect(port)
@@ -219,7 +219,7 @@ def test_a_client_that_ends_tls_without_a_request_is_closed(
 
 @on_uvloop
 async def test_silent_handshakes_take_no_place_for_long(tls: ssl.SSLContext, trusting: ssl.SSLContext) -> None:
-    """They count from the accept on, and the longest silent one leaves for a newcomer."""
+    """They count from the accept on, and the longest silent one makes room for a newcomer."""
     async with serving(tls=tls) as (server, port):
         crowd = [await connect(port) for _ in range(LIMITS.connections)]
         await until(lambda: len(server.connections) == LIMITS.connections)
@@ -232,7 +232,7 @@ async def test_silent_handshakes_take_no_place_for_long(tls: ssl.SSLContext, tru
 
 @on_uvloop
 async def test_handshakes_hold_a_bounded_memory(tls: ssl.SSLContext, trusting: ssl.SSLContext) -> None:
-    """As large as a ClientHello can be, and never whole."""
+    """Each is as large as a ClientHello can be, and never whole."""
     hello = b"\x16\x03\x01\x3f\xff\x01\x00\x3f\xf0\x03\x03" + bytes(15_000)
     async with serving(tls=tls, connections=1000) as (server, port):
         crowd = [await connect(port) for _ in range(60)]
@@ -247,8 +247,8 @@ async def test_handshakes_hold_a_bounded_memory(tls: ssl.SSLContext, trusting: s
 
 
 @on_uvloop
-async def test_without_a_descriptor_one_line_says_so(caplog: pytest.LogCaptureFixture) -> None:
-    """And an idle client leaves, so that the next one finds a descriptor."""
+async def test_a_lack_of_descriptors_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    """An idle client is closed, so that the next one finds a descriptor."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     async with serving(idle_seconds=60.0) as (server, port):
         idle = await connect(port)
@@ -276,7 +276,7 @@ async def test_clients_without_a_place_are_one_line(caplog: pytest.LogCaptureFix
 
 
 @on_uvloop
-async def test_a_stop_refuses_who_comes_and_answers_who_is_there() -> None:
+async def test_a_stop_refuses_new_clients_and_answers_the_others() -> None:
     async with serving() as (server, port):
         early = await connect(port)
         await until(lambda: len(server.connections) == 1)  # on a busy machine, the kernel lets it wait at the door
@@ -292,7 +292,7 @@ async def test_a_stop_refuses_who_comes_and_answers_who_is_there() -> None:
 
 @on_uvloop
 async def test_a_stop_leaves_the_queue_of_a_held_socket() -> None:
-    """The next process answers who is in it."""
+    """The next process answers the clients in it."""
     with socket.create_server(("127.0.0.1", 0)) as held:
         first, second = servers = [HttpServer(LIMITS, Hello()) for _ in range(2)]
         for server in servers:

@@ -1,4 +1,4 @@
-"""Turns on the loop: who has worked long waits for the others. Time is a number that the jobs advance."""
+"""Turns on the loop: an owner that has worked long waits for the others. Time is a number that the jobs advance."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def ids(*numbers: int) -> list[bytes]:
 
 
 def noted_fsyncs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The paths of what is synced from now on."""
+    """Return the paths of what is synced from now on."""
     synced: list[str] = []
     fsync = os.fsync
 
@@ -56,14 +56,14 @@ def open_journal(path: object, dedup_window: int = 100, prefetch_count: int = 10
 
 
 def peek(path: Path) -> LastRun | Corrupt | None:
-    """What a start would find now; the journal itself does not notice."""
+    """Return what a start would find now. The journal itself does not notice."""
     with tempfile.TemporaryDirectory() as folder:
         return open_journal(shutil.copy(path, folder)).load()
 
 
 @pytest.fixture
 def path() -> Iterator[Path]:
-    """In memory: what a step does matters here, not the speed of a disk."""
+    """Return a path in memory: what a step does matters here, not the speed of a disk."""
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
         yield Path(folder, "data.csv.journal")
 
@@ -113,8 +113,8 @@ def test_a_commit_cut_short_at_any_byte_never_was(path: Path) -> None:
             assert not again.seen(*ids(2))
 
 
-def test_a_commit_cut_short_after_it_was_done_is_told(path: Path) -> None:
-    """At any byte: the mark knows of it."""
+def test_a_commit_cut_short_after_it_was_done_is_noticed(path: Path) -> None:
+    """It is cut at any byte. The mark knows of it."""
     journal = open_journal(path)
     journal.commit(STATE, ids(1))
     before = path.stat().st_size
@@ -171,10 +171,10 @@ def test_the_mark_is_cleared_before_the_journal_goes_back(path: Path, monkeypatc
 
 
 @pytest.mark.parametrize("step", ["ftruncate", "fsync"])
-def test_a_mark_that_could_not_be_cleared_is_by_the_next_try(
+def test_a_mark_that_was_not_cleared_is_by_the_next_attempt(
     path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    """And synced."""
+    """It is also synced."""
     journal = open_journal(path)
     journal.commit(STATE._replace(committed_bytes=99), ids(1))
 
@@ -192,7 +192,7 @@ def test_a_mark_that_could_not_be_cleared_is_by_the_next_try(
 
 
 def test_damage_before_the_last_commit_is_corruption(path: Path) -> None:
-    """At any byte."""
+    """The damage is at any byte."""
     journal = open_journal(path)
     journal.commit(STATE, ids(1))
     before = path.stat().st_size
@@ -207,7 +207,7 @@ def test_damage_before_the_last_commit_is_corruption(path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"\n", b"\0" * 4096, b"SQLite format 3\0", os.urandom(1000), b"{}\n"])
-def test_a_file_that_is_no_journal_is_corruption(path: Path, content: bytes) -> None:
+def test_a_file_that_is_not_a_journal_is_corruption(path: Path, content: bytes) -> None:
     path.write_bytes(content)
     assert isinstance(open_journal(path).load(), Corrupt)
 
@@ -219,7 +219,7 @@ def test_a_whole_line_that_says_something_else_is_corruption(path: Path, text: b
 
 
 def test_exactly_the_window_is_remembered(path: Path) -> None:
-    """In memory, and after a restart."""
+    """That holds in memory, and after a restart."""
     journal = open_journal(path, dedup_window=30)
     for number in range(0, 1000, 7):
         journal.commit(STATE, ids(*range(number, number + 7)))
@@ -236,7 +236,7 @@ def test_the_window_covers_what_the_broker_can_redeliver(path: Path) -> None:
     assert journal.window == 100
     journal.commit(STATE, ids(*range(100)))
     journal.close()
-    for _ in range(2):  # what was unacked under the large prefetch_count may come back in any later run
+    for _ in range(2):  # what was unacked under the large prefetch_count can come back in any later run
         journal = open_journal(path, dedup_window=0, prefetch_count=1)
         journal.load()
         assert journal.window == 100
@@ -246,7 +246,7 @@ def test_the_window_covers_what_the_broker_can_redeliver(path: Path) -> None:
 
 
 def test_the_file_stays_bounded(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And forgets nothing within the window."""
+    """It forgets nothing within the window."""
     monkeypatch.setattr(journal_module, "_LEAST_ROOM_BYTES", 20_000 - 64 * 100)
     journal = open_journal(path, dedup_window=100)
     largest = 0
@@ -312,8 +312,8 @@ def test_a_file_that_failed_is_not_written_to_again(path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("harm", ["removed", "replaced", "truncated", "appended to"])
-def test_a_journal_that_was_touched_is_written_anew(path: Path, harm: str) -> None:
-    """From memory, whole."""
+def test_a_journal_that_was_touched_is_written_again(path: Path, harm: str) -> None:
+    """It is written whole, from memory."""
     journal = open_journal(path)
     journal.commit(STATE, ids(1))
     if harm == "removed":
@@ -400,7 +400,7 @@ def test_a_rewritten_journal_without_its_last_line_is_corrupt(
 
 
 def test_a_run_that_was_overtaken_commits_nothing_more(path: Path) -> None:
-    """Neither with a line, nor with a new file; what it committed before is what the next run finds."""
+    """It commits neither a line nor a new file. The next run finds what it committed before."""
     first = open_journal(path)
     first.commit(STATE, ids(1))
     second = open_journal(path)
@@ -422,8 +422,8 @@ def test_a_run_that_was_overtaken_commits_nothing_more(path: Path) -> None:
     assert sorted(os.listdir(path.parent)) == [mark_of(path).name, path.name]
 
 
-def test_a_commit_behind_the_fence_does_not_count(path: Path) -> None:
-    """Its run was told so; and the next run may end before its own first commit."""
+def test_a_commit_after_the_fence_does_not_count(path: Path) -> None:
+    """Its run got TakenOver, and the next run can end before its own first commit."""
     first = open_journal(path)
     first.commit(STATE, ids(1))
     open_journal(path).load()
@@ -435,7 +435,7 @@ def test_a_commit_behind_the_fence_does_not_count(path: Path) -> None:
 
 
 def test_a_commit_just_before_the_fence_is_seen(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever fences may have read the file before: it reads again."""
+    """The run that fences may have read the file before that commit, so it reads again."""
     first = open_journal(path)
     first.commit(STATE, ids(1))
     new = STATE._replace(committed_bytes=99)
@@ -472,8 +472,8 @@ def test_a_fence_follows_a_torn_commit(path: Path) -> None:
         assert open_journal(path).load() == LastRun(STATE, False)
 
 
-def test_an_older_journal_is_told_by_its_mark_across_files(path: Path) -> None:
-    """Also when the CSV was rotated meanwhile, so that the mark speaks of another file."""
+def test_an_older_journal_is_known_by_its_mark_across_files(path: Path) -> None:
+    """That holds also if the CSV was rotated meanwhile, so that the mark is of another file."""
     journal = open_journal(path)
     journal.commit(STATE, ids(1))
     journal.close()

@@ -29,7 +29,7 @@ def container(workload: dict[str, Any]) -> dict[str, Any]:
 
 
 def environment(workload: dict[str, Any]) -> dict[str, str]:
-    """What the container sees: the ConfigMap, then its own. A field of the pod is its ordinal."""
+    """Return what the container sees: the ConfigMap, then its own variables. A field of the pod is its ordinal."""
     return SETTINGS | {item["name"]: item.get("value", "0") for item in container(workload)["env"]}
 
 

@@ -1,4 +1,4 @@
-"""The load generator against a small server that answers as it is told."""
+"""The load generator against a small scripted server."""
 
 import asyncio
 import contextlib
@@ -25,7 +25,7 @@ EVENTS = Events(seed=3)
 
 
 class Server:
-    """Answers each request with what `decide(number of the request)` says: a status, CUT, or None for no answer."""
+    """A server that answers each request with `decide(number of the request)`: a status, CUT, or None for no answer."""
 
     def __init__(self, decide: Callable[[int], int | None]) -> None:
         self.bodies: list[bytes] = []
@@ -101,7 +101,7 @@ def test_every_event_is_sent_once_and_every_answer_recorded(pipeline: int) -> No
     assert [json.loads(line)["status"] for line in log.getvalue().splitlines()] == [200] * len(load.ledger)
 
 
-def test_an_answer_that_is_no_200_is_recorded_as_what_it_means() -> None:
+def test_an_answer_other_than_200_is_recorded_as_what_it_means() -> None:
     script = [200, 503, 504, 422, CUT, 500]
     _, load = drive(lambda n: script[n], count=6, concurrency=1)
     assert list(load.ledger.accepted) == [1, 0, 0, 0, 0, 0]
@@ -169,7 +169,7 @@ def test_an_answer_with_another_event_is_wrong() -> None:
 def test_a_rate_is_kept() -> None:
     started = time.monotonic()
     _, load = drive(lambda _: 200, count=50, concurrency=4, rate=100)
-    assert time.monotonic() - started > 0.4, "50 at 100 a second"
+    assert time.monotonic() - started > 0.4, "50 at 100 per second"
     assert load.ledger.answers[200] >= 50
 
 
@@ -202,7 +202,6 @@ class _Transport(asyncio.Transport):
 
 @pytest.mark.parametrize("variant", range(VARIANTS))
 def test_expected_rows_are_what_the_program_writes(variant: int) -> None:
-    """The rows that are expected are what the program makes of every variant."""
     for number in range(300):
         parts, _ = csv_rows(EVENTS.body(number, variant), 0.25)
         assert "".join(parts).encode() == b"".join(EVENTS.rows(number))

@@ -26,18 +26,18 @@ LONG_PRED = b'{"image_frame":"%b","prob":"0.%b","tags":["%b"]}' % ("é".encode()
 
 
 def around_preds(device_id: bytes) -> tuple[bytes, bytes]:
-    """What stands in front of the predictions of an event, and behind them."""
+    """Return what is before the predictions of an event, and what is after them."""
     head = b'{"device_id":%b,"client_id":"c","created_at":"t","data":{"license_id":"l","preds":[' % device_id
     return head, b"]}}"
 
 
 def around_frame(device_id: bytes) -> tuple[bytes, bytes]:
-    """What stands in front of the text of a frame, and behind it."""
+    """Return what is before the text of a frame, and what is after it."""
     before, after = around_preds(device_id)
     return before + b'{"image_frame":"', b'","prob":1,"tags":[]}' + after
 
 
-# What a body repeats, and what stands in front of it and behind it.
+# What a body repeats, and what is before and after it.
 PARTS = [b"[", b"{}", b"1", b'""', b" ", b"1e400", b'"\\ud800"', b'{"a":[{}]}', b'{"data":{"preds":[{},{},{}]}}', EVENT]
 PARTS += [
     PRED,
@@ -80,7 +80,7 @@ def request(path: bytes, body: bytes, kind: str, chunk_bytes: int) -> bytes:
 
 
 def measured(streams: list[bytes]) -> float:
-    """How long the streams delay the others."""
+    """Return how long the streams delay the others."""
     return least(lambda: delay_of(streams).seconds, MOST_SECONDS)
 
 
@@ -123,7 +123,7 @@ def test_no_bytes_delay_the_others(
 
 @pytest.mark.parametrize("path", [b"/healthz", b"/metrics", b"/openapi.json", b"/docs", b"/nowhere"])
 def test_pipelined_pages_delay_nobody(path: bytes) -> None:
-    """As many as are read at once, on each of several connections."""
+    """There are as many as are read at once, on each of several connections."""
     get = b"GET %b HTTP/1.1\r\nHost: h\r\n\r\n" % path
     assert measured([get * (100_000 // len(get))] * 4) < MOST_SECONDS
 

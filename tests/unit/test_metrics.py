@@ -1,4 +1,4 @@
-"""Metrics: what is counted is what a scraper reads, and it costs next to nothing."""
+"""Metrics: a scraper reads what was counted, and counting costs next to nothing."""
 
 import mmap
 import re
@@ -17,7 +17,7 @@ from common.producer import metrics as producer
 
 
 def parse(text: bytes) -> dict[str, dict[tuple[tuple[str, str], ...], float]]:
-    """Samples as prometheus_client's own parser reads them: name -> label pairs -> value."""
+    """Return the samples as prometheus_client's own parser reads them: name -> label pairs -> value."""
     samples: dict[str, dict[tuple[tuple[str, str], ...], float]] = {}
     for family in text_string_to_metric_families(text.decode()):
         for sample in family.samples:

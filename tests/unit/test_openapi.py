@@ -1,5 +1,5 @@
-"""/openapi.json: well formed, and of one mind with the code that validates events. What it says of HTTP is tried on a
-live producer by tests/integration/test_schemathesis.py."""
+"""/openapi.json is well formed, and agrees with the code that validates events. tests/integration/test_schemathesis.py
+tries what it says about HTTP on a live producer."""
 
 import json
 import re
@@ -72,7 +72,6 @@ def test_every_schema_is_a_schema() -> None:
 
 
 def test_it_names_the_producers_paths_and_statuses() -> None:
-    """It names the paths methods and statuses that the producer has."""
     methods = {
         (route.label, method.decode().lower()): route.name
         for route in ROUTES.values()
@@ -164,7 +163,7 @@ def test_a_numeric_string_by_the_schema_is_a_finite_number(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["", " ", "high", "nan", "inf", "-Infinity", "0x10", "1,5", "1.5.2", "٣", "1e", "--1"])
-def test_what_is_no_number_matches_neither_schema_nor_code(text: str) -> None:
+def test_what_is_not_a_number_matches_neither_schema_nor_code(text: str) -> None:
     document = {**openapi.EVENT, "data": {"license_id": "", "preds": [{"image_frame": "", "prob": text, "tags": []}]}}
     assert not EVENT_IN.is_valid(document)
     with pytest.raises(InvalidEvent):
@@ -172,7 +171,7 @@ def test_what_is_no_number_matches_neither_schema_nor_code(text: str) -> None:
 
 
 @given(st.from_regex(r'[!-~"\\ é]{0,4}', fullmatch=True) | st.text(st.characters(max_codepoint=0x7F), min_size=250))
-def test_a_key_is_accepted_just_when_the_schema_says_so(key: str) -> None:
+def test_a_key_is_accepted_exactly_when_it_matches_the_schema(key: str) -> None:
     schema = DOCUMENT["components"]["parameters"]["IdempotencyKey"]["schema"]
     matches = re.fullmatch(schema["pattern"].removeprefix("^").removesuffix("$"), key) is not None
     try:
@@ -184,7 +183,6 @@ def test_a_key_is_accepted_just_when_the_schema_says_so(key: str) -> None:
 
 
 def test_security_follows_the_settings() -> None:
-    """Security is asked for just where the settings ask for it."""
     assert not any("security" in operation for methods in OPEN["paths"].values() for operation in methods.values())
     secured = {path for (path, _), operation in OPERATIONS.items() if "security" in operation}
     assert secured == {"/process", "/process/batch", "/metrics", "/openapi.json", "/docs"}
@@ -227,7 +225,7 @@ def test_page_headers_are_whole_lines() -> None:
 
 
 def test_the_page_takes_nothing_from_elsewhere() -> None:
-    """The page takes nothing from elsewhere and parses no data as html."""
+    """It also parses no data as HTML."""
     text = PAGE.decode()
     assert not re.search(r"""(?:src|href|url\(|import)\s*[=(]?\s*["']?(?:https?:)?//""", text)
     assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function", text)

@@ -32,13 +32,13 @@ def test_partition_names_those_that_are_served(text: str, numbers: list[int]) ->
 
 
 @pytest.mark.parametrize("text", ["4", "0-4", "2-1", "-1", "a", "1,,2", "0x1", "1-", "99999999", "²"])
-def test_a_partition_that_is_none_is_refused(text: str) -> None:
+def test_a_partition_that_does_not_exist_is_refused(text: str) -> None:
     with pytest.raises(SettingError, match="PARTITION is"):
         served(settings(partitions=4, partition=text))
 
 
 @pytest.mark.parametrize("path", ["data/", "/dev/null", ".", "/proc/self/fd/1", ".."])
-def test_a_csv_that_cannot_be_told_apart_is_refused(path: str) -> None:
+def test_a_csv_file_that_names_no_file_is_refused(path: str) -> None:
     with pytest.raises(SettingError, match="CSV_FILE is"):
         served(settings(partitions=2, csv_file=path))
 

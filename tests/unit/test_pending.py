@@ -1,4 +1,4 @@
-"""When to flush, and what to acknowledge."""
+"""When a batch is due, and what is in it."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def test_a_flush_interval_of_zero_waits_for_nothing() -> None:
     assert pending.due_in(1.0) == 0.0
 
 
-def test_what_comes_again_does_not_wait_again() -> None:
-    """A connection cut while a batch waits (consumer_timeout) must not begin its wait anew, for ever."""
+def test_what_is_redelivered_does_not_wait_again() -> None:
+    """If the connection is cut while a batch waits (consumer_timeout), its wait must not begin again each time."""
     pending = Pending(10, 100, 9.0)
     pending.stored(9.0)
     pending.add(deliveries(b'{"prob":1}'), 1.0)
@@ -71,7 +71,7 @@ def test_rows_are_counted_however_the_document_is_spaced() -> None:
 
 
 def test_rows_of_groups_are_counted() -> None:
-    """They make a batch full, although one message is far larger than one event."""
+    """They fill a batch, although one message is far larger than one event."""
     pending = Pending(batch_max_rows=300, prefetch_count=100, flush_interval_seconds=60)
     lines = [event_line(f"{number:032x}", "d" * 300) for number in range(100)]
     for tag, full in enumerate((False, False, True)):
@@ -108,7 +108,7 @@ def test_taking_leaves_nothing() -> None:
 
 
 def test_a_batch_of_large_events_is_bounded() -> None:
-    """In bytes: the rest makes the next one, in order and at once."""
+    """It is bounded in bytes. The rest becomes the next one, in order and at once."""
     pending = Pending(5000, 2000, 60)
     large = deliveries(*[bytes(FULL_BYTES // 4)] * 11)
     pending.add(large, 1.0)

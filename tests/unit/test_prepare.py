@@ -1,4 +1,4 @@
-"""Messages handed straight to the consumer's handler, without a broker."""
+"""The preparation of messages, without a broker."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.support.deliveries import delivery, event, group
 
 
 def message(tag: int, body: bytes, message_id: bytes) -> Delivery:
-    """A delivery as the broker would make it of what our producer publishes."""
+    """A delivery of what our producer publishes."""
     encoder = PublishEncoder("predictions", 131072)
     published = b"".join(encoder.encode(body, message_id, packed_seconds(0)))
     deliver = b"\x01\x00\x01\x00\x00\x00\x11\x00\x3c\x00\x3c\x01t" + tag.to_bytes(8, "big") + b"\x00\x00\x01q"
@@ -115,7 +115,6 @@ def test_messages_of_others_without_an_id_are_stored_each_time(store: Store) -> 
 
 @pytest.mark.parametrize("body", [b"", b"not json", b"[]", b'{"device_id":"d"}', b"\xff", b'{"device_id":null}'])
 def test_poison_takes_no_good_message_with_it(store: Store, body: bytes) -> None:
-    """What can never become rows is poison and takes no good message with it."""
     good = json.dumps(random_event(random.Random(1), 1)).encode()
     prepared = prepare_batch(
         [message(1, good, b"a" * 32), message(2, body or b"x", b"b" * 32), message(3, good, b"c" * 32)],
@@ -150,7 +149,6 @@ def test_ids_that_differ_in_case_are_two(store: Store) -> None:
 
 
 def test_an_event_without_predictions_is_remembered(store: Store) -> None:
-    """An event without predictions is remembered though it has no row."""
     empty = {**random_event(random.Random(1), 1), "data": {"license_id": "l", "preds": []}}
     prepared = prepare_batch([message(1, write_json(empty), b"a" * 32)], store.seen, 0.25)
     assert (prepared.data, prepared.rows, len(prepared.ids)) == (b"", 0, 1)
@@ -162,7 +160,7 @@ def test_an_event_without_predictions_is_remembered(store: Store) -> None:
 
 
 def lines_of(*documents: dict[str, Any], first_id: int = 1) -> list[bytes]:
-    """Each with an id as its first member."""
+    """Events as lines, each with an id as its first member."""
     return [
         b'{"message_id":"%032x",' % number + write_json(validate_event(document))[1:]
         for number, document in enumerate(documents, first_id)
@@ -197,7 +195,7 @@ def test_a_group_without_lines_is_settled(store: Store) -> None:
 
 
 def test_lines_without_an_id_are_stored_each_time(store: Store) -> None:
-    """The AMQP message_id names the message."""
+    """The AMQP message_id names the message, not its lines."""
     prepared = prepare_batch([group(1, event("d"), event("d"))], store.seen, 0.25)
     assert (prepared.rows, prepared.ids, prepared.duplicates) == (2, [], 0)
 

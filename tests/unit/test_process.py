@@ -1,4 +1,4 @@
-"""Log lines nobody's input can forge, one line for what ends a process, and signals."""
+"""Log lines that no input can forge, one line for what ends a process, and signals."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_json_log_line_reads_back_as_what_was_logged() -> None:
 
 @pytest.fixture
 def after_run() -> Iterator[None]:
-    """The collector and SIGHUP of the tests as they were: nanobind reports what stays frozen at the end as leaked."""
+    """Restore the collector and SIGHUP: nanobind reports what stays frozen at the end as leaked."""
     yield
     gc.unfreeze()
     gc.enable()
@@ -69,9 +69,7 @@ def test_what_ends_a_process_is_one_line_and_an_exit_code(
 
 @pytest.mark.usefixtures("after_run")
 @pytest.mark.parametrize("fault", [ValueError("a bug"), asyncio.CancelledError("a bug")], ids=repr)
-def test_a_fault_of_ours_is_one_record_with_its_traceback(
-    fault: BaseException, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_bug_of_ours_is_one_record_with_its_traceback(fault: BaseException, caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> int:
         raise fault
 
@@ -89,7 +87,7 @@ async def fails(error: Exception) -> None:
 async def test_a_task_that_fails_ends_the_process_or_is_logged(
     fault: Exception, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Whoever waits for a task gets its exception, which is not logged as well."""
+    """The code that waits for a task gets its exception, which is then not logged."""
     task, endless = asyncio.create_task(fails(fault)), asyncio.create_task(asyncio.sleep(1000))
 
     async def main() -> None:
@@ -138,12 +136,12 @@ def test_an_operators_mistake_is_one_line(
     ("program", "mistake"), [("producer.py", "TLS_CERT=/no TLS_KEY=/no"), ("consumer.py", CANNOT_LISTEN)]
 )
 def test_former_settings_are_one_warning_at_the_start(program: str, mistake: str, tmp_path: Path) -> None:
-    """The mistake ends the process after it."""
+    """The mistake ends the process after the warning."""
     environment = {"MAX_HEADERS": "9", "MAX_PIPELINED": "9", **dict(item.split("=", 1) for item in mistake.split())}
     command = [sys.executable, str(ROOT / program), "--write-timeout-ms", "5"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=30)
     (line,) = (line for line in done.stderr.splitlines() if " warning " in line)
-    assert line.endswith("no longer a setting, and without effect: MAX_HEADERS, MAX_PIPELINED, WRITE_TIMEOUT_MS")
+    assert line.endswith("no longer settings, and ignored: MAX_HEADERS, MAX_PIPELINED, WRITE_TIMEOUT_MS")
 
 
 class Ticks:
@@ -177,7 +175,7 @@ def collections() -> Iterator[list[int]]:
 
 @pytest.mark.usefixtures("after_run")
 def test_a_collection_looks_at_a_bounded_number_of_objects(collections: list[int]) -> None:
-    """Python begins none however many objects are made, and what is too much for one is never looked at."""
+    """Python begins none, however many objects are made. Objects that are too many for one are never looked at."""
     loop = Ticks()
     process.Collector(cast(asyncio.AbstractEventLoop, loop))
     collections.clear()
@@ -268,7 +266,7 @@ def test_an_interrupt_while_stopping_ends_the_process_at_once(first: signal.Sign
             process.kill()
 
 
-def test_a_socket_of_systemds_is_for_the_process_it_names() -> None:
+def test_a_socket_from_systemd_is_for_the_process_it_names() -> None:
     assert inherited_socket({}, 7) is None
     assert inherited_socket({"LISTEN_PID": "8", "LISTEN_FDS": "1"}, 7) is None
     assert inherited_socket({"LISTEN_PID": "7", "LISTEN_FDS": "0"}, 7) is None
@@ -276,8 +274,8 @@ def test_a_socket_of_systemds_is_for_the_process_it_names() -> None:
         inherited_socket({"LISTEN_PID": "7", "LISTEN_FDS": "2"}, 7)
 
 
-def test_a_socket_of_systemds_is_not_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It listens, and a program that this process executes does not inherit it by accident."""
+def test_a_socket_from_systemd_is_not_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It listens, but a program that this process executes does not inherit it."""
     with socket.create_server(("127.0.0.1", 0)) as held:
         fd = os.dup(held.fileno())
         os.set_inheritable(fd, True)
@@ -314,7 +312,7 @@ def test_an_interrupt_during_the_imports_is_no_traceback(program: str, tmp_path:
 
 @pytest.mark.parametrize("program", ["producer.py", "consumer.py"])
 def test_pid_1_hears_sigterm_during_its_imports(program: str, tmp_path: Path) -> None:
-    """The kernel drops what PID 1 has no handler for: it must have one before the packages are imported."""
+    """The kernel drops a signal that PID 1 has no handler for, so it needs one before the packages are imported."""
     in_namespace = ["unshare", "--pid", "--fork", "--kill-child"]
     if shutil.which("unshare") is None or subprocess.run([*in_namespace, "true"], capture_output=True).returncode:
         pytest.skip("no PID namespace: unshare is missing, or this user may not make one")

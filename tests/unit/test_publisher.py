@@ -19,7 +19,7 @@ from common.producer.publisher import GROUP_BYTES, Counts, Publication, Publishe
 from tests.support.published import Published, published
 
 FRAME_MAX = 131_072
-LINE_BYTES = 49  # that an event takes more in a message of several
+LINE_BYTES = 49  # that a line of a message adds to its event
 
 
 class Lane:
@@ -42,7 +42,7 @@ class Lane:
 
     @property
     def groups(self) -> list[list[int]]:
-        """The numbers of the events of each message."""
+        """Return the numbers of the events of each message."""
         return [[int(event_id) for event_id in message.event_ids] for message in self.messages]
 
 
@@ -122,7 +122,7 @@ def test_an_event_is_confirmed_only_by_its_own_confirm() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(1, 30), st.booleans(), st.booleans()), max_size=40), st.integers(1, 30))
-def test_every_event_hears_exactly_one_outcome(confirms: list[tuple[int, bool, bool]], count: int) -> None:
+def test_every_event_gets_exactly_one_outcome(confirms: list[tuple[int, bool, bool]], count: int) -> None:
     bench = Bench()
     events = [bench.publish(number) for number in range(1, count + 1)]
     expected: dict[int, str | int] = {}
@@ -146,7 +146,6 @@ def test_a_nack_is_never_a_200() -> None:
 
 
 def test_no_confirm_in_time_is_unknown_and_stays_so() -> None:
-    """No confirm in time is 504 and a late confirm changes nothing."""
     bench = Bench()
     event = bench.publish()
     bench.wait(9.9)
@@ -192,12 +191,12 @@ def test_a_blocked_broker_is_waited_for_not_given_up() -> None:
 
 
 def test_events_in_flight_at_a_loss_are_published_again_first() -> None:
-    """Events in flight when the link goes down are published again first with the same message id."""
+    """They have the same message ids."""
     bench = Bench()
     events = [bench.publish(number) for number in (1, 2, 3)]
     bench.publisher.confirms([Confirm(2, False, True)])
     bench.publisher.down("cut")
-    bench.publisher.confirms([Confirm(1, False, True)])  # of the old channel: means nothing any more
+    bench.publisher.confirms([Confirm(1, False, True)])  # of the old channel: it means nothing now
     assert events[0].outcomes == []
     second = bench.link_up()
     new = bench.publish(4)
@@ -219,7 +218,7 @@ def test_held_events_keep_their_deadline() -> None:
 
 @pytest.mark.parametrize("trouble", ["away", "blocked", "count", "bytes", "congested"])
 def test_what_cannot_be_sent_is_refused_with_its_reason(trouble: str) -> None:
-    """What cannot be sent is refused at once and the refusal says why."""
+    """It is refused at once."""
     bench = Bench(max_unconfirmed=2, max_bytes=100)
     publisher = bench.publisher
     assert publisher.health.trouble is None
@@ -239,7 +238,7 @@ def test_what_cannot_be_sent_is_refused_with_its_reason(trouble: str) -> None:
     assert len(bench.lane.sent) == sent
     if trouble in ("count", "bytes", "congested"):
         assert refusal.value.reason == "window_full"
-        assert publisher.health.trouble is None, "a full window that moves is no trouble"
+        assert publisher.health.trouble is None, "a full window that moves is not trouble"
     else:
         assert str(publisher.health.trouble) == str(refusal.value)
     if trouble == "blocked":
@@ -260,7 +259,7 @@ def test_a_drain_that_takes_too_long_answers_everything() -> None:
 
 
 def test_nothing_is_published_after_the_end_of_a_drain() -> None:
-    """Confirms of the same channel may still come, with the tags of events that were answered long ago."""
+    """Confirms of the same channel can still come, with the tags of events that were answered long ago."""
     bench = Bench()
     bench.publish(1)
     bench.publisher.close()
@@ -277,7 +276,7 @@ def test_nothing_is_published_after_the_end_of_a_drain() -> None:
 
 
 def test_a_nack_of_a_republished_event_is_unknown() -> None:
-    """A nack of an event that was published before leaves its outcome unknown."""
+    """The broker may have stored its first copy."""
     bench = Bench()
     event = bench.publish()
     bench.publisher.down("cut")
@@ -286,7 +285,7 @@ def test_a_nack_of_a_republished_event_is_unknown() -> None:
     assert event.outcomes == [504]
 
 
-def test_a_stall_is_told_refused_and_ended_by_one_confirm() -> None:
+def test_a_stall_is_logged_and_refused_and_one_confirm_ends_it() -> None:
     bench = Bench()
     bench.publish(), bench.publish()
     bench.wait(6)
@@ -298,7 +297,7 @@ def test_a_stall_is_told_refused_and_ended_by_one_confirm() -> None:
 
 
 def test_our_own_lateness_is_not_the_brokers_silence() -> None:
-    """The confirms lie in the socket while our loop is held up: the first sweep after it gives up on nothing."""
+    """The confirms wait in the socket while our loop is held up: the first sweep after that gives up on nothing."""
     bench = Bench()
     event = bench.publish()
     bench.time += 60
@@ -333,11 +332,11 @@ def test_only_nacks_take_a_new_link_at_times() -> None:
         assert "nack" in bench.lane.failed
         bench.publisher.down(bench.lane.failed)
         bench.link_up()
-        assert bench.publisher.health.trouble is None, "of the new one nothing bad is known"
+        assert bench.publisher.health.trouble is None, "the new one has shown no trouble"
     assert lived == [10] * 4
 
 
-def test_a_nack_among_confirms_is_no_stall() -> None:
+def test_a_nack_among_confirms_is_not_a_stall() -> None:
     bench = Bench()
     for number in range(1, 101):
         bench.publish()
@@ -348,7 +347,7 @@ def test_a_nack_among_confirms_is_no_stall() -> None:
 
 @pytest.mark.parametrize("reason", ["closed: ACCESS_REFUSED - access refused", "refused user (ACCESS_REFUSED)"])
 def test_what_a_user_may_not_publish_is_answered_at_once(reason: str) -> None:
-    """No new link helps, and of several in flight nobody knows which the broker took."""
+    """No new link helps, and of several in flight, nobody knows which ones the broker accepted."""
     bench = Bench()
     events = [bench.publish(number) for number in (1, 2)]
     bench.publisher.down(reason)
@@ -357,7 +356,7 @@ def test_what_a_user_may_not_publish_is_answered_at_once(reason: str) -> None:
 
 
 def test_a_failure_heard_while_going_down_publishes_nothing() -> None:
-    """A batch publishes its next event as soon as it hears of one: not on a link that is gone."""
+    """A batch publishes its next event as soon as one fails, but not on a link that is gone."""
     bench = Bench()
     refused = []
 
@@ -386,7 +385,7 @@ def test_an_event_above_the_brokers_limit_is_refused() -> None:
 
 
 def test_a_republished_event_above_the_brokers_limit_is_unknown() -> None:
-    """The broker may have taken its first copy: 413 would say that it is not stored."""
+    """The broker may have accepted its first copy: 413 would say that it is not stored."""
     bench = Bench()
     large = bench.publish(1, size=200)
     bench.publisher.down("cut by the test")
@@ -408,7 +407,7 @@ def test_the_trouble_of_a_partition_is_its_devices_alone() -> None:
 # Several events in one message
 
 
-def test_one_event_in_a_turn_is_published_as_ever() -> None:
+def test_one_event_in_a_turn_is_published_as_before() -> None:
     bench = Bench()
     event = bench.publish(1)
     as_ever = PublishEncoder("q", FRAME_MAX).encode(event.body, event.message_id, packed_seconds(1000))
@@ -475,7 +474,7 @@ def test_a_confirm_or_nack_holds_for_each_event_of_its_message(ok: bool, outcome
 
 
 def test_a_group_without_the_event_that_timed_out_goes_on() -> None:
-    """It may be confirmed as it is, or be published again on a new link without that event."""
+    """It can be confirmed as it is, or be published again on a new link without that event."""
     bench = Bench()
     early = bench.publish(1)
     bench.wait(4)
@@ -564,7 +563,7 @@ STEPS = st.lists(st.one_of(TURN, TURN, CONFIRM, CONFIRM, DOWN, UP, UP, WAIT), ma
 def test_each_event_has_one_outcome_and_200_only_if_stored(
     steps: list[tuple[Any, ...]], events_per_message: int, is_stopped: bool
 ) -> None:
-    """In any interleaving of events, groups, confirms, nacks, losses, time-outs, and the end of a drain."""
+    """That holds in any interleaving of events, groups, confirms, nacks, losses, time-outs, and the end of a drain."""
     bench = Bench(max_unconfirmed=20, events_per_message=events_per_message)
     broker, numbers, events = Broker(bench), count(), list[Event]()
 

@@ -1,4 +1,4 @@
-"""The recipes of docs/reading.md, run as they stand there on a CSV with every cell that a reader can get wrong."""
+"""The recipes of docs/reading.md, run as they are on a CSV with every cell that a reader can get wrong."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def block(heading: str, language: str = "python") -> str:
 
 @pytest.fixture(scope="module")
 def hostile() -> list[Row]:
-    """Rows of which the first quoted cell comes after row 20,479, which is as far as DuckDB looks for itself."""
+    """Rows whose first quoted cell is after row 20,479, which is as far as DuckDB looks to guess the dialect."""
     rows: list[Row] = [
         [f"camera-{n % 7}", "007", "2026-11-29T10:00:00Z", "NA", f"f-{n}", n / 3e4, "a,b"] for n in range(22_000)
     ]
@@ -99,7 +99,7 @@ def test_a_python_recipe_reads_hostile_cells_exactly(folder: Path, hostile: list
 
 
 def test_pandas_polars_and_duckdb_read_compressed_files(folder: Path) -> None:
-    """The same lines with another name."""
+    """The lines are the same with another name."""
     with gzip.open(folder / "rows.csv.gz", "wb", compresslevel=1) as file:
         file.write((folder / "rows.csv").read_bytes())
     for heading in ("pandas", "polars", "DuckDB"):
@@ -142,7 +142,7 @@ def postgres_programs() -> Path | None:
 
 @pytest.fixture
 def postgres_folder() -> Iterator[Path]:
-    """A folder that the server's user may read; nobody else may read pytest's."""
+    """A folder that the server's user can read. Other users cannot read pytest's."""
     with tempfile.TemporaryDirectory(prefix="predlog-pg-") as name:
         Path(name).chmod(0o755)
         yield Path(name)
@@ -224,7 +224,7 @@ def test_the_patterns_find_rotated_files_and_nothing_else(tmp_path: Path) -> Non
 
 
 def test_rotated_files_come_in_order_and_each_once(tmp_path: Path) -> None:
-    """Also many of the same second, and one whose compression is not over."""
+    """There are many of the same second, and one whose compression is not over."""
     order = ["data-20261128T235959Z.csv.gz", "data-20261129T000000Z.csv.gz"]
     order += [f"data-20261129T000000Z-{number}.csv" for number in range(1, 12)]
     for name in (*OTHERS, *order, "data-20261129T000000Z.csv", "data.0-20261129T000000Z.csv"):

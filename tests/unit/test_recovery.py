@@ -28,7 +28,7 @@ NO_ROWS_CRASHED, NO_ROWS_CLEAN = LastRun(ONLY_HEADER, False), LastRun(ONLY_HEADE
 GONE = "its end is gone"
 OUTDATED = LastRun(STATE, False, GONE), LastRun(STATE, True, GONE)
 
-MISSING = "was missing or empty, and is started anew"
+MISSING = "was missing or empty, and is begun again"
 REPLACED = "was replaced or changed, or its journal is an older copy"
 
 
@@ -57,7 +57,7 @@ TABLE: list[tuple[str, LastRun | Corrupt | None, FileFacts, Plan]] = [
     ("a CSV and no journal", None, csv(intact=False), WEAKER),
     ("our file as it was committed, after a clean stop", CLEAN, csv(), CONTINUE),
     ("our file as it was committed, after a crash", CRASHED, csv(), CONTINUE),
-    ("bytes behind the committed ones, after a crash", CRASHED, csv(1200), CONTINUE),
+    ("bytes after the committed ones, after a crash", CRASHED, csv(1200), CONTINUE),
     ("more bytes, after a clean stop", CLEAN, csv(1200), Plan(note=LONGER.format(200), whole_until=COMMITTED)),
     ("no CSV, after a clean stop", CLEAN, NEW, Plan(note=MISSING)),
     ("no CSV, after a crash", CRASHED, NEW, LOOK._replace(note=MISSING)),
@@ -85,7 +85,7 @@ def test_what_a_start_finds(journal: LastRun | Corrupt | None, file: FileFacts, 
 
 
 def test_after_a_crash_no_uncommitted_row_is_forgotten() -> None:
-    """For every combination of facts: the rest of the file is cut or looked for."""
+    """For every combination of facts, the rest of the file is cut or looked for."""
     sizes = (0, 10, EMPTY, COMMITTED - 1, COMMITTED, COMMITTED + 200)
     for size, intact, inode in product(sizes, (True, False), (2, 3)):
         if intact and size < COMMITTED:

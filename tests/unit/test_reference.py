@@ -1,4 +1,4 @@
-"""docs/reference.md lists every metric, every log line that asks for something, and every exit code; and no others.
+"""docs/reference.md lists every metric, every log line that asks for something, and every exit code, and no others.
 
 `python -m tests.unit.test_reference` prints the tables of metrics as the code has them.
 """
@@ -31,7 +31,7 @@ def section(heading: str) -> str:
 
 
 def table(text: bytes) -> list[str]:
-    """The rows for an exposition: name, type, labels and help, in the order of the code."""
+    """Return the rows for an exposition: name, type, labels and help, in the order of the code."""
     helps = dict(re.findall(r"^# HELP (\S+) (.+)$", text.decode(), re.MULTILINE))
     rows = []
     for name, kind in re.findall(r"^# TYPE (\S+) (\S+)$", text.decode(), re.MULTILINE):
@@ -58,7 +58,7 @@ def test_every_metric_has_its_row(heading: str) -> None:
 
 
 def logged() -> Iterator[str]:
-    """The texts of all log calls from warning on, with their places for values."""
+    """Yield the texts of all log calls at warning and above, with their placeholders."""
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in LEVELS:
@@ -73,7 +73,7 @@ def fragments() -> list[str]:
 
 
 def test_every_log_line_that_asks_for_something_has_its_row() -> None:
-    """A text without a word of its own (`%s: %s`) carries the error, which is another row."""
+    """A text without words (`%s: %s`) carries the error, which is another row."""
     missing = [text for text in logged() if re.sub(r"%\.?\d*[sdfr]|\W", "", text)]
     missing = [text for text in missing if not any(fragment in text for fragment in fragments())]
     assert missing == []

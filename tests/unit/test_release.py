@@ -1,4 +1,4 @@
-"""The version is the same wherever it stands, and a release that would contradict itself is refused."""
+"""The version is the same in every place, and a release that would contradict itself is refused."""
 
 import shutil
 from datetime import date

@@ -44,7 +44,7 @@ def test_a_period_begins_at_multiples_since_utc_midnight(first_row: str, now: st
 
 @pytest.mark.parametrize("set_back_seconds", [1, HOUR, 30 * HOUR, 400 * DAY])
 def test_a_clock_set_back_neither_stops_nor_repeats_rotation(set_back_seconds: int) -> None:
-    """One file at most is begun because of it, and the next one two intervals later at the latest."""
+    """At most one file is begun because of it, and the next one is begun two intervals later at the latest."""
     first_row = now = at("2026-11-29T00:00:01")
     now -= set_back_seconds
     rotated_at = []
@@ -74,7 +74,7 @@ def test_names_are_in_order_of_rotation_whatever_the_clock_does(
 
 
 def test_only_the_oldest_rotated_files_are_removed(tmp_path: Path) -> None:
-    """Never the live file, one that was set aside, nor one of another CSV."""
+    """It never removes the live file, one that was set aside, or one of another CSV."""
     stay = [
         "data.csv",
         "data-20260103T000000Z-2.csv.gz",
@@ -94,7 +94,7 @@ def test_only_the_oldest_rotated_files_are_removed(tmp_path: Path) -> None:
 
 
 def test_a_store_keeps_the_latest_rotated_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """After each rotation, and at a start."""
+    """It does so after each rotation, and at a start."""
 
     def kept() -> list[str]:
         return sorted(map(str, tmp_path.glob("data-*.csv*")))
@@ -107,7 +107,7 @@ def test_a_store_keeps_the_latest_rotated_files(tmp_path: Path, caplog: pytest.L
         rotated.append(str(store.rotate()))
     store.close()
     store = Store.open(str(tmp_path / "data.csv"), 100, 10, log, rotate_keep=3)
-    removed = f"{rotated[0]}: removed, since the latest 3 rotated files are kept"
+    removed = f"{rotated[0]}: removed, since only the latest 3 rotated files are kept"
     wait_until("the oldest one is removed", lambda: removed in caplog.text)
     assert kept() == sorted(rotated[1:])
     append(store, 9)
@@ -126,7 +126,7 @@ def test_one_glob_finds_the_rotated_files_and_no_other() -> None:
 
 
 def test_what_another_consumer_compresses_is_left_to_it(tmp_path: Path) -> None:
-    """One that has just given up its lock can still be at work."""
+    """A consumer that has just given up its lock can still be at work."""
     csv, its_part = tmp_path / "data.csv", tmp_path / "data.csv.abc.gz.part"
     (tmp_path / "data-20261129T000000Z.csv").write_text("rows")
     its_part.write_text("half")

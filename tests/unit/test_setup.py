@@ -1,4 +1,4 @@
-"""What a goal of make cannot do without, and what it can."""
+"""What a goal of make needs, and what it can do without."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ class Case:
         return Store.open(str(self.path), 100, 10, log, **options)
 
     def restart(self) -> str:
-        """Opens the store again, checks that it works, and returns its one log line."""
+        """Open the store again, check that it works, and return its one log line."""
         self.store = self.open()
         assert len(self.lines) == 1
         line = self.lines[0]
@@ -122,7 +122,7 @@ class Case:
 
 @pytest.fixture
 def tmp_path() -> Iterator[Path]:
-    """A folder in memory: what a step does matters here, not the speed of a disk."""
+    """Return a folder in memory: what a step does matters here, not the speed of a disk."""
     with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
         yield Path(folder)
 
@@ -163,41 +163,41 @@ def test_after_a_crash_uncommitted_bytes_are_moved_aside(case: Case, tail: bytes
     assert asides(case.folder) == [tail]
 
 
-def test_bytes_added_after_a_clean_stop_stay_but_for_a_torn_row(case: Case) -> None:
-    """The journal may be an older copy, and these rows committed: no row may go."""
+def test_bytes_added_after_a_clean_stop_stay_except_a_torn_row(case: Case) -> None:
+    """The journal may be an older copy, and these rows committed, so all of them stay."""
     case.store.close()
     case.path.write_bytes(case.content + row(3) + b"torn")
     line = case.restart()
-    assert f"has {len(row(3)) + 4} bytes that its journal does not know of, though the last run ended in order" in line
+    assert f"has {len(row(3)) + 4} bytes that its journal does not know of, though the last run ended cleanly" in line
     assert case.content == CSV_HEADER + rows(1, 2, 3, 9)
     assert asides(case.folder) == [b"torn"]
 
 
 @pytest.mark.parametrize("clean", [True, False])
-def test_a_missing_csv_is_started_anew_and_the_ids_are_kept(case: Case, clean: bool) -> None:
+def test_a_missing_csv_is_begun_again_and_the_ids_are_kept(case: Case, clean: bool) -> None:
     case.store.close() if clean else crash(case.store)
     case.path.unlink()
-    assert "was missing or empty, and is started anew" in case.restart()
+    assert "was missing or empty, and is begun again" in case.restart()
     assert case.content == CSV_HEADER + row(9)
     assert case.store.seen(*ids(1))
 
 
 @pytest.mark.parametrize("new", [None, b"", CSV_HEADER])
 def test_after_a_crash_a_renamed_file_loses_its_uncommitted_end(case: Case, new: bytes | None) -> None:
-    """logrotate may run between the crash and the restart."""
+    """logrotate can run between the crash and the restart."""
     crash(case.store)
     case.path.write_bytes(case.content + row(3)[:30])
     renamed = case.path.rename(case.folder / "data.csv.1")
     if new is not None:
         case.path.write_bytes(new)
     line = case.restart()
-    assert f"the file of the last run is now {renamed}; 30 bytes that were not committed there moved to" in line
+    assert f"the file of the last run is now {renamed}; 30 bytes of it that were not committed were moved to" in line
     assert renamed.read_bytes() == CSV_HEADER + rows(1, 2)
     assert case.content == CSV_HEADER + row(9)
     assert asides(case.folder) == [row(3)[:30]]
 
 
-def test_after_a_clean_stop_a_renamed_file_is_nobodys_business(case: Case) -> None:
+def test_after_a_clean_stop_a_renamed_file_is_left_alone(case: Case) -> None:
     case.store.close()
     renamed = case.path.rename(case.folder / "archive.csv")
     with renamed.open("ab") as file:
@@ -210,12 +210,12 @@ def test_after_a_clean_stop_a_renamed_file_is_nobodys_business(case: Case) -> No
     "length", [0, 10, len(CSV_HEADER), len(CSV_HEADER) + 5, len(CSV_HEADER + row(1)), len(CSV_HEADER + row(1)) + 16]
 )
 @pytest.mark.parametrize("clean", [True, False])
-def test_a_truncated_csv_is_taken_as_it_is_but_for_a_torn_row(case: Case, length: int, clean: bool) -> None:
+def test_a_truncated_csv_is_kept_except_for_a_torn_row(case: Case, length: int, clean: bool) -> None:
     case.store.close() if clean else crash(case.store)
     before = case.content
     os.truncate(case.path, length)
     found = f"was truncated or replaced: it has {length} bytes, and {len(before)} were committed"
-    assert (found if length else "was missing or empty, and is started anew") in case.restart()
+    assert (found if length else "was missing or empty, and is begun again") in case.restart()
     kept = CSV_HEADER + row(1) if length >= len(CSV_HEADER + row(1)) else CSV_HEADER
     assert case.content == kept + row(9)
     torn = before[len(kept) : length]
@@ -250,7 +250,7 @@ def test_a_restored_copy_with_another_inode_is_still_our_file(case: Case) -> Non
 
 @pytest.mark.parametrize("tail", [b"", row(3), row(3)[:20]])
 def test_our_file_is_known_under_another_device_number(case: Case, tail: bytes) -> None:
-    """After a crash, by its inode and its content."""
+    """After a crash, it is known by its inode and its content."""
     crash(case.store)
     case.path.write_bytes(case.content + tail)
     renumber_device(case.journal)  # as a reboot does to NVMe, LVM and NFS
@@ -263,7 +263,7 @@ def test_our_file_is_known_under_another_device_number(case: Case, tail: bytes) 
 
 
 def renumber_device(journal: Path) -> None:
-    """Makes each commit in the journal speak of another device."""
+    """Make each commit in the journal name another device."""
     lines = []
     for line in journal.read_bytes().splitlines():
         commit = json.loads(line.partition(b" ")[2])
@@ -278,7 +278,7 @@ def renumber_device(journal: Path) -> None:
 def test_a_csv_put_in_after_an_empty_run_keeps_its_rows(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, how: str
 ) -> None:
-    """For example the one that the original program wrote."""
+    """An example is the one that the original program wrote."""
     path = tmp_path / "data.csv"
     Store.open(str(path), 100, 10, log).close()
     if how == "as a new file":
@@ -291,7 +291,7 @@ def test_a_csv_put_in_after_an_empty_run_keeps_its_rows(
 
 @pytest.mark.parametrize("torn", [b"", b"device;", row(3)[:12], row(3)[:-1]])
 def test_a_csv_without_a_journal_is_taken_over(case: Case, torn: bytes) -> None:
-    """The log says that the promise is weaker then."""
+    """The log says that the promise is then weaker."""
     case.store.close()
     case.journal.unlink()
     with case.path.open("ab") as file:
@@ -369,7 +369,7 @@ def test_a_file_that_is_not_ours_is_refused_and_not_touched(case: Case, content:
 @pytest.mark.parametrize("kind", ["fifo", "folder", "socket", "device"])
 @pytest.mark.parametrize("name", ["", ".lock", ".journal", ".committed", ".journal.mark", ".journal.new"])
 def test_an_odd_file_at_a_start_is_one_clear_line(tmp_path: Path, name: str, kind: str) -> None:
-    """And never a hang."""
+    """It never hangs."""
     path = tmp_path / f"data.csv{name}"
     if kind == "fifo":
         os.mkfifo(path)
@@ -418,13 +418,13 @@ def test_only_temporary_files_of_ours_are_removed_by_a_start(case: Case) -> None
 
 
 def modes(folder: Path) -> dict[str, int]:
-    """Of all files but the mark, which holds no row and is for every reader."""
+    """Return the modes of all files except the mark, which has no row and is for every reader."""
     return {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir() if path.suffix != ".committed"}
 
 
 @pytest.mark.parametrize("mode", [0o600, 0o664])
 def test_whatever_is_made_beside_a_csv_has_its_mode(case: Case, mode: int) -> None:
-    """Rotated, compressed, set aside, begun anew, written again: also after a crash in the middle of a rotation."""
+    """It is rotated, compressed, set aside, begun again, rewritten, also after a crash in the middle of a rotation."""
     case.store.close()
     case.store = case.open(rotate_gzip=True)
     case.path.chmod(mode)
@@ -447,7 +447,7 @@ def test_whatever_is_made_beside_a_csv_has_its_mode(case: Case, mode: int) -> No
 
 
 def test_the_mode_of_a_csv_that_another_program_made_is_kept(case: Case) -> None:
-    """For example by logrotate's create."""
+    """An example is logrotate's `create`."""
     case.path.rename(case.folder / "data.csv.1")
     case.path.touch()
     case.path.chmod(0o640)
@@ -474,7 +474,7 @@ def test_a_file_in_place_of_the_folder_is_one_clear_line(tmp_path: Path) -> None
 def test_trouble_at_the_start_is_one_clear_line(
     case: Case, monkeypatch: pytest.MonkeyPatch, call: str, code: int, advice: str
 ) -> None:
-    """And the next start works."""
+    """The next start works."""
     crash(case.store)
 
     def fail(*_: object) -> int:
@@ -500,7 +500,7 @@ def test_a_second_store_on_the_same_file_is_refused(case: Case) -> None:
 
 
 def fail_at(patch: pytest.MonkeyPatch, step: int) -> Callable[[], int]:
-    """Three calls that change the disk fail, from the `step`-th on; a write after half of it. Returns a counter."""
+    """Let three calls that change the disk fail, from the `step`-th on; a write after half of it. Return a counter."""
     calls = 0
 
     def wrap(name: str) -> None:
@@ -566,7 +566,7 @@ def test_an_append_failed_at_any_step_continues_from_there(
 
 
 def test_a_rotation_failed_at_any_step_loses_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """And doubles nothing."""
+    """It also duplicates nothing."""
     for step in count(1):
         (tmp_path / str(step)).mkdir()
         case = Case(tmp_path / str(step) / "data.csv", caplog)
@@ -605,7 +605,7 @@ def test_after_a_failed_fsync_everything_is_written_again(case: Case, monkeypatc
 
 
 def test_after_a_failed_commit_only_the_commit_is_retried(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rows stay: the commit may be on disk."""
+    """The rows stay, since the commit may be on disk."""
 
     def fail(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -638,8 +638,8 @@ def test_a_store_closed_before_a_commit_is_not_clean(case: Case, monkeypatch: An
     assert case.content == CSV_HEADER + rows(1, 2, 9)
 
 
-def test_an_append_says_how_long_each_step_took(case: Case, monkeypatch: Any) -> None:
-    """A write, and two fsyncs: of the CSV and of the journal."""
+def test_an_append_returns_how_long_each_step_took(case: Case, monkeypatch: Any) -> None:
+    """The steps are a write and two fsyncs: of the CSV and of the journal."""
     now = 0.0
     fsync = os.fsync
 
@@ -669,7 +669,7 @@ def test_ids_without_rows_and_rows_without_ids_are_kept(case: Case) -> None:
 
 
 def test_an_id_of_another_length_is_refused(case: Case) -> None:
-    """Before anything is written."""
+    """That happens before anything is written."""
     with pytest.raises(ValueError, match="16 bytes"):
         case.store.append(row(3), [b"short"])
     assert case.content == CSV_HEADER + rows(1, 2)
@@ -682,7 +682,7 @@ def test_bytes_of_another_program_are_moved_aside(case: Case) -> None:
     append(case.store, 3)
     assert case.content == CSV_HEADER + rows(1, 2, 3)
     assert asides(case.folder) == [b"foreign"]
-    assert f"7 bytes of another program were moved to {case.path}.uncommitted-" in case.lines[-1]
+    assert f"7 bytes from another program were moved to {case.path}.uncommitted-" in case.lines[-1]
 
 
 def test_bytes_added_between_check_and_write_are_moved_aside(case: Case, monkeypatch: Any) -> None:
@@ -703,7 +703,7 @@ def test_bytes_added_between_check_and_write_are_moved_aside(case: Case, monkeyp
 
 @pytest.mark.parametrize("how", ["renamed", "removed", "replaced by an empty file", "replaced by a CSV"])
 def test_the_next_rows_are_in_the_file_at_the_path(case: Case, how: str) -> None:
-    """However the CSV went away while the consumer ran."""
+    """It does not matter how the CSV went away while the consumer ran."""
     if how == "removed":
         case.path.unlink()
     else:
@@ -741,7 +741,7 @@ def test_copytruncate_of_logrotate_keeps_the_file_whole(case: Case) -> None:
 
 
 def test_a_foreign_file_put_there_while_running_is_left_alone(case: Case) -> None:
-    """Rows wait until it is gone."""
+    """Rows wait until that file is gone."""
     case.path.unlink()
     case.path.write_bytes(b"mine, mine, mine")
     for _ in range(2):
@@ -757,7 +757,7 @@ def test_a_foreign_file_put_there_while_running_is_left_alone(case: Case) -> Non
 
 
 def test_a_rotated_file_has_a_name_of_its_own(case: Case) -> None:
-    """And the new one has its header."""
+    """The new file has its header."""
     rotated = []
     for number in range(3, 6):
         rotated.append(case.store.rotate())
@@ -783,7 +783,7 @@ def test_a_file_without_rows_is_not_rotated(case: Case) -> None:
 
 
 def test_a_period_counts_from_the_first_row(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Over all runs; a file without rows is never due."""
+    """It counts over all runs. A file without rows is never due."""
     case.store.rotate()
     now = 1_699_920_000.0  # midnight
     monkeypatch.setattr(time, "time", lambda: now)
@@ -804,7 +804,7 @@ def test_a_period_counts_from_the_first_row(case: Case, monkeypatch: pytest.Monk
 
 
 def test_rotated_files_are_compressed(case: Case) -> None:
-    """Also those that an earlier run left plain."""
+    """Those that an earlier run left plain are compressed, too."""
     left = case.store.rotate()
     append(case.store, 3)
     (case.folder / "data-of-mine.csv").write_bytes(CSV_HEADER)
@@ -836,7 +836,7 @@ def test_a_link_to_the_csv_leads_to_the_same_lock_and_file(case: Case) -> None:
 
 
 def test_a_repointed_link_is_followed_by_a_restart(case: Case) -> None:
-    """Until then the rows go on to the file that is open; SIGHUP logs where that is."""
+    """Until then, rows go to the file that is open, and SIGHUP logs where that is."""
     link, new = case.folder / "link.csv", case.folder / "new" / "data.csv"
     link.symlink_to(case.path)
     case.store.close()
@@ -860,7 +860,7 @@ def test_a_repointed_link_is_followed_by_a_restart(case: Case) -> None:
 
 
 def test_a_data_folder_that_is_made_again_is_complete(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """And a second consumer waits, although the lock file is gone."""
+    """A second consumer waits, although the lock file is gone."""
     path = tmp_path / "data" / "data.csv"
     lock = Lock(str(path))
     assert lock.acquire()
@@ -880,8 +880,8 @@ def test_a_data_folder_that_is_made_again_is_complete(tmp_path: Path, caplog: py
 
 
 @pytest.mark.parametrize("how", ["compressed", "moved to another folder"])
-def test_a_file_out_of_sight_after_a_crash_is_told(case: Case, how: str) -> None:
-    """What was not committed there cannot be cut: it comes again. So much is said, and where it begins."""
+def test_a_file_out_of_sight_after_a_crash_is_reported(case: Case, how: str) -> None:
+    """What was not committed there cannot be cut, and comes again. The log says so, and where it begins."""
     crash(case.store)
     case.path.write_bytes(case.content + row(3))
     length = len(CSV_HEADER + rows(1, 2))
@@ -899,7 +899,7 @@ def test_a_file_out_of_sight_after_a_crash_is_told(case: Case, how: str) -> None
 @pytest.mark.parametrize("with_mark", [True, False])
 @pytest.mark.parametrize("rotated", [True, False])
 def test_a_journal_put_back_without_its_csv_moves_no_row(case: Case, with_mark: bool, rotated: bool) -> None:
-    """Its rows were committed by a later run. No other program is blamed."""
+    """A later run committed its rows. The log blames no other program."""
     case.store.close()
     kept = {path: path.read_bytes() for path in case.folder.glob("*.journal*")}
     case.store = case.open()
@@ -945,7 +945,7 @@ def test_a_store_that_was_overtaken_stops_and_touches_nothing(case: Case, monkey
 
 
 def test_an_overtaken_store_rotates_nothing(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Even while the other has written nothing yet, so that the file is as this one left it."""
+    """That holds even while the other has written nothing yet, so that the file is as this one left it."""
     later = overtake(case, monkeypatch)
     with pytest.raises(TakenOver):
         case.store.rotate()
@@ -956,7 +956,7 @@ def test_an_overtaken_store_rotates_nothing(case: Case, monkeypatch: pytest.Monk
 
 
 def test_rows_of_an_overtaken_store_are_set_aside(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It wrote them before it saw the other; it acks nothing, and the other stores them again."""
+    """It wrote them before it noticed the other. It acks nothing, and the other stores them again."""
     later = overtake(case, monkeypatch)
     with pytest.raises(TakenOver):
         append(case.store, 3)

@@ -78,7 +78,7 @@ def live(folder: Path, deliveries: list[int], ack: Callable[[int], object]) -> N
 
 
 def check(folder: Path) -> None:
-    """Every row of every message is in the files of `folder` exactly once, and nothing else is."""
+    """Check that every row of every message is in the files of `folder` exactly once, and nothing else is."""
     found: Counter[tuple[str, ...]] = Counter()
     for path in folder.iterdir():
         if any(part in path.name for part in (".uncommitted-", ".journal", ".committed")):
@@ -90,7 +90,7 @@ def check(folder: Path) -> None:
         )
     expected = Counter(tuple(row) for message in MESSAGES for row in rows(message))
     assert not expected - found, f"lost: {expected - found}"
-    assert not found - expected, f"doubled or torn: {found - expected}"
+    assert not found - expected, f"duplicated or torn: {found - expected}"
 
 
 def skip(*_: Any) -> None:
@@ -99,7 +99,7 @@ def skip(*_: Any) -> None:
 
 @pytest.fixture
 def folders() -> Iterator[Iterator[Path]]:
-    """New folders without end, in memory: the order of the steps matters here, not the speed of a disk."""
+    """Yield new folders without end, in memory: the order of the steps matters here, not the speed of a disk."""
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as root:
 
         def new() -> Iterator[Path]:
@@ -111,7 +111,7 @@ def folders() -> Iterator[Iterator[Path]]:
 
 
 def die_before(step: int, torn: bool) -> None:
-    """SIGKILL for this process in place of the `step`-th change of the disk; a torn write is done by half before."""
+    """Send SIGKILL to this process in place of the `step`-th change of the disk. A torn write is half done before."""
 
     def wrap(name: str) -> None:
         original: Callable[..., Any] = getattr(os, name)
@@ -132,7 +132,7 @@ def die_before(step: int, torn: bool) -> None:
 
 
 def live_and_die(folder: Path, deliveries: list[int], step: int, torn: bool) -> tuple[list[int], bool]:
-    """A life in a process of its own, killed before `step`. Returns what it acked, and whether it was killed."""
+    """Live in a process of its own, killed before `step`. Return what it acked, and whether it was killed."""
     acks, report = os.pipe()
     write = os.write
     if (pid := os.fork()) == 0:
@@ -152,7 +152,7 @@ def live_and_die(folder: Path, deliveries: list[int], step: int, torn: bool) -> 
 
 @pytest.mark.parametrize("torn", [False, True], ids=["between steps", "within a write"])
 def test_killed_at_any_step_every_row_is_there_once(folders: Iterator[Path], torn: bool) -> None:
-    """Killed again in its recovery, too."""
+    """It is also killed again in its recovery."""
     chance = random.Random(torn)
     for step, folder in enumerate(folders, 1):
         unacked = list(MESSAGES)
@@ -193,7 +193,7 @@ class File:
 
 @dataclass
 class Disk:
-    """What a power cut may leave of one folder, by what POSIX promises: the rest of a file after its fsync, names after
+    """What a power cut can leave of one folder, by what POSIX promises: the rest of a file after its fsync, names after
     the fsync of their folder; names change in order."""
 
     files: dict[int, File] = field(default_factory=dict)  # by inode
@@ -202,7 +202,7 @@ class Disk:
     acked: list[int] = field(default_factory=list)
 
     def after_a_power_cut(self, survives: Callable[[], bool], chance: random.Random, folder: Path) -> None:
-        """Lays the surviving files out in `folder`."""
+        """Lay the surviving files out in `folder`."""
         names = dict(self.names)
         for old, new, inode in self.pending:
             if not survives():
@@ -221,7 +221,7 @@ class Disk:
 
 
 def renumbered(line: bytes, inodes: dict[int, int]) -> bytes:
-    """The journal line with the inode number that its file has in the new folder."""
+    """Return the journal line with the inode number that its file has in the new folder."""
     checksum, _, text = line.partition(b" ")
     if checksum != b"%08x" % zlib.crc32(text):
         return line
@@ -234,7 +234,7 @@ def renumbered(line: bytes, inodes: dict[int, int]) -> bytes:
 
 
 def trace(folder: Path, patch: pytest.MonkeyPatch) -> list[Disk]:
-    """The disk before each step of a life."""
+    """Return the disk before each step of a life."""
     disk = Disk()
     moments = [deepcopy(disk)]
     real: dict[str, Callable[..., Any]] = {name: getattr(os, name) for name in CHANGES}
@@ -304,9 +304,9 @@ def trace(folder: Path, patch: pytest.MonkeyPatch) -> list[Disk]:
 
 
 def cut_power_everywhere(folders: Iterator[Path], tries: int) -> int:
-    """Recovers from a power cut before each step, `tries` times; logrotate may come before the recovery.
+    """Recover from a power cut before each step, `tries` times; logrotate can come before the recovery.
 
-    Returns how many cuts there were.
+    Return how many cuts there were.
     """
     cuts = 0
     for moment in trace(next(folders), pytest.MonkeyPatch()):
@@ -350,12 +350,12 @@ def adopt_always(plan: object, file: CsvFile, journal: Journal, notes: list[str]
     [
         (CsvFile, "sync", skip, "lost|torn|no header|not begin"),
         (repair, "sync_directory", skip, "lost"),
-        (journal, "sync_directory", skip, "lost|doubled"),
-        (store, "apply", adopt_always, "doubled"),
-        (repair, "cut_renamed", skip, "doubled"),
+        (journal, "sync_directory", skip, "lost|duplicated"),
+        (store, "apply", adopt_always, "duplicated"),
+        (repair, "cut_renamed", skip, "duplicated"),
         (Store, "append", commit_before_write, "lost"),
-        (Store, "seen", skip, "doubled"),
-        (Journal, "commit", without_ids(Journal.commit), "doubled"),
+        (Store, "seen", skip, "duplicated"),
+        (Journal, "commit", without_ids(Journal.commit), "duplicated"),
     ],
     ids=[
         "no fsync",

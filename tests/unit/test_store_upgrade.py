@@ -1,4 +1,4 @@
-"""The files of predlog 1.0.0 (data/1.0.0, written by its code) are read; those of a newer one are refused."""
+"""The files of predlog 1.0.0 (data/1.0.0, written by its code) are read. Those of a newer version are refused."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def open_store(path: Path) -> Store:
 
 @pytest.mark.parametrize("kind", ["clean", "crashed"])
 def test_what_1_0_0_left_is_continued(tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str) -> None:
-    """Nothing is lost, and nothing doubled when the broker delivers everything again."""
+    """Nothing is lost, and nothing is duplicated when the broker delivers everything again."""
     path = put(kind, tmp_path / kind)
     store = open_store(path)
     assert "corrupt" not in caplog.text

@@ -32,7 +32,7 @@ def test_each_message_is_settled_once_by_its_first_confirm(confirms: list[tuple[
 
 
 def test_a_tag_is_never_given_twice() -> None:
-    """Whatever was taken out or settled: a confirm that is late must not be one of a later message."""
+    """That holds whatever was removed or settled: a late confirm must not settle a later message."""
     window = window_of(2)
     window.forget_oldest_while(lambda _: True)
     window.add(3)

@@ -1,4 +1,4 @@
-"""The consumer's worker without a broker: what is stored, what is acked on which link, and what it says when stuck."""
+"""The consumer's worker without a broker: what it stores, what it acks on which link, what it reports when stuck."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Bench:
 
     @contextmanager
     def slow_appends(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-        """Appends wait in the store's thread, as on a disk that hangs, until the block ends; set while one waits."""
+        """Let appends wait, as on a disk that hangs, until the block ends. The event is set while one waits."""
         append, hangs, go_on = self.store.append, threading.Event(), threading.Event()
 
         def slow(*arguments: Any) -> Any:
@@ -137,7 +137,7 @@ async def test_nothing_is_acked_that_is_not_stored(bench: MakeBench, monkeypatch
 
         monkeypatch.setattr(b.store, "append", fails)
         b.worker.deliveries([delivery(1)])
-        await until("it is told", lambda: "No space left" in b.worker.not_ready())
+        await until("it is logged", lambda: "No space left" in b.worker.not_ready())
         assert link.lane.acks == []
         assert b.metric(b.counters.store_ok) == 0
         monkeypatch.undo()
@@ -162,7 +162,7 @@ async def test_the_socket_is_not_read_while_too_much_waits(bench: MakeBench, mon
         assert not link.lane.held_back
 
 
-async def test_a_disk_that_hangs_is_told(
+async def test_a_disk_that_hangs_is_reported(
     bench: MakeBench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(worker_module, "STALL_SECONDS", 0.05)
@@ -180,10 +180,10 @@ async def test_a_disk_that_hangs_is_told(
 
 
 @pytest.mark.parametrize(("consumers", "helps"), [(1, True), (2, False)])
-async def test_a_queue_that_waits_without_deliveries_is_told(
+async def test_a_queue_that_waits_without_deliveries_is_reported(
     bench: MakeBench, monkeypatch: pytest.MonkeyPatch, consumers: int, helps: bool
 ) -> None:
-    """A new link is made, unless another consumer of the queue is the active one."""
+    """It makes a new link, unless another consumer of the queue is the active one."""
     monkeypatch.setattr(worker_module, "STALL_SECONDS", 0.04)
     async with bench() as b:
         link = await b.link()
@@ -230,7 +230,7 @@ async def test_a_file_of_letters_that_fails_holds_the_batch(bench: MakeBench, mo
         link = await b.link()
         b.dead_letters.mkdir()
         b.worker.deliveries([delivery(1), delivery(2, b"poison")])
-        await until("it is told", lambda: "dead-letters: is not a regular file" in b.worker.not_ready())
+        await until("it is logged", lambda: "dead-letters: is not a regular file" in b.worker.not_ready())
         assert (link.lane.acks, b.devices()) == ([], [])
         b.dead_letters.rmdir()
         await until("all is acked", lambda: link.lane.acks == [(2, True)])
@@ -298,7 +298,7 @@ async def test_a_group_is_acked_once_all_its_lines_are_settled(bench: MakeBench)
 
 
 async def test_the_window_holds_what_groups_can_bring_again(bench: MakeBench) -> None:
-    """Twice the prefetch, times the largest group so far; also after a restart, through the journal."""
+    """That is twice the prefetch, times the largest group so far. The journal keeps it over a restart."""
     async with bench(prefetch_count=100) as b:
         link = await b.link()
         b.worker.deliveries([group(1, *[event_line(f"{n:032x}") for n in range(64)])])
@@ -311,7 +311,7 @@ async def test_the_window_holds_what_groups_can_bring_again(bench: MakeBench) ->
         assert b.store._journal.window == 2 * 100 * worker_module.MOST_EVENTS
 
 
-async def test_ids_forgotten_too_soon_are_told_once_an_hour(
+async def test_ids_forgotten_too_soon_are_logged_once_an_hour(
     bench: MakeBench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with bench(dedup_warn_seconds=60) as b:
@@ -325,7 +325,7 @@ async def test_ids_forgotten_too_soon_are_told_once_an_hour(
 # The disk's time
 
 
-async def test_the_lateness_of_the_process_is_no_disk_s(bench: MakeBench, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_lateness_of_the_process_is_not_the_disks(bench: MakeBench, monkeypatch: pytest.MonkeyPatch) -> None:
     now = time.monotonic()
     monkeypatch.setattr(worker_module, "time", SimpleNamespace(monotonic=lambda: now))
     async with bench() as b:
@@ -343,7 +343,7 @@ async def test_the_lateness_of_the_process_is_no_disk_s(bench: MakeBench, monkey
         await until("it is no longer stalled", lambda: b.metric(b.counters.stalled) == 0)
 
 
-async def test_time_to_decode_is_no_disk_s(bench: MakeBench, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_time_to_decode_is_not_the_disks(bench: MakeBench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_module, "STALL_SECONDS", 0.05)
     decodes, go_on = threading.Event(), threading.Event()
 

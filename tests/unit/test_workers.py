@@ -175,14 +175,14 @@ def work(index, alive_fd, replaces):
 
 
 @pytest.mark.parametrize("host", ["no.such.host.invalid", "203.0.113.1", "a..b", "x" * 64], ids=str)
-def test_a_host_that_is_none_of_ours_is_one_line_that_names_it(host: str) -> None:
+def test_a_host_that_is_not_ours_is_one_line_that_names_it(host: str) -> None:
     with pytest.raises(StartupError) as refusal:
         workers.reserve_port(host, 8000)
     assert f"cannot listen on {host}:8000: " in str(refusal.value)
     assert "\n" not in str(refusal.value)
 
 
-def test_a_port_in_use_is_one_line_also_if_it_is_shared() -> None:
+def test_a_port_in_use_is_one_line_even_if_it_is_shared() -> None:
     with socket.socket() as other:
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         other.bind(("127.0.0.1", 0))
@@ -209,7 +209,7 @@ def work(index, alive_fd, replaces):
 
 
 def test_a_drain_delay_is_added_to_the_shutdown_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The supervisor killed workers that still served their delay, and those that finished accepted work after it."""
+    """The supervisor used to kill workers during their delay, and those that finished accepted work after it."""
     given: list[float] = []
 
     def supervise(count: int, work: object, shutdown_seconds: float) -> int:

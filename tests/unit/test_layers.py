@@ -1,6 +1,6 @@
-"""The import rules: a module imports from its own room and from lower floors, and pure modules do no I/O.
+"""The import rules: a module imports from its own component and from lower layers, and pure modules do no I/O.
 
-A room is a module or a whole package, named by its dotted path. Rooms of one floor do not know each other.
+A component is a module or a whole package, named by its dotted path. Components of one layer are independent.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-FLOORS = [
+LAYERS = [
     {"common.first", "common.errors", "common.metrics", "common.logs", "common.process", "common.workers"},
     {"common.http", "common.amqp", "common.event", "common.storage"},
     {"common.config", "common.health"},
     {"common.producer", "common.consumer"},
     {"producer", "consumer"},
 ]
-# What a room may import of another room on its floor.
-DOORS = {
+# What a component may import of another component in its layer.
+EXCEPTIONS = {
     ("common.process", "common.errors"),
     ("common.process", "common.logs"),
     ("common.workers", "common.errors"),
@@ -51,7 +51,7 @@ PURE = {
     "common.consumer.pending",
     "common.consumer.prepare",
 }
-KNOWS_ORJSON = {"common.event.document", "common.event.rows", "common.event.schema"}
+IMPORT_ORJSON = {"common.event.document", "common.event.rows", "common.event.schema"}
 IMPURE = {
     "asyncio",
     "os",
@@ -70,7 +70,7 @@ RUN_TIME = {"aiormq", "pamqp", "yarl", "uvloop", "orjson"}  # pamqp and yarl are
 
 
 def module_paths() -> dict[str, Path]:
-    """Every module of the two processes by its dotted path; a package stands for its __init__."""
+    """Return every module of the two processes by its dotted path; a package stands for its __init__."""
     paths = [ROOT / "producer.py", ROOT / "consumer.py", *(ROOT / "common").rglob("*.py")]
     return {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in paths}
 
@@ -79,7 +79,7 @@ PATHS = module_paths()
 
 
 def imports(name: str) -> tuple[set[str], set[str]]:
-    """The modules of ours, dotted, and the top-level names of all others, that a module imports anywhere in it."""
+    """Return our modules, dotted, and the top-level names of all others, that a module imports anywhere in it."""
     ours, others = set(), set()
     for node in ast.walk(ast.parse(PATHS[name].read_text())):
         if isinstance(node, ast.Import):
@@ -92,20 +92,25 @@ def imports(name: str) -> tuple[set[str], set[str]]:
             continue
         for each in found:
             if each.partition(".")[0] in ("common", "producer", "consumer"):
-                assert each in PATHS, f"{name} imports {each}, which is no module"
+                assert each in PATHS, f"{name} imports {each}, which is not a module"
                 ours.add(each)
             else:
                 others.add(each.partition(".")[0])
     return ours - {"common"}, others  # `common` itself holds the version only
 
 
-def within(name: str, room: str) -> bool:
-    return name == room or name.startswith(room + ".")
+def within(name: str, component: str) -> bool:
+    return name == component or name.startswith(component + ".")
 
 
-def room_and_floor(name: str) -> tuple[str, int]:
-    found = [(room, number) for number, rooms in enumerate(FLOORS) for room in rooms if within(name, room)]
-    assert len(found) == 1, f"{name} is in {len(found)} rooms: give it exactly one"
+def component_and_layer(name: str) -> tuple[str, int]:
+    found = [
+        (component, number)
+        for number, components in enumerate(LAYERS)
+        for component in components
+        if within(name, component)
+    ]
+    assert len(found) == 1, f"{name} is in {len(found)} components: give it exactly one"
     return found[0]
 
 
@@ -118,16 +123,16 @@ MODULES = sorted(name for name in PATHS if PATHS[name].read_text().strip() and n
 
 @pytest.mark.parametrize("name", MODULES)
 def test_imports_point_down(name: str) -> None:
-    room, floor = room_and_floor(name)
+    component, layer = component_and_layer(name)
     for other in imports(name)[0]:
-        other_room, other_floor = room_and_floor(other)
-        door = any(within(name, here) and within(other, there) for here, there in DOORS)
-        assert other_room == room or other_floor < floor or door, f"{name} may not import {other}"
+        other_component, other_layer = component_and_layer(other)
+        is_exception = any(within(name, here) and within(other, there) for here, there in EXCEPTIONS)
+        assert other_component == component or other_layer < layer or is_exception, f"{name} may not import {other}"
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if is_pure(name)])
 def test_pure_modules_do_no_io(name: str) -> None:
-    """They take no clock, socket, randomness or environment, and import no module of ours that does."""
+    """They use no clock, socket, randomness or environment, and import no module of ours that does."""
     ours, others = imports(name)
     assert not others & IMPURE
     assert all(map(is_pure, ours)), f"{name} is pure, and imports {ours}"
@@ -138,21 +143,21 @@ def test_run_time_needs_only_three_packages(name: str) -> None:
     assert imports(name)[1] - set(sys.stdlib_module_names) <= RUN_TIME
 
 
-def test_only_events_know_orjson() -> None:
-    assert {name for name in MODULES if "orjson" in imports(name)[1]} == KNOWS_ORJSON
+def test_only_events_import_orjson() -> None:
+    assert {name for name in MODULES if "orjson" in imports(name)[1]} == IMPORT_ORJSON
 
 
 def test_every_rule_names_what_exists() -> None:
-    rooms = {room for floor in FLOORS for room in floor}
-    for name in PURE | rooms | {each for door in DOORS for each in door}:
+    components = {component for layer in LAYERS for component in layer}
+    for name in PURE | components | {each for pair in EXCEPTIONS for each in pair}:
         assert any(within(module, name) for module in PATHS), f"{name} does not exist"
 
 
-def test_modules_form_no_circle() -> None:
+def test_modules_form_no_cycle() -> None:
     done: set[str] = set()
     waiting = set(MODULES)
     while waiting:
         ready = {name for name in waiting if imports(name)[0] & set(MODULES) <= done}
-        assert ready, f"a circle among {waiting}"
+        assert ready, f"a cycle among {waiting}"
         done |= ready
         waiting -= ready
