@@ -38,7 +38,9 @@ class Epmd:
     def start(self) -> None:
         """Start epmd. No-op if it runs."""
         if self._process is None:
-            self._process = _spawn([_epmd(), "-port", str(self.port)], self.environment, self._log, signal.SIGKILL)
+            self._process = _spawn(
+                [erlang_tool("epmd"), "-port", str(self.port)], self.environment, self._log, signal.SIGKILL
+            )
 
     def stop(self) -> None:
         """Stop epmd. No-op if it does not run."""
@@ -233,6 +235,7 @@ def _script(name: str) -> str:
     return str(_LIB / name) if (_LIB / name).exists() else shutil.which(name) or name
 
 
-def _epmd() -> str:
-    bundled = sorted(Path("/usr/lib/erlang").glob("erts-*/bin/epmd"))
-    return shutil.which("epmd") or (str(bundled[-1]) if bundled else "epmd")
+def erlang_tool(name: str) -> str:
+    """Return the path of a program that comes with Erlang."""
+    bundled = sorted(Path("/usr/lib/erlang").glob(f"erts-*/bin/{name}"))
+    return shutil.which(name) or (str(bundled[-1]) if bundled else name)

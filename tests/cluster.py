@@ -6,9 +6,9 @@ Ports, cookie, epmd and directories are its own; it needs neither root nor conta
 import re
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import NamedTuple, Self, TypeVar
 
 from scripts.rabbitmq import BrokerError, Epmd
 from tests.rabbitmq import RabbitMQ
@@ -17,7 +17,9 @@ from tests.support.polling import wait_until
 NET_TICKTIME_SECONDS = 4
 """The others take a silent node for dead after this, give or take a quarter; RabbitMQ's default is 60."""
 
-_ERLANG = "+S 1:1"  # one scheduler per node: a start takes a fifth less CPU
+T = TypeVar("T")
+
+_ERLANG = "+S 1:1"  # one scheduler a node: a start takes a fifth less of the CPU
 _COOKIE, _WRONG_COOKIE = "predlog-tests", "cut-off"
 _CONFIGURATION = f"""\
 net_ticktime = {NET_TICKTIME_SECONDS}
@@ -131,8 +133,8 @@ class Cluster:
         return [other for other in self.nodes if other is not node]
 
     def running(self, node: RabbitMQ) -> set[str]:
-        """Return the names of the nodes that this one sees running, itself included."""
-        return _names(_ctl(node, "eval", f"{_running_on('node()')}."))
+        """The names of the nodes that this one sees running, itself included."""
+        return _names(_patiently(node.eval, _running_on("node()")))
 
     def cut_off(self, node: RabbitMQ) -> None:
         """Make a network partition: this node on one side, the others on the other. Clients still reach both.
@@ -146,13 +148,13 @@ class Cluster:
         self._each_other(node, f"erlang:set_cookie(Node, '{_COOKIE}'), net_adm:ping(Node)")
 
     def close_connections(self, node: RabbitMQ) -> None:
-        """Close the connections of this node's clients."""
-        _ctl(node, "close_all_connections", "test")
+        """Those of the clients of this node."""
+        _patiently(node.close_connections)
 
     def queues(self, node: RabbitMQ) -> dict[str, Queue]:
-        """Return the quorum queues by name."""
-        lines = _ctl(node, "list_queues", "--no-table-headers", "name", "leader", "online").splitlines()
-        cells = [line.split("\t") for line in lines]
+        """The quorum queues by name."""
+        lines = _patiently(node.ctl, "list_queues", "--no-table-headers", "name", "leader", "online")
+        cells = [line.split("\t") for line in lines.splitlines()]
         return {name: Queue(leader, _names(online)) for name, leader, online in cells}
 
     def wait_until_replicated(self, node: RabbitMQ, queue_names: Iterable[str], timeout_seconds: float = 30.0) -> None:
@@ -171,7 +173,8 @@ class Cluster:
     def sync_new_queues(self) -> None:
         """Do RabbitMQ.sync_new_queues for every node: each member has such a table."""
         tables = "Table <- rpc:call(Node, dets, all, [])"
-        _ctl(self.nodes[0], "eval", f"[rpc:call(Node, dets, sync, [Table]) || Node <- {self._erlang_names}, {tables}].")
+        expression = f"[rpc:call(Node, dets, sync, [Table]) || Node <- {self._erlang_names}, {tables}]"
+        _patiently(self.nodes[0].eval, expression)
 
     def _views(self) -> dict[RabbitMQ, tuple[set[str], set[str]]]:
         """For each node: the nodes that it sees running, and those from which its Mnesia is split.
@@ -180,7 +183,7 @@ class Cluster:
         """
         split = "case rpc:call(Node, rabbit_node_monitor, partitions, []) of P when is_list(P) -> P; _ -> [] end"
         views = f"{{Node, {_running_on('Node')}, {split}}}"
-        text = _ctl(self.nodes[0], "eval", f"[{views} || Node <- {self._erlang_names}].")
+        text = _patiently(self.nodes[0].eval, f"[{views} || Node <- {self._erlang_names}]")
         seen = {name: (_names(running), _names(split)) for name, running, split in _VIEW.findall(text)}
         return {node: seen.get(node.name, (set(), set())) for node in self.nodes}
 
@@ -194,19 +197,19 @@ class Cluster:
 
     def _each_other(self, node: RabbitMQ, expressions: str) -> None:
         others = ", ".join(f"'{other.name}'" for other in self.others(node))
-        _ctl(node, "eval", f"[begin {expressions} end || Node <- [{others}]].")
+        _patiently(node.eval, f"[begin {expressions} end || Node <- [{others}]]")
 
 
-def _ctl(node: RabbitMQ, *arguments: str) -> str:
-    """Run rabbitmqctl, with retries: it can fail under load and just after a restart."""
+def _patiently(command: Callable[..., T], *arguments: str) -> T:
+    """Under load, and just after a restart, a node may not answer."""
     for _ in range(3):
         try:
-            return node.ctl(*arguments)
-        except subprocess.SubprocessError as failure:
+            return command(*arguments)
+        except (subprocess.SubprocessError, BrokerError) as failure:
             error = failure
             time.sleep(1.0)
     said = str(getattr(error, "stderr", "") or error).strip()
-    raise BrokerError(f"rabbitmqctl {arguments[0]} failed three times on {node.name}: {said}")
+    raise BrokerError(f"{command.__name__} failed three times: {said}")
 
 
 def _names(text: str) -> set[str]:

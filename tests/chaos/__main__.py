@@ -166,11 +166,12 @@ def run(
     kinds: Sequence[str] = (),
     broker: RabbitMQ | None = None,
     events: int = 0,
+    rate: float = EVENTS_PER_SECOND,
 ) -> Report:
     """Raise StageError when even the end is not reached; the logs in `directory` then say why.
 
     `kinds` are the troubles of the first rounds, in place of the seed's choice. `broker` is used in place of a new one.
-    It does not end before `events` events are accepted.
+    It does not end before so many `events` are accepted. `rate` is how many are sent each second.
     """
     settings = {"ROTATE_BYTES": "2000000", "ROTATE_GZIP": "1", "CONFIRM_TIMEOUT_MS": "5000"}
     if cluster_nodes:
@@ -185,7 +186,7 @@ def run(
         concurrency=64,
         pipeline=PIPELINE,
         retries=True,
-        rate=EVENTS_PER_SECOND,
+        rate=rate,
         bursts=BURSTS,
     )
     problems, slowest_seconds = [], 0.0

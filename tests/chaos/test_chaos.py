@@ -38,7 +38,7 @@ def finish(stage: SingleStage, thread: LoadThread, *, now: bool, **environment: 
 
 
 def test_the_promise_holds_through_an_aimed_kill_at_every_step(stage: SingleStage) -> None:
-    thread = LoadThread(Load(stage.targets(), EVENTS, concurrency=16, retries=True, rate=400))
+    thread = LoadThread(Load(stage.targets(), EVENTS, concurrency=16, retries=True, rate=150))
     trouble = SingleTrouble(stage, seed=1)
     trouble.reached_seconds = 60.0  # here every point is reached
     for point in STORING:
@@ -128,6 +128,7 @@ def test_a_clock_set_back_delays_no_rotation(stage: SingleStage) -> None:
 
 def test_the_promise_holds_through_a_short_seeded_run(tmp_path: Path, node: RabbitMQ) -> None:
     kinds = ("kill_broker", "rename_csv")
-    report = run(1, Limit(rounds=2, seconds=0), tmp_path, Console(quiet=True), kinds=kinds, broker=node, events=500)
+    limit, console = Limit(rounds=2, seconds=0), Console(quiet=True)
+    report = run(1, limit, tmp_path, console, kinds=kinds, broker=node, events=500, rate=100)
     assert report.good, (str(report.verdict), report.problems)
     assert report.rounds == 2

@@ -5,14 +5,16 @@ These are real processes and a real RabbitMQ.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import time
-from collections.abc import Iterator
 from zlib import crc32
 
+import aiormq
 import pytest
 
+from common.producer.broker_health import NACKS_SECONDS
 from tests.conftest import Service, Start
 from tests.integration.test_contract import EVENT, call
 from tests.rabbitmq import RabbitMQ
@@ -32,24 +34,43 @@ def wait_for_stall(service: Service, device_id: str, words: str) -> None:
         post(service, device_id)
         return words in service.not_ready()
 
-    wait_until(f"/readyz says {words!r}", told, 90, explain=service.log)
+    wait_until(f"/readyz says {words!r}", told, 90, explain=service.log, poll_seconds=NACKS_SECONDS / 50)
 
 
 def limit(broker: RabbitMQ, queue_name: str) -> None:
     """A policy by which the queue takes no message beyond its first."""
-    pattern = f"^{re.escape(queue_name)}$"
-    broker.ctl("set_policy", queue_name, pattern, '{"max-length": 1, "overflow": "reject-publish"}')
+    policy = {"vhost": "/", "name": queue_name, "pattern": f"^{re.escape(queue_name)}$", "apply-to": "queues"}
+    broker.define(policies=[policy | {"definition": {"max-length": 1, "overflow": "reject-publish"}}])
+
+
+def unlimit(broker: RabbitMQ, queue_name: str) -> None:
+    """No policy, and an empty queue."""
+    assert broker.eval(f'rabbit_policy:delete(<<"/">>, <<"{queue_name}">>, <<"test">>)') == "ok"
+
+    async def purge() -> None:
+        async with aiormq.connect(broker.url) as connection:
+            await (await connection.channel()).queue_purge(queue_name)
+
+    asyncio.run(purge())
 
 
 @pytest.fixture
-def vhost(broker: RabbitMQ, queue_name: str) -> Iterator[str]:
-    """A virtual host of the test's own, with a user `queue_name` who has every right in it."""
-    broker.ctl("add_vhost", queue_name)
-    broker.ctl("add_user", queue_name, "secret")
-    broker.ctl("set_permissions", "-p", queue_name, queue_name, ".*", ".*", ".*")
-    yield queue_name
-    broker.ctl("delete_user", queue_name)
-    broker.ctl("delete_vhost", queue_name)
+def vhost(broker: RabbitMQ, queue_name: str) -> str:
+    """A virtual host of the test's own, with a user of the same name who has every right in it."""
+    broker.define(vhosts=[{"name": queue_name}])
+    allow(broker, queue_name)
+    may_write(broker, queue_name, True)
+    return queue_name
+
+
+def allow(broker: RabbitMQ, user: str, **limits: int) -> None:
+    """The user, and what it may have of; -1 is no limit."""
+    broker.define(users=[{"name": user, "password": "secret", "tags": "", "limits": limits}])
+
+
+def may_write(broker: RabbitMQ, vhost: str, yes: bool) -> None:
+    rights = {"configure": ".*", "write": ".*" if yes else "^$", "read": ".*"}
+    broker.define(permissions=[{"user": vhost, "vhost": vhost, **rights}])
 
 
 def url_of(broker: RabbitMQ, vhost: str) -> str:
@@ -68,15 +89,16 @@ def test_a_reject_publish_policy_comes_and_goes(broker: RabbitMQ, producer: Star
 
     wait_until("the metric shows it, too", is_stalled, explain=service.log)
     assert "nack" in service.log()
-    broker.ctl("clear_policy", queue_name)
-    broker.ctl("purge_queue", queue_name)
-    wait_until("an event is accepted", lambda: post(service)[0] == 200, 45, explain=service.log)
+    unlimit(broker, queue_name)
+    wait_until(
+        "an event is accepted", lambda: post(service)[0] == 200, explain=service.log, poll_seconds=NACKS_SECONDS / 50
+    )
     wait_until("it is ready", lambda: not service.not_ready())
     assert service.metric("predlog_stalled") == 0
 
 
 def test_a_user_who_may_not_write_ends_the_start(broker: RabbitMQ, producer: Start, vhost: str) -> None:
-    broker.ctl("set_permissions", "-p", vhost, vhost, ".*", "^$", ".*")
+    may_write(broker, vhost, False)
     service = producer(wait=False, AMQP_URL=url_of(broker, vhost))
     assert service.process.wait(20) == 1
     last = service.log().splitlines()[-1]
@@ -87,23 +109,24 @@ def test_a_user_who_may_not_write_ends_the_start(broker: RabbitMQ, producer: Sta
 
 
 def test_a_limit_on_connections_is_waited_for(broker: RabbitMQ, producer: Start, vhost: str) -> None:
-    """The old process can hold the last one while the new one starts."""
-    broker.ctl("set_user_limits", vhost, '{"max-connections": 0}')
+    """The old process may hold the last one while the new one starts."""
+    allow(broker, vhost, **{"max-connections": 0})
     service = producer(wait=False, AMQP_URL=url_of(broker, vhost))
     wait_until("/readyz says why", lambda: "connection limit" in service.not_ready(), explain=service.log)
-    broker.ctl("clear_user_limits", vhost, "max-connections")
+    allow(broker, vhost, **{"max-connections": -1})
     wait_until("an event is accepted", lambda: post(service)[0] == 200, explain=service.log)
 
 
 def test_a_limit_of_one_channel_is_enough(broker: RabbitMQ, producer: Start, vhost: str) -> None:
-    broker.ctl("set_user_limits", vhost, '{"max-channels": 1}')
+    allow(broker, vhost, **{"max-channels": 1})
     service = producer(AMQP_URL=url_of(broker, vhost))
     assert post(service)[0] == 200
     assert "WARNING" not in service.log()
 
 
 def test_a_limit_on_queues_is_what_the_error_says(broker: RabbitMQ, producer: Start, vhost: str) -> None:
-    broker.ctl("set_vhost_limits", "-p", vhost, '{"max-queues": 0}')
+    limits = {"component": "vhost-limits", "name": "limits", "vhost": vhost}
+    broker.define(parameters=[limits | {"value": {"max-queues": 0}}])
     service = producer(wait=False, AMQP_URL=url_of(broker, vhost))
     assert service.process.wait(20) == 1
     last = service.log().splitlines()[-1]
@@ -116,7 +139,7 @@ def test_a_right_that_is_revoked_is_reported_at_once(broker: RabbitMQ, producer:
     """No event waits for its time-out, and /readyz stays 503 between the attempts to connect."""
     service = producer(AMQP_URL=url_of(broker, vhost), CONFIRM_TIMEOUT_MS=60_000)
     assert post(service)[0] == 200
-    broker.ctl("set_permissions", "-p", vhost, vhost, ".*", "^$", ".*")
+    may_write(broker, vhost, False)
 
     def refused() -> bool:
         status, detail = post(service)
@@ -130,20 +153,17 @@ def test_a_right_that_is_revoked_is_reported_at_once(broker: RabbitMQ, producer:
     while time.monotonic() < until:
         assert "denies access" in service.not_ready()
         assert post(service)[0] == 503
-    broker.ctl("set_permissions", "-p", vhost, vhost, ".*", ".*", ".*")
+    may_write(broker, vhost, True)
     wait_until("an event is accepted", lambda: post(service)[0] == 200, explain=service.log)
 
 
 def test_a_connection_during_an_alarm_is_known_to_be_blocked(broker: RabbitMQ, producer: Start) -> None:
-    """RabbitMQ tells only publishers of an alarm, so the first event would wait for its time-out."""
-    broker.ctl("set_vm_memory_high_watermark", "0.00001")
-    try:
+    """RabbitMQ says so only to who publishes: the first event would wait for its time-out."""
+    with broker.memory_alarm():
         service = producer(wait=False, CONFIRM_TIMEOUT_MS=60_000)
         wait_until("it listens", lambda: "POST to" in service.log(), explain=service.log)
         wait_until("/readyz says why", lambda: "takes no messages" in service.not_ready(), explain=service.log)
         assert post(service)[0] == 503
-    finally:
-        broker.ctl("set_vm_memory_high_watermark", "0.4")
     wait_until("an event is accepted", lambda: post(service)[0] == 200, explain=service.log)
 
 
@@ -157,17 +177,15 @@ def test_a_full_partition_refuses_only_its_devices(broker: RabbitMQ, producer: S
     limit(broker, f"{queue_name}.1")
     wait_for_stall(service, full, "partition 1")
     assert [post(service, other)[0] for _ in range(50)] == [200] * 50
-    broker.ctl("clear_policy", f"{queue_name}.1")
-    broker.ctl("purge_queue", f"{queue_name}.1")
+    unlimit(broker, f"{queue_name}.1")
     wait_until("it takes events again", lambda: post(service, full)[0] == 200, 45, explain=service.log)
 
 
 def ra(broker: RabbitMQ, queue_name: str, what: str) -> None:
     """Stop or restart the only member of a quorum queue."""
-    broker.ctl(
-        "eval",
+    broker.eval(
         f'{{ok, Q}} = rabbit_amqqueue:lookup(rabbit_misc:r(<<"/">>, queue, <<"{queue_name}">>)), '
-        f"{{Name, _}} = amqqueue:get_pid(Q), ra:{what}(quorum_queues, {{Name, node()}}).",
+        f"{{Name, _}} = amqqueue:get_pid(Q), ra:{what}(quorum_queues, {{Name, node()}})"
     )
 
 

@@ -182,14 +182,15 @@ async def test_the_health_port_answers_while_the_disk_hangs(
 def test_a_user_of_one_channel_gets_its_rows(node: RabbitMQ, queue_name: str, consumer: Start) -> None:
     """The look for messages that no consumer serves needs a second channel, and is given up."""
     publish(node.url, queue_name, [event("device")])
-    node.ctl("set_user_limits", "guest", '{"max-channels": 1}')
+    guest = {"name": "guest", "password": "guest", "tags": "administrator"}
+    node.define(users=[guest | {"limits": {"max-channels": 1}}])
     try:
         service = consumer(AMQP_URL=node.url)
         wait_until("the row is stored", lambda: devices(service.csv_file) == ["device"], explain=service.log)
         assert service.metric("predlog_amqp_reconnects_total") == 0
         assert service.log().count("connected") == 1
     finally:
-        node.ctl("clear_user_limits", "guest", "all")
+        node.define(users=[guest | {"limits": {"max-channels": -1}}])
 
 
 async def test_a_new_password_is_used_after_sighup(

@@ -143,14 +143,11 @@ def test_poison_of_8_mb_is_within_the_bound_on_memory(broker: RabbitMQ, queue_na
     """It happens during a memory alarm of the broker, which does not stop dead letters either."""
     for _ in range(6):
         publish(broker.url, queue_name, [b"\xff" * 8_000_000] * 10)
-    broker.ctl("set_vm_memory_high_watermark", "0.00001")
-    try:
+    with broker.memory_alarm():
         service = consumer()
         counted = 'predlog_dead_letters_total{reason="not_json"}'
         wait_until("all are in the file", lambda: service.metric(counted) == 60, 60, service.log)
         assert memory_bytes(service) < 400_000_000
-    finally:
-        broker.ctl("set_vm_memory_high_watermark", "0.4")
 
 
 def test_thousands_of_poison_messages_are_a_few_lines(broker: RabbitMQ, queue_name: str, consumer: Start) -> None:

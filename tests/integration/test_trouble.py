@@ -197,8 +197,8 @@ def test_while_nothing_can_be_stored_nothing_is_acked(
 
 
 def test_an_event_too_large_for_the_broker_disturbs_no_other(producer: Start, consumer: Start, node: RabbitMQ) -> None:
-    limit = "application:set_env(rabbit, max_message_size, {0}), persistent_term:put(max_message_size, {0})."
-    node.ctl("eval", limit.format(100_000))
+    limit = "application:set_env(rabbit, max_message_size, {0}), persistent_term:put(max_message_size, {0})"
+    node.eval(limit.format(100_000))
     try:
         posting, storing = producer(AMQP_URL=node.url), consumer(AMQP_URL=node.url)
         traffic = Traffic(posting, storing.csv_file)
@@ -219,7 +219,7 @@ def test_an_event_too_large_for_the_broker_disturbs_no_other(producer: Start, co
         traffic.wait_for_more()
         traffic.assert_exactly_once()
     finally:
-        node.ctl("eval", limit.format(134_217_728))
+        node.eval(limit.format(134_217_728))
 
 
 def test_a_new_connection_takes_nothing_during_disk_trouble(producer: Start, consumer: Start, node: RabbitMQ) -> None:
@@ -228,7 +228,7 @@ def test_a_new_connection_takes_nothing_during_disk_trouble(producer: Start, con
     traffic.wait_for_more()
     limit_file_size(storing, storing.csv_file.stat().st_size)
     until_not_ready(storing, "File too large")
-    node.ctl("close_all_connections", "test")
+    node.close_connections()
     until("the connection is lost", lambda: storing.metric("predlog_amqp_reconnects_total") == 1)
     traffic.wait_for_more()
     deliveries = storing.metric("predlog_deliveries_total")
@@ -349,13 +349,10 @@ def test_a_memory_alarm_refuses_events_until_it_ends(producer: Start, consumer: 
     posting, storing = producer(AMQP_URL=node.url), consumer(AMQP_URL=node.url)
     traffic = Traffic(posting, storing.csv_file)
     traffic.wait_for_more()
-    node.ctl("set_vm_memory_high_watermark", "0.000001")
-    try:
+    with node.memory_alarm():
         until_not_ready(posting, "low on memory")
         until("events are refused", lambda: traffic.load.ledger.answers[503] > 0)
         until_ready(storing)  # what is in the queue can be taken out
-    finally:
-        node.ctl("set_vm_memory_high_watermark", "0.4")
     until_ready(posting)
     traffic.wait_for_more()
     traffic.assert_exactly_once()
@@ -378,7 +375,7 @@ def test_connections_closed_by_the_broker_come_back(producer: Start, consumer: S
     traffic = Traffic(posting, storing.csv_file)
     for number in (1, 2):
         traffic.wait_for_more()
-        node.ctl("close_all_connections", "test")
+        node.close_connections()
         for service in (posting, storing):
             until_lost(service, number)
         until_ready(posting, storing)
@@ -389,13 +386,11 @@ def test_connections_closed_by_the_broker_come_back(producer: Start, consumer: S
 
 @pytest.fixture
 def impatient_node(node: RabbitMQ) -> Iterator[RabbitMQ]:
-    """It ends a consumer whose messages are unacked for a second; by default it waits for half an hour."""
-    limits = (
-        "application:set_env(rabbit, consumer_timeout, {}), application:set_env(rabbit, channel_tick_interval, {})."
-    )
-    node.ctl("eval", limits.format(1000, 300))
+    """It closes a channel whose messages are unacked for a second; by default it waits for half an hour."""
+    limits = "application:set_env(rabbit, consumer_timeout, {}), application:set_env(rabbit, channel_tick_interval, {})"
+    node.eval(limits.format(1000, 300))
     yield node
-    node.ctl("eval", limits.format(1_800_000, 60_000))
+    node.eval(limits.format(1_800_000, 60_000))
 
 
 def test_a_consumer_that_the_broker_ends_comes_back(producer: Start, consumer: Start, impatient_node: RabbitMQ) -> None:
