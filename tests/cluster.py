@@ -19,7 +19,7 @@ NET_TICKTIME_SECONDS = 4
 
 T = TypeVar("T")
 
-_ERLANG = "+S 1:1"  # one scheduler a node: a start takes a fifth less of the CPU
+_ERLANG = "+S 1:1"  # one scheduler per node: a start takes a fifth less CPU
 _COOKIE, _WRONG_COOKIE = "predlog-tests", "cut-off"
 _CONFIGURATION = f"""\
 net_ticktime = {NET_TICKTIME_SECONDS}
@@ -133,7 +133,7 @@ class Cluster:
         return [other for other in self.nodes if other is not node]
 
     def running(self, node: RabbitMQ) -> set[str]:
-        """The names of the nodes that this one sees running, itself included."""
+        """Return the names of the nodes that this one sees running, itself included."""
         return _names(_patiently(node.eval, _running_on("node()")))
 
     def cut_off(self, node: RabbitMQ) -> None:
@@ -148,11 +148,11 @@ class Cluster:
         self._each_other(node, f"erlang:set_cookie(Node, '{_COOKIE}'), net_adm:ping(Node)")
 
     def close_connections(self, node: RabbitMQ) -> None:
-        """Those of the clients of this node."""
+        """Close the connections of this node's clients."""
         _patiently(node.close_connections)
 
     def queues(self, node: RabbitMQ) -> dict[str, Queue]:
-        """The quorum queues by name."""
+        """Return the quorum queues by name."""
         lines = _patiently(node.ctl, "list_queues", "--no-table-headers", "name", "leader", "online")
         cells = [line.split("\t") for line in lines.splitlines()]
         return {name: Queue(leader, _names(online)) for name, leader, online in cells}
@@ -201,7 +201,7 @@ class Cluster:
 
 
 def _patiently(command: Callable[..., T], *arguments: str) -> T:
-    """Under load, and just after a restart, a node may not answer."""
+    """Run `command`, with retries: it can fail under load and just after a restart."""
     for _ in range(3):
         try:
             return command(*arguments)

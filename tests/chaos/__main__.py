@@ -171,7 +171,7 @@ def run(
     """Raise StageError when even the end is not reached; the logs in `directory` then say why.
 
     `kinds` are the troubles of the first rounds, in place of the seed's choice. `broker` is used in place of a new one.
-    It does not end before so many `events` are accepted. `rate` is how many are sent each second.
+    It does not end before `events` events are accepted. `rate` is how many are sent each second.
     """
     settings = {"ROTATE_BYTES": "2000000", "ROTATE_GZIP": "1", "CONFIRM_TIMEOUT_MS": "5000"}
     if cluster_nodes:

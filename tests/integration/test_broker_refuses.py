@@ -109,7 +109,7 @@ def test_a_user_who_may_not_write_ends_the_start(broker: RabbitMQ, producer: Sta
 
 
 def test_a_limit_on_connections_is_waited_for(broker: RabbitMQ, producer: Start, vhost: str) -> None:
-    """The old process may hold the last one while the new one starts."""
+    """The old process can hold the last one while the new one starts."""
     allow(broker, vhost, **{"max-connections": 0})
     service = producer(wait=False, AMQP_URL=url_of(broker, vhost))
     wait_until("/readyz says why", lambda: "connection limit" in service.not_ready(), explain=service.log)
@@ -158,7 +158,7 @@ def test_a_right_that_is_revoked_is_reported_at_once(broker: RabbitMQ, producer:
 
 
 def test_a_connection_during_an_alarm_is_known_to_be_blocked(broker: RabbitMQ, producer: Start) -> None:
-    """RabbitMQ says so only to who publishes: the first event would wait for its time-out."""
+    """RabbitMQ tells only publishers of an alarm, so the first event would wait for its time-out."""
     with broker.memory_alarm():
         service = producer(wait=False, CONFIRM_TIMEOUT_MS=60_000)
         wait_until("it listens", lambda: "POST to" in service.log(), explain=service.log)
