@@ -42,7 +42,7 @@ class RabbitMQ(rabbitmq.RabbitMQ):
     def eval(self, expression: str) -> str:
         """Return the value of an Erlang expression, as `rabbitmqctl eval` does, at a fiftieth of its CPU.
 
-        Raise BrokerError when it has none.
+        Raise BrokerError if it has none.
         """
         done = subprocess.run(
             [rabbitmq.erlang_tool("erl_call"), "-sname", self.name, "-r", "-e"],
@@ -58,13 +58,13 @@ class RabbitMQ(rabbitmq.RabbitMQ):
         return done.stdout.removeprefix("{ok, ").removesuffix("}")
 
     def define(self, **definitions: list[dict[str, object]]) -> None:
-        """Import definitions: vhosts, users, permissions, policies, parameters. What has the same name is replaced."""
-        text = json.dumps(json.dumps(definitions))  # once more, since the escapes of JSON are Erlang's, too
+        """Import definitions: vhosts, users, permissions, policies, parameters. They replace those of the same name."""
+        text = json.dumps(json.dumps(definitions))  # twice, since the escapes of JSON are Erlang's, too
         assert self.eval(f"rabbit_definitions:import_raw(<<{text}>>)") == "ok"
 
     @contextlib.contextmanager
     def memory_alarm(self) -> Iterator[None]:
-        """Any memory that it uses is too much for it."""
+        """Set a limit that any memory in use exceeds."""
         self.eval("vm_memory_monitor:set_vm_memory_high_watermark(1.0e-6)")
         try:
             yield
@@ -72,7 +72,7 @@ class RabbitMQ(rabbitmq.RabbitMQ):
             self.eval("vm_memory_monitor:set_vm_memory_high_watermark(0.4)")
 
     def close_connections(self) -> None:
-        """Those of all clients, in an orderly way."""
+        """Close the connections of all clients cleanly."""
         self.eval('rabbit_networking:close_all_connections("test")')
 
     def sync_new_queues(self) -> None:

@@ -107,7 +107,7 @@ _look_ups: dict[str, asyncio.Task[list[Any]]] = {}  # of host names; the last on
 
 
 async def _candidates(address: Address) -> list[tuple[Address, str]]:
-    """Return `address` and an IP address for every IP address of its only host. Raise OSError.
+    """Return pairs of `address` and an IP address, one for each that its only host has. Raise OSError.
 
     There is one look-up of a name at a time: uvloop has two threads for them, and a name without an answer must not
     occupy both.

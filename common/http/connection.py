@@ -113,7 +113,7 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._enter(CLOSED, self.now())
-        self.state.pool.leave(self)  # what its requests hold counts on until they are answered
+        self.state.pool.leave(self)  # what its requests hold counts until they are answered
 
     def _enter(self, phase: Phase, now: float) -> None:
         if phase not in NEXT[self.phase]:
@@ -418,7 +418,7 @@ class Connection(asyncio.Protocol):
             self.leave()
 
     def leave(self) -> None:
-        """Close a connection without a request. A client that never took its last answer loses it."""
+        """Close a connection without a request. A client that never took its last answer loses that answer."""
         if self.phase is HEAD and self.state.pool.can_answer_refused():
             self._refuse(HttpError(408, "the header section did not arrive in time"))
         elif self.phase is IDLE and not self._transport.get_write_buffer_size():

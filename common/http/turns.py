@@ -17,7 +17,7 @@ log = logging.getLogger("predlog.http")
 # The time for long work in one turn of the loop, all clients together. A stage that has begun runs to its end, which
 # takes 30 ms at most. So a turn stays below the 50 ms by which a request may delay other clients (docs/http.md).
 TURN_SECONDS = 0.005
-FORWARD_TURNS = 10  # newcomers may come without end: the next of the others goes first after so many full turns
+FORWARD_TURNS = 10  # newcomers can come without end: after this many full turns, the next of the others goes first
 
 Job = Generator[Callable[[Callable[[], None]], None] | None, None, None]
 
@@ -32,7 +32,7 @@ class Turns:
         self._jobs: dict[Hashable, deque[Job]] = {}  # by owner
         self._new: deque[Hashable] = deque()  # owners that had no slice yet
         self._again: deque[Hashable] = deque()  # owners that had one and have more to do
-        self._crowded = count(1)  # turns that ended with some of both left
+        self._crowded = count(1)  # turns that ended with owners of both kinds left
 
     def add(self, owner: Hashable, job: Job) -> None:
         """Run `job` after the others of its owner. What it raises is logged as a bug."""

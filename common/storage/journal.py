@@ -79,7 +79,7 @@ class Journal:
         self.expect_again(reading.prefetch_count)
         self._order, self._ids = reading.ids, set(split_ids(reading.ids))
         longer = mark.inode == state.inode and mark.committed_bytes > state.committed_bytes
-        outdated = longer or mark.generation > reading.generation > 0  # which a journal of 1.0 has not
+        outdated = longer or mark.generation > reading.generation > 0  # a journal of 1.0 has none
         return LastRun(state, reading.clean, "its end is gone: its mark knows of a later commit" if outdated else "")
 
     def seen(self, id: bytes) -> bool:

@@ -13,9 +13,9 @@ TIMEOUT_SECONDS = 4.0  # shorter than that of HEALTHCHECK in the Dockerfile
 
 
 def is_alive(port: int, tls: bool) -> bool:
-    """Tell whether an HTTP server answers on this port. Any status will do: even a refusal takes a live event loop."""
+    """Return whether an HTTP server answers on this port. Any status will do: even a refusal needs a live loop."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_SECONDS)
-    if tls:  # it is our own, by whatever name its certificate calls it
+    if tls:  # it is our own, whatever name is in its certificate
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         connection = http.client.HTTPSConnection("127.0.0.1", port, timeout=TIMEOUT_SECONDS, context=context)

@@ -12,7 +12,7 @@ from tests.support.haproxy import haproxy, needs_haproxy, wait_until_down
 
 @needs_haproxy
 def test_a_stop_behind_haproxy_is_seen_by_nobody(producer: Start, tmp_path: Path) -> None:
-    """With the delay that compose.cluster.yaml sets, in which HAProxy sees /readyz and sends no more."""
+    """During the delay that compose.cluster.yaml sets, HAProxy sees that /readyz is 503, and sends no more."""
     for delay_ms in DELAYS_MS:
         leaving, staying = producer(DRAIN_DELAY_MS=delay_ms), producer()
         folder = tmp_path / f"haproxy-{delay_ms}"

@@ -80,11 +80,11 @@ def test_a_refusal_of_a_large_body_reaches_the_client(producer: Start, tmp_path:
         assert post(url, BODY, Authorization="Bearer right") == 200
 
 
-DELAYS_MS = 2000, 8000, 32_000  # the longer ones for a machine on which the proxy is not told within the shorter
+DELAYS_MS = 2000, 8000, 32_000  # the longer ones are for a machine on which the shorter end before the proxy knows
 
 
 def leave(service: Service, tell: Callable[[], None]) -> bool:
-    """Stop a producer, and `tell` the proxy. Return whether it was told while the producer still listened."""
+    """Stop a producer, and `tell` the proxy. Return whether the producer still listened after that."""
     service.process.terminate()
     tell()
     in_time = service.not_ready() == "the server is shutting down"
@@ -94,7 +94,7 @@ def leave(service: Service, tell: Callable[[], None]) -> bool:
 
 @pytest.mark.parametrize("keep_alive", [False, True])
 def test_a_stop_behind_nginx_is_seen_by_nobody(producer: Start, tmp_path: Path, keep_alive: bool) -> None:
-    """nginx asks nobody for readiness, so the delay is the time in which it is told."""
+    """nginx does not poll /readyz, so its configuration is changed during the delay."""
     for delay_ms in DELAYS_MS:
         leaving, staying = producer(DRAIN_DELAY_MS=delay_ms), producer()
         folder = tmp_path / f"nginx-{delay_ms}"
@@ -106,7 +106,7 @@ def test_a_stop_behind_nginx_is_seen_by_nobody(producer: Start, tmp_path: Path, 
     assert set(load.statuses) == {200}, load.statuses
 
 
-def test_a_drain_delay_listens_while_readyz_says_no(producer: Start) -> None:
+def test_a_drain_delay_listens_while_readyz_is_503(producer: Start) -> None:
     statuses: list[int] = []
 
     def post_meanwhile() -> None:

@@ -44,7 +44,7 @@ def limit(broker: RabbitMQ, queue_name: str) -> None:
 
 
 def unlimit(broker: RabbitMQ, queue_name: str) -> None:
-    """No policy, and an empty queue."""
+    """Remove the policy, and empty the queue."""
     assert broker.eval(f'rabbit_policy:delete(<<"/">>, <<"{queue_name}">>, <<"test">>)') == "ok"
 
     async def purge() -> None:
@@ -64,7 +64,7 @@ def vhost(broker: RabbitMQ, queue_name: str) -> str:
 
 
 def allow(broker: RabbitMQ, user: str, **limits: int) -> None:
-    """The user, and what it may have of; -1 is no limit."""
+    """Define the user with its limits; -1 is no limit."""
     broker.define(users=[{"name": user, "password": "secret", "tags": "", "limits": limits}])
 
 

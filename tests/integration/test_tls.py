@@ -67,7 +67,7 @@ def test_sighup_loads_a_new_certificate_and_keeps_a_good_one(producer: Start, tm
     first = serial()
     assert ask(service, authority, "POST", "/process", json.dumps(EVENT).encode())[0] == 200
     issue(authority, tmp_path)
-    hang_up("loaded again")
+    hang_up("reloaded")
     second = serial()
     assert second != first
     (tmp_path / "cert.pem").write_text("broken")

@@ -386,7 +386,7 @@ def test_connections_closed_by_the_broker_come_back(producer: Start, consumer: S
 
 @pytest.fixture
 def impatient_node(node: RabbitMQ) -> Iterator[RabbitMQ]:
-    """It ends a consumer whose messages are unacked for a second; by default it waits for half an hour."""
+    """A broker that ends a consumer whose messages are unacked for a second; the default is half an hour."""
     limits = "application:set_env(rabbit, consumer_timeout, {}), application:set_env(rabbit, channel_tick_interval, {})"
     node.eval(limits.format(1000, 300))
     yield node

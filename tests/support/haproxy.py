@@ -46,7 +46,7 @@ def haproxy(directory: Path, urls: Sequence[str]) -> Iterator[str]:
 
 
 def wait_until_down(directory: Path, number: int) -> None:
-    """Until the HAProxy of `directory` sends nothing more to the producer of this number, from 1 on."""
+    """Wait until the HAProxy of `directory` sends nothing more to this producer, counted from 1."""
     log = directory / "log"
     down = f"Server producers/producer{number} is DOWN"
     wait_until(f"{down!r} is in the log", lambda: down in log.read_text(), explain=log.read_text)

@@ -13,9 +13,9 @@ _QUIET_SECONDS = 0.007  # what it takes on the machine on which the bounds were 
 
 
 def least(measure: Callable[[], float], enough: float) -> float:
-    """The least of some measurements, no more than are needed to be below `enough`: what else runs can only add.
+    """Return the least of several measurements; stop at one below `enough`. Other programs can only add to a time.
 
-    Each is what it would be on the machine on which the bounds were chosen.
+    Each time is what it would be on the machine on which the bounds were chosen.
     """
     best = measure() / slowness()
     for _ in range(MOST_RUNS - 1):
@@ -26,7 +26,7 @@ def least(measure: Callable[[], float], enough: float) -> float:
 
 
 def slowness() -> float:
-    """How many times longer work takes here and now than there; at least 1.
+    """Return how many times longer work takes here and now than on that machine; at least 1.
 
     A process that uses many CPUs and caches slows all others down, in CPU time too.
     """

@@ -183,7 +183,7 @@ def test_events_of_one_turn_share_a_message_and_its_confirm() -> None:
     assert [counters.metrics.values[index] for index in (counters.events, counters.messages)] == [5, 2]
 
 
-def test_a_scrape_behind_the_events_of_its_connection_loses_no_count() -> None:
+def test_a_scrape_after_the_events_of_its_connection_counts_all() -> None:
     """The first answer makes room in the pipeline, so /metrics is asked in the middle of the confirm."""
     producer = FakeProducer(events_per_message=64)
     producer.send(*[post("/process", an_event())] * 32, b"GET /metrics HTTP/1.1\r\nHost: h\r\n\r\n")

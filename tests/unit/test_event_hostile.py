@@ -55,7 +55,7 @@ def with_tags(tags: bytes) -> bytes:
 
 
 def kind_of(make: Callable[[], Iterator[object]]) -> str:
-    """The type of the fault with which a body is refused whole, or "ok". No stage may be long."""
+    """Return the type of the fault with which a body is refused whole, or "ok". No stage may be long."""
     kind = ""
 
     def longest() -> float:

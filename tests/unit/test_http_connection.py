@@ -447,7 +447,7 @@ def test_a_phase_that_cannot_follow_is_a_bug(server: Server) -> None:
 
 
 def test_what_an_exchange_holds_counts_until_its_answer(server: Server) -> None:
-    """Also when the client is gone by then: its request is still being worked on, and may come to hold more."""
+    """That holds even if the client is gone by then: its request is still being worked on, and can hold more later."""
     for leaves in (False, True):
         connection, _ = server.connect()
         connection.data_received(LATER)
@@ -500,7 +500,7 @@ def test_a_client_that_waits_for_a_turn_is_not_stalled(server: Server) -> None:
     assert status(transport) == 200
 
 
-def test_who_ends_behind_an_empty_line_is_closed_after_its_turn(server: Server) -> None:
+def test_a_client_that_ends_after_an_empty_line_is_closed(server: Server) -> None:
     connection, transport = server.connect()
     server.state.turns.worked_since(server.now - 1)
     connection.data_received(b"\r\n")

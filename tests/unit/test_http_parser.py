@@ -666,7 +666,7 @@ def test_rfc_9110_9_3_2_an_answer_to_head_has_no_body() -> None:
 
 
 def test_rfc_9112_9_3_keep_alive_is_sent_to_1_0_clients() -> None:
-    """`Connection: close` is sent to all clients."""
+    """`Connection: close` is sent to clients of both versions."""
     for status, http10 in itertools.product((200, 204), (False, True)):
         assert b"\r\nConnection: close\r\n" in response(status, keep_alive=False, http10=http10)
         assert (b"\r\nConnection: keep-alive\r\n" in response(status, http10=http10)) == http10

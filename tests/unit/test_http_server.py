@@ -200,7 +200,7 @@ async def test_tls_carries_requests_and_answers_of_any_size(tls: ssl.SSLContext,
 def test_a_client_that_ends_tls_without_a_request_is_closed(
     tls: ssl.SSLContext, trusting: ssl.SSLContext, sent: bytes
 ) -> None:
-    """At once, and not when the idle time is over, although its side of the TCP connection stays open."""
+    """It is closed at once, not after the idle time, although its side of the TCP connection stays open."""
 
     def run(port: int) -> None:
         with trusting.wrap_socket(socket.create_connection(("127.0.0.1", port), 10)) as client:
@@ -279,7 +279,7 @@ async def test_clients_without_a_place_are_one_line(caplog: pytest.LogCaptureFix
 async def test_a_stop_refuses_new_clients_and_answers_the_others() -> None:
     async with serving() as (server, port):
         early = await connect(port)
-        await until(lambda: len(server.connections) == 1)  # on a busy machine, the kernel lets it wait at the door
+        await until(lambda: len(server.connections) == 1)  # on a busy machine, it waits in the kernel's queue
         await server.stop_listening()
         with pytest.raises(ConnectionRefusedError):
             await exchange(port, b"")

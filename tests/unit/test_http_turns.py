@@ -58,8 +58,8 @@ def test_a_newcomer_goes_before_those_that_had_a_slice(loop: Loop) -> None:
     assert loop.done == ["a", "b", "c", "new", "a"]
 
 
-def test_newcomers_without_end_keep_nobody_waiting_for_ever(loop: Loop) -> None:
-    """Each turn of the loop brings more of them than it has time for. The others take their turns all the same."""
+def test_newcomers_without_end_keep_nobody_waiting_forever(loop: Loop) -> None:
+    """Each turn of the loop brings more of them than it has time for. The others still take their turns."""
 
     def short() -> Job:
         loop.now += 2 * TURN_SECONDS

@@ -73,7 +73,7 @@ def append(store: Store, *numbers: int) -> None:
 
 
 def crash(store: Store) -> None:
-    """What is left of a store when its process dies. A thread that compresses outlives no process."""
+    """Leave a store as it is when its process dies. A thread that compresses outlives no process."""
     for thread in threading.enumerate():
         if thread.name == "rotated":
             thread.join()

@@ -68,8 +68,8 @@ def test_what_1_0_0_left_is_continued(tmp_path: Path, caplog: pytest.LogCaptureF
     assert open_store(path).seen(*ids(7))
 
 
-def test_what_1_0_0_left_after_a_way_back_is_continued(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The mark of the 2.0 before it is still there. It knows of no later commit, although 1.0.0 has no generations."""
+def test_what_1_0_0_left_after_a_downgrade_is_continued(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The mark of the 2.0 before is still there. It knows of no later commit, although 1.0.0 has no generations."""
     path = put("crashed", tmp_path / "crashed")
     inode = path.stat().st_ino
     MarkFile(str(path)).write(Mark(inode, len(CSV_HEADER), time.time_ns()))
