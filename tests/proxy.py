@@ -23,6 +23,7 @@ class Proxy:
         self.answers_pass.set()
         self.drops = False  # what is sent to the broker is thrown away
         self.dropped_bytes = 0
+        self.forwarded_bytes = 0  # to the broker
         self._broker_port = broker_port
         self._reset = reset
         self._server: asyncio.Server | None = None
@@ -98,4 +99,5 @@ class Proxy:
                     self.dropped_bytes += len(data)
                 elif not self.silent:
                     to_broker.write(data)
+                    self.forwarded_bytes += len(data)
             to_broker.close()

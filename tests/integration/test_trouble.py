@@ -278,8 +278,8 @@ async def test_no_200_after_the_end_of_a_drain_is_a_lie(producer: Start, broker:
         host, port = posting.url.removeprefix("http://").split(":")
         reader, writer = await asyncio.open_connection(host, int(port))
         writer.write(64 * request)
-        while await asyncio.to_thread(posting.metric, "predlog_unconfirmed") < 32:  # the others wait in the parser
-            pass
+        enough = proxy.forwarded_bytes + 32 * len(event)  # the others wait in the parser
+        await polling.until("32 events are on their way", lambda: proxy.forwarded_bytes > enough)
         proxy.drops = True
         posting.process.terminate()
         answers = asyncio.create_task(reader.read())
