@@ -26,7 +26,7 @@ from common.producer import openapi
 from common.producer.intake import PARSED_FACTOR, Batch, Intake, retry_after
 from common.producer.metrics import Counters
 from common.producer.origins import Origins
-from common.producer.publisher import Counts, Publisher
+from common.producer.publisher import Publisher
 from common.producer.routes import OTHER, ROUTES
 
 log = logging.getLogger("predlog.http")
@@ -260,13 +260,6 @@ class Api:
         values[counters.connected] = all(publisher.connected for publisher in publishers)
         values[counters.blocked] = any(publisher.health.is_blocked for publisher in publishers)
         values[counters.stalled] = any(publisher.health.is_stalled for publisher in publishers)
-        for publisher in publishers:  # added up, as a worker continues the counts of the one that it replaces
-            counts, publisher.counts = publisher.counts, Counts()
-            values[counters.messages] += counts.messages
-            values[counters.events] += counts.events
-            values[counters.predictions] += counts.rows
-            values[counters.event_bytes] += counts.event_bytes
-            values[counters.reconnects] += counts.links_lost
         for index, publisher in zip(counters.partitions_up, publishers, strict=False):
             values[index] = publisher.health.trouble is None
 

@@ -25,6 +25,7 @@ from common.amqp.window import ConfirmWindow
 from common.errors import NotConfirmed, OutcomeUnknown, TooLarge, Unavailable
 from common.event.ids import ID_END, LINE_START
 from common.producer.broker_health import BrokerHealth
+from common.producer.metrics import Counters
 
 # After a sweep this late, confirms may be unread in the socket: the process was late, not the broker.
 LATE_SWEEP_SECONDS = 0.5
@@ -77,17 +78,6 @@ class PublisherLimits:
     events_per_message: int
 
 
-@dataclass(slots=True)
-class Counts:
-    """What the broker has confirmed, and how often its connection was lost."""
-
-    messages: int = 0
-    events: int = 0
-    rows: int = 0
-    event_bytes: int = 0
-    links_lost: int = 0
-
-
 class _Channel:
     """What lives exactly as long as one channel: its lane, and the window of its delivery tags."""
 
@@ -132,7 +122,7 @@ class Publisher(LinkListener):
     """The publisher of one queue, and the listener of its link.
 
     `now` is a monotonic clock, `wall` the Unix time. `call_soon` calls a function at the end of the turn of the event
-    loop. `observe` takes the seconds from an event's publish to its confirm. `partition` is None for the only queue.
+    loop. `partition` is None for the only queue.
     """
 
     def __init__(
@@ -142,20 +132,19 @@ class Publisher(LinkListener):
         now: Callable[[], float],
         wall: Callable[[], float],
         call_soon: Callable[[Callable[[], None]], object],
-        observe: Callable[[float], None],
+        counters: Counters,
         partition: int | None = None,
     ) -> None:
         self.limits = limits
         self.health = BrokerHealth(limits.confirm_timeout_seconds, partition)
         self.unconfirmed_bytes = 0
-        self.counts = Counts()  # for the caller to read and replace
         self.name = "producer" if partition is None else f"producer-{partition}"
         self.was_up = asyncio.Event()  # set once the first link is up
         self._queue_name = queue_name
         self._now = now
         self._wall = wall
         self._call_soon = call_soon
-        self._observe = observe
+        self._counters = counters
         self._is_blocked = asyncio.Event()
         self._channel: _Channel | None = None
         self._in_flight: dict[Publication, None] = {}  # a set in order, oldest first
@@ -245,7 +234,7 @@ class Publisher(LinkListener):
         """
         in_flight = list(self._in_flight)
         sent = in_flight[: len(in_flight) - len(self._gathered)] if self._channel is not None else []
-        self.counts.links_lost += self._channel is not None
+        self._counters.metrics.values[self._counters.reconnects] += self._channel is not None
         self._channel = None
         self._is_blocked.clear()
         self.health.down(reason)
@@ -279,21 +268,21 @@ class Publisher(LinkListener):
         """Tell each event its outcome."""
         if self._channel is None:
             return
-        now, acked, nacked = self._now(), 0, False
-        pop, observe = self._in_flight.pop, self._observe
-        for events, ok in self._channel.window.settle(confirms):
+        now, counters, nacked = self._now(), self._counters, False
+        pop, observe = self._in_flight.pop, counters.confirm_seconds.observe
+        acked = events = rows = acked_bytes = 0
+        for group, ok in self._channel.window.settle(confirms):
             acked += ok
             nacked = nacked or not ok
-            for event in events:
+            for event in group:
                 if pop(event, True):  # it had timed out
                     continue
                 event_bytes = len(event.body)
                 self.unconfirmed_bytes -= event_bytes
                 if ok:
-                    counts = self.counts  # not once for all: an answer can lead to GET /metrics, which replaces it
-                    counts.events += 1
-                    counts.rows += event.rows
-                    counts.event_bytes += event_bytes
+                    events += 1
+                    rows += event.rows
+                    acked_bytes += event_bytes
                     observe(now - event.since)
                     event.confirmed()
                 elif event.sent_before:  # the first copy may be stored
@@ -301,7 +290,11 @@ class Publisher(LinkListener):
                 else:
                     event.failed(Unavailable("nacked", "the broker refused the event"))
         if acked:
-            self.counts.messages += acked
+            values = counters.metrics.values
+            values[counters.messages] += acked
+            values[counters.events] += events
+            values[counters.predictions] += rows
+            values[counters.event_bytes] += acked_bytes
             self.health.ack(now)
         elif nacked:
             self.health.nack(now)

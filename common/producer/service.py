@@ -84,9 +84,9 @@ class Producer:
         self._inherited = inherited
         self._certificate = Certificate(settings.tls_cert, settings.tls_key) if settings.tls_cert else None
         call_soon, limits = asyncio.get_running_loop().call_soon, publisher_limits_of(settings)
-        observe, several = counters.confirm_seconds.observe, settings.partitions > 1
+        several = settings.partitions > 1
         self._publishers = [
-            Publisher(name, limits, time.monotonic, time.time, call_soon, observe, k if several else None)
+            Publisher(name, limits, time.monotonic, time.time, call_soon, counters, k if several else None)
             for k, name in enumerate(queue_names(settings.queue_name, settings.partitions))
         ]
         turns = Turns(call_soon, time.monotonic)

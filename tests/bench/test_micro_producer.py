@@ -15,6 +15,7 @@ from common.event.schema import normalise_event
 from common.http.exchange import Client, Exchange
 from common.http.fields import JSON
 from common.http.parser import Limits, RequestParser
+from common.producer.metrics import Counters
 from common.producer.publisher import Publication, Publisher, PublisherLimits
 from tests.bench import events
 
@@ -104,7 +105,7 @@ def _connected_publisher() -> tuple[Publisher, Callable[[], None]]:
     """A publisher, and what ends its turn of the event loop."""
     soon: list[Callable[[], None]] = []
     limits = PublisherLimits(WINDOW, 2**30, 10.0, 64)
-    publisher = Publisher("predictions", limits, lambda: 1.0, lambda: 1.0, soon.append, lambda _: None)
+    publisher = Publisher("predictions", limits, lambda: 1.0, lambda: 1.0, soon.append, Counters())
     publisher.link_up(_Lane(), FRAME_MAX)
     return publisher, lambda: soon.pop()()
 

@@ -73,7 +73,7 @@ async def _measure(streams: Sequence[bytes], timeout_seconds: float) -> Delay:
     Collector(loop)
     settings, counters = ProducerSettings(), Counters()
     limits = PublisherLimits(4096, 2**26, 10.0, 64)
-    publisher = ConfirmingPublisher("q", limits, time.monotonic, time.time, loop.call_soon, lambda _: None)
+    publisher = ConfirmingPublisher("q", limits, time.monotonic, time.time, loop.call_soon, counters)
     publisher.health.up(time.monotonic())
     turns = Turns(loop.call_soon, time.monotonic)
     api = Api(settings, [publisher], counters, turns, (counters.metrics.values,))

@@ -76,7 +76,7 @@ class FakeProducer:
                 lambda: self.now,
                 lambda: self.now,
                 self._soon.append,
-                self.counters.confirm_seconds.observe,
+                self.counters,
                 k if count > 1 else None,
             )
             for k in range(count)

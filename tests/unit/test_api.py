@@ -33,7 +33,6 @@ def test_an_event_is_answered_when_it_is_confirmed(packed: bool) -> None:
     assert producer.send(post("/process", an_event(preds=3), packed=packed)) == []
     (answer,) = producer.confirm(1)
     assert (answer.status, answer.content) == (200, an_event(preds=3))
-    producer.api.tick(0)
     assert producer.counters.metrics.values[producer.counters.predictions] == 3
 
 
@@ -178,7 +177,6 @@ def test_events_of_one_turn_share_a_message_and_its_confirm() -> None:
     *answers, batch = producer.confirm(2, multiple=True)
     assert [answer.content["device_id"] for answer in answers] == ["d0", "d1", "d2"]
     assert [result["status"] for result in batch.content["results"]] == [200, 200]
-    producer.api.tick(0)
     counters = producer.counters
     assert [counters.metrics.values[index] for index in (counters.events, counters.messages)] == [5, 2]
 
@@ -188,7 +186,6 @@ def test_a_scrape_after_the_events_of_its_connection_counts_all() -> None:
     producer = FakeProducer(events_per_message=64)
     producer.send(*[post("/process", an_event())] * 32, b"GET /metrics HTTP/1.1\r\nHost: h\r\n\r\n")
     assert [answer.status for answer in producer.confirm(1)] == [200] * 33
-    producer.api.tick(0)
     counters = producer.counters
     assert [counters.metrics.values[index] for index in (counters.events, counters.messages)] == [32, 1]
 
