@@ -170,6 +170,18 @@ class Cluster:
 
         wait_until(f"{', '.join(wanted)} on every node", is_replicated, timeout_seconds)
 
+    def spread_leaders(self) -> None:
+        """Do `rabbitmq-queues rebalance quorum` until more than one node leads queues.
+
+        Queues that are declared at the same moment can all get their leader on one node.
+        """
+
+        def is_spread() -> bool:
+            _patiently(self.nodes[0].eval, 'rabbit_amqqueue:rebalance(quorum, ".*", ".*")')
+            return len({queue.leader for queue in self.queues(self.nodes[0]).values()}) > 1
+
+        wait_until("leaders on more than one node", is_spread, poll_seconds=1.0)
+
     def sync_new_queues(self) -> None:
         """Do RabbitMQ.sync_new_queues for every node: each member has such a table."""
         tables = "Table <- rpc:call(Node, dets, all, [])"

@@ -53,8 +53,8 @@ def test_the_promise_holds_through_an_aimed_kill_at_every_step(stage: SingleStag
     assert verdict.holds, str(verdict)
     reached = {name.removeprefix("kill -9 at ").removesuffix(" + power cut") for name in trouble.done}
     assert reached == {*STORING, *RECOVERING, *ROTATING}
-    assert thread.load.ledger.accepted_events > 1000
-    assert verdict.rows > 3000
+    assert thread.load.ledger.accepted_events > 500
+    assert verdict.rows > 1500
 
 
 @pytest.mark.parametrize(
