@@ -293,8 +293,7 @@ def show(report: Report, console: Console) -> None:
     table.add_column("")
     table.add_column("", justify="right")
     answers = load.ledger.answers
-    kills = sum(count for what, count in report.trouble.done.items() if what.startswith("kill"))
-    table.add_row("kills", f"{kills:,}")
+    table.add_row("kills", f"{kills_in(report):,}")
     table.add_row("events sent", f"{len(load.ledger):,}")
     table.add_row("of these in batches", f"{load.batches * BATCH_EVENTS:,}")
     table.add_row("events answered 200", f"{load.ledger.accepted_events:,}")
@@ -317,11 +316,14 @@ def show(report: Report, console: Console) -> None:
         console.print(line, style="red", markup=False)
 
 
+def kills_in(report: Report) -> int:
+    return sum(count for what, count in report.trouble.done.items() if what.startswith("kill"))
+
+
 def draw(report: Report, path: Path) -> None:
     findings = ", ".join(f"{finding.count} {name}" for name, finding in report.verdict.findings.items())
-    kills = sum(mark.kills for mark in report.marks)
     accepted, rows = report.load.ledger.accepted_events, report.verdict.rows
-    title = f"{kills} kills, {accepted:,} events answered 200, {rows:,} rows in the CSV: {findings}"
+    title = f"{kills_in(report)} kills, {accepted:,} events answered 200, {rows:,} rows in the CSV: {findings}"
     picture.draw(path, title, report.samples, report.marks, rows)
 
 

@@ -36,7 +36,7 @@ def draw(path: Path, title: str, samples: list[Sample], marks: list[Mark], rows:
     axes.plot(
         seconds[-1:], [rows] * len(seconds[-1:]), "o", color="#d9822b", label=f"{rows:,} rows in the CSV at the end"
     )
-    for kills, colour, label in ((True, "#c03030", "kill -9"), (False, "#9aa4ae", "another trouble")):
+    for kills, colour, label in ((True, "#c03030", "one or several kills"), (False, "#9aa4ae", "another trouble")):
         at = [mark.seconds for mark in marks if mark.kills == kills]
         axes.plot(at, [0] * len(at), "|", color=colour, markersize=14, markeredgewidth=1.2, label=label, clip_on=False)
     axes.set(xlabel="seconds", ylim=(0, None), xlim=(0, None), title=title)
