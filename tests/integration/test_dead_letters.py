@@ -139,26 +139,25 @@ def test_the_file_changed_under_a_consumer_takes_later_letters(
 
 def test_poison_of_8_mb_is_within_the_bound_on_memory(broker: RabbitMQ, queue_name: str, consumer: Start) -> None:
     """During an alarm of the broker's memory, which does not stop dead letters either."""
-    for _ in range(6):
+    for _ in range(5):
         publish(broker.url, queue_name, [b"\xff" * 8_000_000] * 10)
     with broker.memory_alarm():
         service = consumer()
         counted = 'predlog_dead_letters_total{reason="not_json"}'
-        wait_until("all are in the file", lambda: service.metric(counted) == 60, 60, service.log)
+        wait_until("all are in the file", lambda: service.metric(counted) == 50, 60, service.log)
         assert memory_bytes(service) < 400_000_000
 
 
 def test_thousands_of_poison_messages_are_a_few_lines(broker: RabbitMQ, queue_name: str, consumer: Start) -> None:
-    for _ in range(4):
-        publish(broker.url, queue_name, [b"poison"] * 5000)
+    publish(broker.url, queue_name, [b"poison"] * 5000)
     began, service = time.monotonic(), consumer()
     counted = 'predlog_dead_letters_total{reason="not_json"}'
-    wait_until("all are in the file", lambda: service.metric(counted) == 20_000, 60, service.log)
+    wait_until("all are in the file", lambda: service.metric(counted) == 5000, 60, service.log)
     assert service.stop() == 0
     said = [line for line in service.log().splitlines() if "dead letter(s) went to" in line]
     assert "JSON decode error" in said[0]
     assert len(said) <= 2 + time.monotonic() - began
-    assert len(letters_in(file_of(service.csv_file))) == 20_000
+    assert len(letters_in(file_of(service.csv_file))) == 5000
 
 
 def test_an_upgrade_is_told_of_dead_letters_in_a_queue(broker: RabbitMQ, queue_name: str, consumer: Start) -> None:

@@ -48,9 +48,8 @@ def test_a_json_log_line_reads_back_as_what_was_logged() -> None:
 
 @pytest.fixture
 def after_run() -> Iterator[None]:
-    """The collector and SIGHUP of the tests as they were: nanobind reports what stays frozen at the end as leaked."""
+    """The collector and SIGHUP of the tests as they were."""
     yield
-    gc.unfreeze()
     gc.enable()
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
