@@ -3,7 +3,6 @@
 import gc
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -18,8 +17,9 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from scripts.rabbitmq import free_port, orphans_get
+from scripts.rabbitmq import free_port
 from tests.rabbitmq import RabbitMQ
+from tests.support.child import WITH_US
 from tests.support.polling import pause_seconds
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,13 +67,12 @@ class Service:
         self._log_path = directory / f"{name}-{uuid.uuid4().hex[:8]}.log"
         with self._log_path.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, ROOT / f"{name}.py"],
+                [*WITH_US, sys.executable, ROOT / f"{name}.py"],
                 env={"PATH": os.environ["PATH"], "HOME": str(directory), "PYTHONUNBUFFERED": "1", **environment},
                 cwd=directory,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                preexec_fn=orphans_get(signal.SIGKILL),
             )
 
     def log(self) -> str:

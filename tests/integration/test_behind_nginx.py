@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -13,10 +12,10 @@ import threading
 from collections import Counter
 from pathlib import Path
 
-from scripts.rabbitmq import orphans_get
 from tests.conftest import ROOT, Start
 from tests.integration.test_contract import EVENT
 from tests.rabbitmq import RabbitMQ
+from tests.support.child import WITH_US
 from tests.support.nginx import needs_nginx, nginx, take_out
 from tests.support.polling import wait_until
 
@@ -104,13 +103,12 @@ class Activated:
         self._log = log.open("wb")
         command = f"exec 3<&{listener.fileno()}; LISTEN_PID=$$ LISTEN_FDS=1 exec {sys.executable} {ROOT}/producer.py"
         self.process = subprocess.Popen(
-            ["bash", "-c", command],
+            [*WITH_US, "bash", "-c", command],
             env={"PATH": os.environ["PATH"], "HTTP_PORT": str(port), **environment},
             pass_fds=(listener.fileno(),),
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=subprocess.STDOUT,
-            preexec_fn=orphans_get(signal.SIGKILL),
         )
 
     def stop(self) -> None:

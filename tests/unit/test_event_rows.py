@@ -8,8 +8,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import duckdb
-import pandas
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -118,6 +116,8 @@ def test_with_plain_tags_the_bytes_are_what_the_original_wrote(batch: list[Event
 @given(batch=st.lists(events(TEXT), max_size=3))
 def test_pandas_reads_back_every_event(batch: list[Event]) -> None:
     """Cells are text here, not values to guess: dtype, keep_default_na."""
+    import pandas  # only here: each worker would load it
+
     frame = pandas.read_csv(io.BytesIO(file_of(batch)), sep=";", dtype=str, keep_default_na=False)
     assert list(frame.columns) == NAMES
     assert same(typed(frame.values.tolist()), expected_rows(batch))
@@ -125,6 +125,8 @@ def test_pandas_reads_back_every_event(batch: list[Event]) -> None:
 
 def read_with_duckdb(path: Path) -> list[list[Any]]:
     """The dialect is said, not guessed. An empty cell comes as NULL, and stands for the empty string."""
+    import duckdb
+
     relation = duckdb.execute(
         """SELECT COLUMNS(*) FROM read_csv(?, delim=';', quote='"', escape='"', header=true, auto_detect=false,
                columns={'device_id':'VARCHAR','client_id':'VARCHAR','created_at':'VARCHAR','license_id':'VARCHAR',
@@ -198,6 +200,8 @@ def test_readers_get_the_same_table_with_their_own_types() -> None:
             },
         }
     ]
+    import pandas
+
     frame = pandas.read_csv(io.BytesIO(file_of(batch)), sep=";")
     assert frame["prob"].tolist() == [n / 7 for n in range(8)]
     assert [split_tags(cell) for cell in frame["tags"]][-1] == ["cat", "a,b"]
