@@ -222,6 +222,12 @@ async def test_a_batch_answers_for_each_event_after_its_confirm(
 def test_tokens_guard_post_and_leave_health_open(producer: Start) -> None:
     """Tokens keep strangers out of post and leave health open."""
     service = producer(API_TOKEN="old,shop-1:new", PROTECT_PAGES=1, WORKERS=2)
+
+    def both_are_connected() -> bool:
+        page = call(service, "GET", "/metrics", Authorization="Bearer old")[2]
+        return b"\npredlog_amqp_connected 1\n" in page  # the least of all workers
+
+    wait_until("both are connected", both_are_connected, explain=service.log)
     status, fields, _ = post(service, EVENT)
     assert (status, fields["www-authenticate"]) == (401, 'Bearer realm="predlog"')
     assert post(service, EVENT, Authorization="Bearer wrong")[0] == 401

@@ -27,7 +27,7 @@ from common.consumer.prepare import Poison
 from common.errors import StartupError
 from tests.conftest import ROOT, Service, Start
 from tests.rabbitmq import RabbitMQ
-from tests.support.deliveries import delivery, devices, event, event_line, publish
+from tests.support.deliveries import delivery, devices, event, event_line, publish, waiting
 from tests.support.polling import until, wait_until
 
 
@@ -38,11 +38,6 @@ async def channel(url: str) -> AsyncIterator[AbstractChannel]:
         yield await connection.channel()
     finally:
         await connection.close()
-
-
-async def waiting(url: str, queue: str) -> int:
-    async with channel(url) as opened:
-        return (await opened.queue_declare(queue, passive=True)).message_count or 0
 
 
 async def take_all(url: str, queue: str) -> list[DeliveredMessage]:

@@ -150,16 +150,20 @@ def test_each_output_is_whole_rows_and_a_prefix_of_later_ones(disk: Path) -> Non
     assert len(set(outputs)) > 20
 
 
-def test_a_reader_is_right_through_rotations(disk: Path) -> None:
-    """Each output is a prefix of one of the files."""
+def test_a_reader_is_right_through_rotations(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each output is a prefix of one of the files.
+
+    A kill within a rotation leaves no CSV until the next start, and the reader waits for it.
+    """
+    monkeypatch.setattr(reader, "_PATIENCE_SECONDS", 60.0)
     path, reserve = disk / "data.csv", disk / "reserve"
     reserve.write_bytes(bytes(4 << 20))
     Store.open(str(path), 1000, 10, log).close()
     with Readers(path) as readers:
         live_with_kills(path, True, 10)
+        reserve.unlink()  # a fast machine has filled the disk, and the last start needs some room
+        Store.open(str(path), 1000, 10, log).close()
     assert readers.failures == []
-    reserve.unlink()  # a fast machine has filled the disk, and the last start needs some room
-    Store.open(str(path), 1000, 10, log).close()
     files = [(content, ends_of_rows(content)) for content in (file.read_bytes() for file in disk.glob("data*.csv"))]
     assert len(files) > 5
     for output in dict.fromkeys(readers.outputs):

@@ -32,6 +32,7 @@ from tests.integration.test_contract import EVENT, call
 from tests.proxy import Proxy
 from tests.rabbitmq import RabbitMQ
 from tests.support import polling
+from tests.support.deliveries import waiting
 from tests.support.polling import wait_until
 
 RECOVERY_SECONDS = 40.0  # of which we may need a few; the rest is for a busy machine
@@ -266,19 +267,24 @@ def test_a_silent_broker_is_left_and_found_again(producer: Start, consumer: Star
     traffic.assert_exactly_once()
 
 
-async def test_no_200_after_the_end_of_a_drain_is_a_lie(producer: Start, broker: RabbitMQ) -> None:
+async def test_no_200_after_the_end_of_a_drain_is_a_lie(producer: Start, broker: RabbitMQ, queue_name: str) -> None:
     """Late confirms, of events that were answered 504, answer no event that was published after those."""
     event = json.dumps(EVENT).encode()
     request = b"POST /process HTTP/1.1\r\nHost: h\r\nContent-Length: %d\r\n\r\n%b" % (len(event), event)
     async with Proxy(broker.port) as proxy:
-        posting = producer(wait=False, AMQP_URL=proxy.url, SHUTDOWN_TIMEOUT_MS=1500)
+        posting = producer(wait=False, AMQP_URL=proxy.url, SHUTDOWN_TIMEOUT_MS=1500, EVENTS_PER_MESSAGE=1)
         await asyncio.to_thread(posting.wait_until_ready)
         proxy.answers_pass.clear()
         host, port = posting.url.removeprefix("http://").split(":")
         reader, writer = await asyncio.open_connection(host, int(port))
         writer.write(64 * request)
-        while await asyncio.to_thread(posting.metric, "predlog_unconfirmed") < 32:  # the others wait in the parser
-            pass
+
+        async def all_are_there() -> bool:
+            return await waiting(broker.url, queue_name) == 32
+
+        # The others wait in the parser. Once these are in the queue, the proxy has nothing of them left to drop.
+        await polling.until("32 are in the queue", all_are_there)
+        assert await asyncio.to_thread(posting.metric, "predlog_unconfirmed") == 32
         proxy.drops = True
         posting.process.terminate()
         answers = asyncio.create_task(reader.read())
@@ -298,8 +304,10 @@ async def test_the_health_port_answers_until_the_end(producer: Start, broker: Ra
         posting = producer(wait=False, AMQP_URL=proxy.url, HEALTH_PORT=port, SHUTDOWN_TIMEOUT_MS=5000, WORKERS=workers)
         health = copy.copy(posting)
         health.url = f"http://127.0.0.1:{port}"
-        await polling.until("the health port is ready", lambda: asyncio.to_thread(health.is_ready))
         await asyncio.to_thread(posting.wait_until_ready)
+        # /readyz tells of the worker that is asked, the gauge is the least of all.
+        connected = functools.partial(health.metric, "predlog_amqp_connected")
+        await polling.until("each worker is connected", lambda: asyncio.to_thread(connected))
         proxy.answers_pass.clear()
         answer = asyncio.create_task(asyncio.to_thread(call, posting, "POST", "/process", json.dumps(EVENT).encode()))
         await polling.until("an event waits", lambda: asyncio.to_thread(health.metric, "predlog_unconfirmed"))
