@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench import charts, report
+from tests.bench import report
 from tests.bench.bare_amqp import Confirms
 from tests.bench.results import (
     BASELINE,
@@ -65,6 +65,8 @@ def test_the_page_has_no_targets() -> None:
 
 @pytest.mark.parametrize("results", [made_up(), Results()], ids=["measured", "nothing measured"])
 def test_the_charts_show_what_was_measured(tmp_path: Path, results: Results) -> None:
+    from tests.bench import charts  # matplotlib, which each worker would load
+
     charts.write(tmp_path, results)
     for path in (tmp_path / "benchmarks.svg", tmp_path / "latency.svg"):
         assert ("predlog" in path.read_text().replace("predlog compared", "")) == bool(results.records)

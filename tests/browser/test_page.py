@@ -67,7 +67,7 @@ class Page:
         return self.driver.execute_script(script, *arguments)
 
     def until(self, condition: Callable[[], object], timeout_seconds: float = 10.0) -> None:
-        WebDriverWait(self.driver, timeout_seconds, 0.02).until(lambda _: condition())
+        WebDriverWait(self.driver, timeout_seconds, 0.05).until(lambda _: condition())
 
     def choose(self, summary: str) -> None:
         Select(self.get("example")).select_by_visible_text(summary)

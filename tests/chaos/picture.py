@@ -5,14 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
-
-matplotlib.use("svg")
-
-from matplotlib import pyplot
-
-pyplot.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "predlog", "font.size": 9}
-
 
 class Sample(NamedTuple):
     """What was counted `seconds` after the start."""
@@ -30,6 +22,12 @@ class Mark(NamedTuple):
 
 def draw(path: Path, title: str, samples: list[Sample], marks: list[Mark], rows: int) -> None:
     """Write an SVG file."""
+    import matplotlib  # half a second, which most runs save
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    pyplot.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "predlog", "font.size": 9}
     figure, axes = pyplot.subplots(figsize=(12, 3.4), layout="constrained")
     seconds = [sample.seconds for sample in samples]
     axes.plot(seconds, [each.answered for each in samples], color="#0b6bcb", label="predictions answered 200")

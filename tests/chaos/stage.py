@@ -27,8 +27,9 @@ from scripts.load.client import Target
 from scripts.load.events import Events
 from scripts.load.generator import Load
 from scripts.load.verify import opened
-from scripts.rabbitmq import free_port, orphans_get
+from scripts.rabbitmq import free_port
 from tests.rabbitmq import RabbitMQ
+from tests.support.child import WITH_US
 
 ROOT = Path(__file__).resolve().parents[2]
 READY_SECONDS = 60.0
@@ -51,7 +52,7 @@ class Service:
         self.url = f"http://127.0.0.1:{port}"
         self.process: subprocess.Popen[bytes] | None = None
         self.log_path = directory / f"{name}.log"
-        self._command = [sys.executable, *command]
+        self._command = [*WITH_US, sys.executable, *command]
         self._environment = {**environment, "PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)}
         self._counted: Counter[str] = Counter()  # metrics of earlier lives, as far as they were read
         self._latest: Counter[str] = Counter()
@@ -69,7 +70,6 @@ class Service:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # a group of its own, for `kill`
-                preexec_fn=orphans_get(signal.SIGKILL),
             )
 
     @property

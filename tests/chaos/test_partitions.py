@@ -48,9 +48,9 @@ def accept(load: Load, events: int) -> None:
 def test_a_change_of_partitions_loses_and_duplicates_nothing(stages: dict[int, Stage], tmp_path: Path) -> None:
     """One grows to four and shrinks back while clients retry; some retries are of events stored before the change."""
     start(stages[1], 1)
-    thread = LoadThread(Load(stages[1].targets(), EVENTS, concurrency=16, retries=True, rate=400))
+    thread = LoadThread(Load(stages[1].targets(), EVENTS, concurrency=16, retries=True, rate=300))
     for before, after in ((1, 4), (4, 1)):
-        accept(thread.load, 600)
+        accept(thread.load, 400)
         ((producer,), (consumer,)) = stages[before].producers, stages[before].consumers
         assert producer.stop() == 0
         stages[before].wait_until_stored()
@@ -59,7 +59,7 @@ def test_a_change_of_partitions_loses_and_duplicates_nothing(stages: dict[int, S
             carry_ids.main(["--csv-file", str(tmp_path / "data.csv"), "--from", str(before), "--to", str(after)]) == 0
         )
         start(stages[after], after)
-    accept(thread.load, 600)
+    accept(thread.load, 400)
     thread.finish(now=True)
     stages[1].wait_until_stored()
     assert all(csv.stat().st_size > 10_000 for stage in stages.values() for csv in stage.queues.values())

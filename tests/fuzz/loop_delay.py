@@ -64,7 +64,6 @@ def delay_of(streams: Sequence[bytes], timeout_seconds: float = 60.0) -> Delay:
     try:
         return uvloop.run(_measure(streams, timeout_seconds))
     finally:
-        gc.unfreeze()
         gc.enable()
 
 

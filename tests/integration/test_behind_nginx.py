@@ -6,7 +6,6 @@ import contextlib
 import http.client
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from scripts.rabbitmq import orphans_get
 from tests.conftest import ROOT, Service, Start
 from tests.integration.test_contract import EVENT
 from tests.rabbitmq import RabbitMQ
+from tests.support.child import WITH_US
 from tests.support.nginx import needs_nginx, nginx, take_out
 from tests.support.polling import wait_until
 
@@ -39,7 +39,7 @@ def post(url: str, body: bytes, **headers: str) -> int:
 
 
 class Load:
-    """Clients that post all the time, each request on a connection of its own; every answer is counted."""
+    """Clients that post a hundred times a second, each time on a new connection; every answer is counted."""
 
     def __init__(self, url: str, clients: int = 4) -> None:
         self.statuses: Counter[int | str] = Counter()
@@ -59,7 +59,7 @@ class Load:
             thread.join()
 
     def _run(self) -> None:
-        while not self._over.is_set():
+        while not self._over.wait(0.01):
             try:
                 self.statuses[post(self._url, BODY)] += 1
             except (OSError, http.client.HTTPException) as error:
@@ -128,13 +128,12 @@ class Activated:
         self._log = log.open("wb")
         command = f"exec 3<&{listener.fileno()}; LISTEN_PID=$$ LISTEN_FDS=1 exec {sys.executable} {ROOT}/producer.py"
         self.process = subprocess.Popen(
-            ["bash", "-c", command],
+            [*WITH_US, "bash", "-c", command],
             env={"PATH": os.environ["PATH"], "HTTP_PORT": str(port), **environment},
             pass_fds=(listener.fileno(),),
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=subprocess.STDOUT,
-            preexec_fn=orphans_get(signal.SIGKILL),
         )
 
     def stop(self) -> None:

@@ -14,7 +14,6 @@ from zlib import crc32
 import aiormq
 import pytest
 
-from common.producer.broker_health import NACKS_SECONDS
 from tests.conftest import Service, Start
 from tests.integration.test_contract import EVENT, call
 from tests.rabbitmq import RabbitMQ
@@ -34,7 +33,7 @@ def wait_for_stall(service: Service, device_id: str, words: str) -> None:
         post(service, device_id)
         return words in service.not_ready()
 
-    wait_until(f"/readyz says {words!r}", told, 90, explain=service.log, poll_seconds=NACKS_SECONDS / 50)
+    wait_until(f"/readyz says {words!r}", told, 90, explain=service.log)
 
 
 def limit(broker: RabbitMQ, queue_name: str) -> None:
@@ -90,9 +89,7 @@ def test_a_reject_publish_policy_comes_and_goes(broker: RabbitMQ, producer: Star
     wait_until("the metric shows it, too", is_stalled, explain=service.log)
     assert "nack" in service.log()
     unlimit(broker, queue_name)
-    wait_until(
-        "an event is accepted", lambda: post(service)[0] == 200, explain=service.log, poll_seconds=NACKS_SECONDS / 50
-    )
+    wait_until("an event is accepted", lambda: post(service)[0] == 200, explain=service.log)
     wait_until("it is ready", lambda: not service.not_ready())
     assert service.metric("predlog_stalled") == 0
 

@@ -127,7 +127,7 @@ def test_a_path_that_is_not_text_silences_no_partition(
 ) -> None:
     csv_file = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.csv")
     Path(f"{csv_file.removesuffix('.csv')}.1.csv.dead-letters").mkdir()
-    service = consumer(wait=False, PARTITIONS=2, CSV_FILE=csv_file)
+    service = consumer(wait=False, PARTITIONS=2, CSV_FILE=csv_file, SHUTDOWN_TIMEOUT_MS=500)
     service.wait_until_ready()
     publish(broker.url, f"{queue_name}.1", [b"poison"])
     wait_until("it is reported", lambda: "is not a regular file" in service.not_ready(), explain=service.log)

@@ -31,7 +31,7 @@ log.setLevel(logging.ERROR)
 
 
 def row(number: int) -> bytes:
-    return b'device;"two\r\nlines %s";2024;license;frame.jpg;0.%06d;cat\r\n' % (b"x" * (number % 300), number)
+    return b'device;"two\r\nlines %s";2024;license;frame.jpg;0.%06d;cat\r\n' % (b"x" * (number % 30), number)
 
 
 def message_id(number: int) -> bytes:
@@ -113,7 +113,9 @@ class Readers:
     def _run(self) -> None:
         while not self._done.is_set():
             try:
-                self.outputs.append(committed(self._path))
+                output = committed(self._path)
+                if self.outputs[-1:] != [output]:
+                    self.outputs.append(output)
             except StartupError as error:
                 self.failures.append(str(error))
 
@@ -140,23 +142,28 @@ def test_each_output_is_whole_rows_and_a_prefix_of_later_ones(disk: Path) -> Non
             ballast.unlink()
 
     with Readers(path) as readers:
-        live_with_kills(path, False, 16, fill)
+        live_with_kills(path, False, 12, fill)
     assert readers.failures == []
-    assert len(readers.outputs) > 50
     outputs = [*readers.outputs, committed(path)]
     assert all(later.startswith(earlier) for earlier, later in pairwise(outputs))
     assert {len(output) for output in outputs} <= ends_of_rows(outputs[-1])
     assert len(set(outputs)) > 20
 
 
-def test_a_reader_is_right_through_rotations(disk: Path) -> None:
-    """Each output is a prefix of one of the files."""
-    path = disk / "data.csv"
+def test_a_reader_is_right_through_rotations(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each output is a prefix of one of the files.
+
+    A kill within a rotation leaves no CSV until the next start, and the reader waits for it.
+    """
+    monkeypatch.setattr(reader, "_PATIENCE_SECONDS", 60.0)
+    path, reserve = disk / "data.csv", disk / "reserve"
+    reserve.write_bytes(bytes(4 << 20))
     Store.open(str(path), 1000, 10, log).close()
     with Readers(path) as readers:
-        live_with_kills(path, True, 12)
+        live_with_kills(path, True, 10)
+        reserve.unlink()  # a fast machine has filled the disk, and the last start needs some room
+        Store.open(str(path), 1000, 10, log).close()
     assert readers.failures == []
-    Store.open(str(path), 1000, 10, log).close()
     files = [(content, ends_of_rows(content)) for content in (file.read_bytes() for file in disk.glob("data*.csv"))]
     assert len(files) > 5
     for output in dict.fromkeys(readers.outputs):

@@ -34,7 +34,7 @@ def test_schemathesis_finds_nothing_with_all_its_checks(producer: Start, tmp_pat
     command = [
         *(sys.executable, "-c", "from schemathesis.cli import schemathesis; schemathesis()"),
         *("run", f"{service.url}/openapi.json", "--header", "Authorization: Bearer s3cret"),
-        *("--checks", "all", "--mode", "all", "--max-examples", "30", "--seed", "1"),
+        *("--checks", "all", "--mode", "all", "--max-examples", "20", "--seed", "1"),
         *("--generation-database", "none", "--no-color"),
         *("--suppress-health-check", "too_slow", "--request-timeout", "60"),
     ]

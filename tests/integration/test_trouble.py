@@ -32,6 +32,7 @@ from tests.integration.test_contract import EVENT, call
 from tests.proxy import Proxy
 from tests.rabbitmq import RabbitMQ
 from tests.support import polling
+from tests.support.deliveries import waiting
 from tests.support.polling import wait_until
 
 RECOVERY_SECONDS = 40.0  # a few are needed; the rest is for a busy machine
@@ -272,7 +273,7 @@ async def test_no_200_after_the_end_of_a_drain_is_a_lie(producer: Start, broker:
     event = json.dumps(EVENT).encode()
     request = b"POST /process HTTP/1.1\r\nHost: h\r\nContent-Length: %d\r\n\r\n%b" % (len(event), event)
     async with Proxy(broker.port) as proxy:
-        posting = producer(wait=False, AMQP_URL=proxy.url, SHUTDOWN_TIMEOUT_MS=1500)
+        posting = producer(wait=False, AMQP_URL=proxy.url, SHUTDOWN_TIMEOUT_MS=1500, EVENTS_PER_MESSAGE=1)
         await asyncio.to_thread(posting.wait_until_ready)
         proxy.answers_pass.clear()
         host, port = posting.url.removeprefix("http://").split(":")

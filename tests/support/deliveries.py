@@ -58,6 +58,13 @@ def publish(url: str, queue_name: str, bodies: list[bytes], **properties: Any) -
     asyncio.run(run())
 
 
+async def waiting(url: str, queue_name: str) -> int:
+    """The messages in a queue that nobody has got."""
+    async with aiormq.connect(url) as connection:
+        channel = await connection.channel()
+        return (await channel.queue_declare(queue_name, passive=True)).message_count or 0
+
+
 def devices(csv_file: Path) -> list[str]:
     """The device of each row."""
     if not csv_file.exists():
