@@ -3,7 +3,6 @@
 Two producers that know every node, partitions whose queues have a member on each, and two consumers that share them.
 """
 
-import asyncio
 import time
 from collections.abc import Callable
 from functools import partial
@@ -37,13 +36,6 @@ class ClusterStage(Stage):
             for letter, share in shares.items()
         ]
         super().__init__(directory, self.cluster.nodes[0].url, queues, producers, consumers)
-
-    async def declare_queues(self) -> None:
-        """One after the other: the leaders of queues declared at once may all be on one node."""
-        async with aiormq.connect(self.cluster.nodes[0].url) as connection:
-            channel = await connection.channel()
-            for name in self.queues:
-                await channel.queue_declare(name, durable=True, arguments=dict(QUEUE_ARGUMENTS))
 
 
 class ClusterTrouble(Trouble):
@@ -235,9 +227,6 @@ def on_stage(directory: Path, seed: int, nodes: int, **settings: str) -> Play:
     trouble = ClusterTrouble(stage, seed)
 
     def begin() -> None:
-        stage.cluster.start()
-        stage.cluster.unite()
-        asyncio.run(stage.declare_queues())
         undo(trouble)
         stage.wait_until_ready()
         nodes = stage.cluster.nodes

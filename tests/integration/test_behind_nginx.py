@@ -17,7 +17,6 @@ from pathlib import Path
 
 import pytest
 
-from scripts.rabbitmq import orphans_get
 from tests.conftest import ROOT, Service, Start
 from tests.integration.test_contract import EVENT
 from tests.rabbitmq import RabbitMQ

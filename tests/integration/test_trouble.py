@@ -32,7 +32,6 @@ from tests.integration.test_contract import EVENT, call
 from tests.proxy import Proxy
 from tests.rabbitmq import RabbitMQ
 from tests.support import polling
-from tests.support.deliveries import waiting
 from tests.support.polling import wait_until
 
 RECOVERY_SECONDS = 40.0  # a few are needed; the rest is for a busy machine

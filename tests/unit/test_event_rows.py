@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import duckdb
+import pandas
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -196,8 +198,6 @@ def test_readers_get_the_same_table_with_their_own_types() -> None:
             },
         }
     ]
-    import pandas
-
     frame = pandas.read_csv(io.BytesIO(file_of(batch)), sep=";")
     assert frame["prob"].tolist() == [n / 7 for n in range(8)]
     assert [split_tags(cell) for cell in frame["tags"]][-1] == ["cat", "a,b"]
