@@ -14,7 +14,7 @@ run:  ## run producer, consumer and a broker in the foreground; Ctrl-C drains an
 
 test: check  ## run the checks, then every test except the compose ones; about three minutes
 	@$(PYTHON) -m scripts.setup test
-	$(VENV_PYTHON) -m pytest -n 3 --dist worksteal --benchmark-disable
+	$(VENV_PYTHON) -m pytest -n 4 --dist loadgroup --benchmark-disable
 
 check:  ## lint, and check the format, the types, and the schemas of the YAML that other programs read
 	@$(PYTHON) -m scripts.setup check

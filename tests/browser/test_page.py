@@ -24,9 +24,10 @@ from tests.rabbitmq import RabbitMQ
 from tests.support import openapi
 
 CHROMIUM, CHROMEDRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(
-    not (CHROMIUM and CHROMEDRIVER), reason="no browser: apt-get install chromium chromium-driver"
-)
+pytestmark = [
+    pytest.mark.xdist_group("page"),  # which share a browser
+    pytest.mark.skipif(not (CHROMIUM and CHROMEDRIVER), reason="no browser: apt-get install chromium chromium-driver"),
+]
 # No sandbox, since a container cannot provide one; and no traffic to the browser's maker.
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
@@ -409,6 +410,7 @@ def test_a_producer_that_is_gone_leaves_the_page_usable(page: Page, producer: St
 
 
 def test_the_browser_had_nothing_to_complain_about(page: Page, url: str) -> None:
+    page.driver.get("about:blank")  # the page of the last test asks a producer that may be gone
     page.complaints()
     page.open(url)
     assert page.send() == "200 OK"
