@@ -136,7 +136,7 @@ def test_the_file_changed_under_a_consumer_takes_later_letters(
 
 def test_poison_of_8_mb_is_within_the_bound_on_memory(broker: RabbitMQ, queue_name: str, consumer: Start) -> None:
     """It happens during a memory alarm of the broker, which does not stop dead letters either."""
-    for _ in range(6):
+    for _ in range(5):
         publish(broker.url, queue_name, [b"\xff" * 8_000_000] * 10)
     with broker.memory_alarm():
         service = consumer()
