@@ -112,6 +112,7 @@ def test_messages_of_another_partitions_value_are_reported(broker: RabbitMQ, que
     said = "messages wait in queues that no consumer serves with PARTITIONS={}: {}"
     told = said.format(1, f"3 in '{queue_name}.0', 2 in '{queue_name}.2'")
     wait_until("it is reported", lambda: told in shrunk.log(), explain=shrunk.log)
+    shrunk.wait_until_ready()  # it listens later than it logs
     wait_until("it is counted", lambda: shrunk.metric("predlog_unserved_messages") == 5)
     assert shrunk.log().count(told) == 1
     assert shrunk.stop() == 0
@@ -119,6 +120,7 @@ def test_messages_of_another_partitions_value_are_reported(broker: RabbitMQ, que
     grown = consumer(wait=False, PARTITIONS=2)
     told = said.format(2, f"1 in '{queue_name}', 2 in '{queue_name}.2'")
     wait_until("it is reported", lambda: told in grown.log(), explain=grown.log)
+    grown.wait_until_ready()
     wait_until("what it serves is stored", lambda: grown.metric("predlog_rows_total") == 3, explain=grown.log)
 
 
