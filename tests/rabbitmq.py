@@ -11,6 +11,7 @@ from pathlib import Path
 import trustme
 
 from scripts import rabbitmq
+from tests.support.polling import wait_until
 
 
 class RabbitMQ(rabbitmq.RabbitMQ):
@@ -98,6 +99,14 @@ class RabbitMQ(rabbitmq.RabbitMQ):
     def pause(self) -> None:
         """Freeze the VM: connections stay open, and get no answers."""
         self._signal(signal.SIGSTOP)
+        assert self.process is not None
+        threads = Path(f"/proc/{self.process.pid}/task")
+
+        def all_have_stopped() -> bool:
+            return all(each.read_text().rpartition(")")[2].split()[0] == "T" for each in threads.glob("*/stat"))
+
+        # A signal stops no thread at once: a busy one can still answer.
+        wait_until("every thread has stopped", all_have_stopped)
 
     def resume(self) -> None:
         """Undo `pause`. No-op if the node does not run."""
