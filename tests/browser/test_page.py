@@ -24,10 +24,9 @@ from tests.rabbitmq import RabbitMQ
 from tests.support import openapi
 
 CHROMIUM, CHROMEDRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-pytestmark = [
-    pytest.mark.xdist_group("page"),  # which share a browser
-    pytest.mark.skipif(not (CHROMIUM and CHROMEDRIVER), reason="no browser: apt-get install chromium chromium-driver"),
-]
+pytestmark = pytest.mark.skipif(
+    not (CHROMIUM and CHROMEDRIVER), reason="no browser: apt-get install chromium chromium-driver"
+)
 # No sandbox, since a container cannot provide one; and no traffic to the browser's maker.
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),

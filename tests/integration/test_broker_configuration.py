@@ -21,7 +21,6 @@ from tests.rabbitmq import RabbitMQ
 from tests.support.polling import wait_until
 from tests.support.producer import an_event
 
-pytestmark = pytest.mark.xdist_group("configuration")  # which share a broker
 COMPOSE = ROOT / "deploy" / "compose"
 
 
