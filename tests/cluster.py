@@ -19,16 +19,20 @@ NET_TICKTIME_SECONDS = 4
 
 T = TypeVar("T")
 
-_ERLANG = "+S 1:1"  # one scheduler per node: a start takes a fifth less CPU
+# One scheduler per node: a start takes a fifth less CPU. RabbitMQ 4.3 waits that long for a consumer whose node is
+# gone, before a queue has another active one; 60 s by default.
+_ERLANG = "+S 1:1 -rabbit consumer_disconnected_timeout 1000"
 _COOKIE, _WRONG_COOKIE = "predlog-tests", "cut-off"
 _CONFIGURATION = f"""\
 net_ticktime = {NET_TICKTIME_SECONDS}
 queue_leader_locator = balanced
 cluster_partition_handling = """
-# How long RabbitMQ 4.3 waits for a consumer whose node is gone before a queue has another active one; 60 s by default.
-# Older ones do not start with a key that they do not know.
-_SINCE_4_3 = "consumer_disconnected_timeout = 1000"
 _VIEW = re.compile(r"\{'([\w-]+@\w+)',\s*(\[[^\]]*\]),\s*(\[[^\]]*\])\}")
+_QUEUES = (
+    "[{binary_to_list(element(4, amqqueue:get_name(Queue))), rabbit_amqqueue:info(Queue, [leader, online])}"
+    " || Queue <- rabbit_amqqueue:list()]"
+)
+_QUEUE = re.compile(r'\{"([^"]+)",\s*\[\{leader,\s*([^}]*)\},\s*\{online,\s*\[([^\]]*)')
 
 
 def _running_on(node: str) -> str:
@@ -62,9 +66,8 @@ class Cluster:
             cookie.write_text(_COOKIE)
             cookie.chmod(0o400)
         founder = self.nodes[0]
-        version = tuple(map(int, founder.ctl("version").split(".")[:2]))
         for node in self.nodes:
-            lines = [_CONFIGURATION + partition_handling, *([_SINCE_4_3] if version >= (4, 3) else [])]
+            lines = [_CONFIGURATION + partition_handling]
             if node is not founder:
                 lines += [
                     f"cluster_formation.classic_config.nodes.{index} = {peer.name}"
@@ -153,9 +156,8 @@ class Cluster:
 
     def queues(self, node: RabbitMQ) -> dict[str, Queue]:
         """Return the quorum queues by name."""
-        lines = _patiently(node.ctl, "list_queues", "--no-table-headers", "name", "leader", "online")
-        cells = [line.split("\t") for line in lines.splitlines()]
-        return {name: Queue(leader, _names(online)) for name, leader, online in cells}
+        text = _patiently(node.eval, _QUEUES)
+        return {name: Queue(leader.strip("'"), _names(online)) for name, leader, online in _QUEUE.findall(text)}
 
     def wait_until_replicated(self, node: RabbitMQ, queue_names: Iterable[str], timeout_seconds: float = 30.0) -> None:
         """Wait until each of these quorum queues has a leader, and a member online on every node."""

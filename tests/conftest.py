@@ -130,15 +130,11 @@ Start = Callable[..., Service]
 """`producer(wait=True, **settings)`: settings are environment variables. With wait=False it need not be ready yet."""
 
 
-# How often a quorum queue counts its messages for rabbitmqctl; 5 s by default.
-_COUNTS_SOON = "-rabbit quorum_tick_interval 500"
-
-
 @pytest.fixture(scope="session")
 def broker() -> Iterator[RabbitMQ]:
     """A RabbitMQ for all tests that do it no harm. A test that kills or fills one starts its own."""
     with tempfile.TemporaryDirectory(prefix="predlog-") as directory:
-        node = RabbitMQ(Path(directory), erlang=_COUNTS_SOON)
+        node = RabbitMQ(Path(directory))
         node.offer_tls()
         node.start()
         yield node

@@ -114,9 +114,13 @@ def limit_file_size(service: Service, size_bytes: int) -> None:
 
 
 def messages(node: RabbitMQ, queue_name: str) -> int:
-    """Count the messages in the queue. The broker counts those of quorum queues every few seconds."""
-    lines = node.ctl("list_queues", "--no-table-headers", "name", "messages").splitlines()
-    return {name: int(count) for name, count in (line.split("\t") for line in lines)}[queue_name]
+    """Count the messages in the queue. The broker counts those of quorum queues every five seconds."""
+    return int(node.eval(f"{the_queue(queue_name)}, [{{_, N}}] = rabbit_amqqueue:info(Queue, [messages]), N"))
+
+
+def the_queue(name: str) -> str:
+    """Return the beginning of an Erlang expression: `Queue` is the queue of that name."""
+    return f'{{ok, Queue}} = rabbit_amqqueue:lookup(rabbit_misc:r(<<"/">>, queue, <<"{name}">>))'
 
 
 def test_a_standby_takes_over_within_seconds_of_a_kill(producer: Start, consumer: Start) -> None:
@@ -363,7 +367,7 @@ def test_a_deleted_queue_is_declared_again_by_both(
 ) -> None:
     """It is deleted while the consumer is connected."""
     posting, storing = producer(AMQP_URL=node.url), consumer(AMQP_URL=node.url)
-    node.ctl("delete_queue", queue_name)
+    node.eval(f'{the_queue(queue_name)}, rabbit_amqqueue:delete(Queue, false, false, <<"test">>)')
     traffic = Traffic(posting, storing.csv_file)
     traffic.wait_for_more()
     until_ready(posting, storing)
