@@ -127,8 +127,8 @@ def test_a_clock_set_back_delays_no_rotation(stage: SingleStage) -> None:
 
 
 def test_the_promise_holds_through_a_short_seeded_run(tmp_path: Path, node: RabbitMQ) -> None:
-    kinds = ("kill_broker", "rename_csv")
-    limit, console = Limit(rounds=2, seconds=0), Console(quiet=True)
+    kinds = ("freeze_broker", "stand_by", "rename_csv")
+    limit, console = Limit(rounds=3, seconds=0), Console(quiet=True)
     report = run(1, limit, tmp_path, console, kinds=kinds, broker=node, events=500, rate=100)
     assert report.good, (str(report.verdict), report.problems)
-    assert report.rounds == 2
+    assert report.rounds == 3
