@@ -1,4 +1,4 @@
-"""Log records as lines: text for people, JSON for machines. Nothing here decides what is logged."""
+"""Log records as lines: text for people, JSON for machines."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The hot frames of AMQP 0-9-1: publish and ack out; deliver, confirm and return in. Pure: bytes in, values out.
 
-Everything else on the wire is cold: it passes through unread, for aiormq. Section numbers are those of the AMQP 0-9-1
-specification; what RabbitMQ adds (confirms, nack, blocked) is in its extension pages.
+Everything else on the wire is cold: it passes through unchanged, for aiormq. Section numbers are those of the AMQP
+0-9-1 specification; what RabbitMQ adds (confirms, nack, blocked) is in its extension pages.
 """
 
 from __future__ import annotations

@@ -41,8 +41,8 @@ def write_json(value: object) -> bytes:
 def read_json(body: bytes) -> Any:
     """Return the JSON document in `body`: UTF-8, a byte order mark allowed, the last of equal keys wins, depth to 1024.
 
-    An integer beyond 64 bits becomes a float. Raise InvalidEvent with one fault for an empty body and for what RFC 8259
-    does not allow, including NaN, lone surrogates and numbers beyond a double.
+    An integer beyond 64 bits becomes a float. Raise InvalidEvent with one fault for an empty body, for what is not JSON
+    (RFC 8259), which NaN is not, and for lone surrogates and numbers beyond a double, which RFC 8259 leaves open.
     """
     try:
         return orjson.loads(body.removeprefix(_BOM))

@@ -60,7 +60,7 @@ class Journal:
         """Begin a run: remember the ids of the last one, and return what else it left; None without a journal.
 
         Corrupt is anything that a crash of ours cannot have left. Raise OSError, and StartupError for a journal of a
-        newer version. Both leave the file as it is.
+        newer version. Neither takes anything away from the file.
         """
         mark = self._mark.load()
         self._generation = max(self._generation, mark.generation + 1)
