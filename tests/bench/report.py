@@ -106,13 +106,13 @@ TOPICS = (
         "end to end", "End to end: POST → row in the CSV",
         "Both processes at work. *1,000 calls*: on 32 connections, seconds until the last row is in the file. "
         "*1,000 requests/s*: an open loop; p50, p99 and p99.9 until the last row of an event can be read from the "
-        "file. *32 connections*: `wrk`, messages over the time until the last row; CPU of both processes together. "
+        "file. *32 connections*: `wrk`, events over the time until the last row; CPU of both processes together. "
         "predlog syncs each batch before its rows count as stored; the baseline never syncs.",
         ("seconds", "answer_p50_ms", "answer_p99_ms", "p50_ms", "p99_ms", "p999_ms", "rate", "cpu_us", "fsyncs"),
     ),
     Topic(
         "idle", "Idle connections",
-        "Each has had one answer and is kept open.",
+        "Each connection has served one request and stays open.",
         ("memory_mb", "kb_per_connection"),
     ),
     Topic(
@@ -126,9 +126,9 @@ TOPICS = (
     Topic(
         "partitions", "Partitions",
         "`wrk` on 256 connections while the consumer is stopped, then the drain of that backlog. Everything is on the "
-        "same cores, so that partitions do not make it faster; what counts is the CPU of each process for a message. "
-        "At a low rate several consumers have smaller batches than one, and more CPU for each message, on cores that "
-        "are idle otherwise. [scaling.md](scaling.md) says what it means for more machines.",
+        "same cores, so that partitions do not make it faster; what counts is the CPU of each process for an event. "
+        "At a low rate several consumers have smaller batches than one, and need more CPU for each event, on cores "
+        "that are idle otherwise. [scaling.md](scaling.md) says what it means for more machines.",
         ("rate", "producer_cpu_us", "drain_rate", "consumer_cpu_us"),
     ),
 )  # fmt: skip
@@ -211,8 +211,8 @@ _SUMMARY = (
     ("the same, 256 connections", "producer", MANY, "rate", "/s"),
     ("the same, 32 connections, 5 images of 20 KB each", "producer", IMAGES_CASE, "rate", "/s"),
     ("p99 of the answer, half of the baseline's best rate", "latency", HALF_LOAD, "p99_ms", " ms"),
-    ("queue → CSV, 5.4 rows a message", "consumer", SMALL, "rate", "/s"),
-    ("queue → CSV, 5 images of 20 KB a message", "consumer", IMAGES, "rate", "/s"),
+    ("queue → CSV, small events of 5.4 rows", "consumer", SMALL, "rate", "/s"),
+    ("queue → CSV, events of 5 images of 20 KB each", "consumer", IMAGES, "rate", "/s"),
     ("POST → row in the CSV at 1,000 events/s, p50", "end to end", "1,000 requests/s", "p50_ms", " ms"),
     ("the same, p99", "end to end", "1,000 requests/s", "p99_ms", " ms"),
     ("memory, 10,000 idle connections", "idle", "10,000 idle connections", "memory_mb", " MB"),
@@ -302,8 +302,9 @@ def markdown(results: Results, machine: dict[str, str], load_text: str, rounds: 
         "# Benchmarks",
         "Written by `make bench`; every figure comes from one run of it. predlog and a *baseline* — what a competent "
         "user would build today from FastAPI, pydantic 2, uvicorn (uvloop, httptools) and aio-pika, see "
-        f"[tests/bench](../tests/bench) — take turns on the same broker, {rounds} rounds each. Figures are medians, "
-        "with the range of the rounds in brackets; the last column says how many times better than the baseline "
+        f"[tests/bench](../tests/bench) — take turns on the same broker, {rounds} rounds each, every other one in "
+        "reverse order. Figures are medians, with the range of the rounds in brackets; the last column says how many "
+        "times better than the baseline "
         f"(above 1: more per second, or less time or memory). Load: {load_text}. CPU is user + sys of the process "
         "itself, from /proc.",
         "![The figures that matter most](benchmarks.svg)\n\n![Latency at equal load](latency.svg)",

@@ -7,7 +7,7 @@ import json
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -75,8 +75,8 @@ def producer(stage: Stage, _: Results) -> Iterator[Record]:
             for subject in subjects:
                 load.Wrk(running[subject].port, file, connections, WARM_SECONDS).result()
                 _settle(stage, running[subject].queue)
-            for _round in range(stage.effort.rounds):
-                for subject in subjects:
+            for number in range(stage.effort.rounds):
+                for subject in _order(subjects, number):
                     yield Record("producer", case, subject, _highest(stage, running[subject], file, connections))
                 if case in limits:
                     count = stage.effort.seconds * limits[case]
@@ -90,7 +90,8 @@ def batches(stage: Stage, _: Results) -> Iterator[Record]:
     body = b"\n".join(json.dumps(json.loads(each)).encode() for each in events.small(BATCH_EVENTS).bodies)
     count = 30 * stage.effort.seconds
     with _producers(stage, PREDLOG, SINGLE) as running:
-        for number, subject in product(range(stage.effort.rounds + 1), running):
+        turns = ((number, each) for number in range(stage.effort.rounds + 1) for each in _order(running, number))
+        for number, subject in turns:
             posting = running[subject]
             cpu_before, broker_before = posting.process.cpu_seconds(), stage.broker_cpu_seconds()
             answers = _accepted(load.drive(posting.port, [body], BATCH_CONNECTIONS, count=count, request=post_lines))
@@ -118,8 +119,8 @@ def latency(stage: Stage, results: Results) -> Iterator[Record]:
                 if share > 1 and rate > HIGHEST_OFFERED * highest[PREDLOG]:
                     continue
                 subjects = running if share <= 1 else (PREDLOG, SINGLE)
-                for _round in range(stage.effort.rounds):
-                    for subject in subjects:
+                for number in range(stage.effort.rounds):
+                    for subject in _order(subjects, number):
                         count = int(rate * stage.effort.seconds)
                         waits = _waits(stage, running[subject], messages.bodies, count, rate)
                         case = f"{kind}, {words} the baseline's best"
@@ -131,8 +132,8 @@ def consumer(stage: Stage, _: Results) -> Iterator[Record]:
     for kind, messages in ((SMALL, events.small()), (IMAGES, events.with_frames())):
         counts = {s: max(100, int(count * stage.effort.drain_seconds)) for s, count in BACKLOG[kind].items()}
         for turn in range(stage.effort.rounds):
-            for subject, count in counts.items():
-                csv_file = stage.folder / "drain.csv"
+            for subject in _order(counts, turn):
+                csv_file, count = stage.folder / "drain.csv", counts[subject]
                 with stage.queue(f"bench-drain-{turn}") as queue:
                     if (kind, subject) == (SMALL, PREDLOG):
                         stage.fill_by_posting(queue, messages, count)
@@ -150,7 +151,7 @@ def end_to_end(stage: Stage, _: Results) -> Iterator[Record]:
     """POST → row in the CSV, with both processes at work."""
     file = load.write_bodies(events.small(), stage.folder / "bodies.jsonl")
     for turn in range(stage.effort.rounds):
-        for subject in SUBJECTS:
+        for subject in _order(SUBJECTS, turn):
             csv_file = stage.folder / f"end-{turn}-{SUBJECTS.index(subject)}.csv"
             with (
                 stage.queue(f"bench-end-{turn}") as queue,
@@ -232,6 +233,11 @@ def partitions(stage: Stage, _: Results) -> Iterator[Record]:
 
 
 SECTIONS: tuple[Section, ...] = (producer, batches, latency, consumer, end_to_end, idle, blocked, partitions)
+
+
+def _order(subjects: Iterable[str], number: int) -> Sequence[str]:
+    """Return the subjects in their order in this round: the reverse in every other one, as each can slow the next."""
+    return list(subjects)[:: -1 if number % 2 else 1]
 
 
 @contextlib.contextmanager
