@@ -32,7 +32,7 @@ def shared_rows(rows: int, floats: int) -> list[MutableSequence[float]]:
     return [cast(MutableSequence[float], view[row * floats : (row + 1) * floats]) for row in range(rows)]
 
 
-def reserve_port(host: str, port: int) -> socket.socket:
+def reserve_port(host: str, port: int, name: str = "HTTP_PORT") -> socket.socket:
     """Bind the port that the workers share, without listening. Raise StartupError when another process holds it.
 
     Keep the socket: it holds the port (any free one for 0) while workers come and go.
@@ -51,7 +51,7 @@ def reserve_port(host: str, port: int) -> socket.socket:
         return shared
     except (OSError, UnicodeError) as error:  # UnicodeError: the idna codec refuses the name
         why = getattr(error, "strerror", None) or error
-        raise StartupError(f"cannot listen on {host}:{port}: {why}; stop the other program, or set HTTP_PORT") from None
+        raise StartupError(f"cannot listen on {host}:{port}: {why}; stop the other program, or set {name}") from None
 
 
 def supervise(count: int, work: Callable[[int, int, bool], int], shutdown_seconds: float) -> int:

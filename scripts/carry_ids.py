@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from itertools import chain, islice, zip_longest
 
+from common.config import LEAST_DEDUP_WINDOW
 from common.consumer.partitions import csv_file
 from common.errors import DiskTrouble, StartupError
 from common.storage.journal import read_journal
@@ -27,7 +28,7 @@ log = logging.getLogger("carry_ids")
 
 def carry_ids(path: str, before: int, after: int, dedup_window: int) -> int:
     """Return how many ids each new CSV now knows. Raise StartupError or DiskTrouble; then it can be run again."""
-    old = [csv for csv in csv_files(path, before) if os.path.exists(f"{csv}.journal")]
+    old = [csv for csv in csv_files(path, before) if os.path.exists(f"{os.path.realpath(csv)}.journal")]
     if not old:
         raise StartupError(f"no consumer has written {path} with {before} partition(s): there is nothing to carry")
     new = csv_files(path, after)
@@ -85,7 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not 1 <= options.before <= 1024 or not 1 <= options.after <= 1024:
         parser.error("--from and --to are 1 to 1024")
     try:
-        count = carry_ids(options.csv_file, options.before, options.after, options.dedup_window)
+        window = max(options.dedup_window, LEAST_DEDUP_WINDOW)
+        count = carry_ids(options.csv_file, options.before, options.after, window)
     except (StartupError, DiskTrouble) as error:
         print(f"carry_ids: {error}", file=sys.stderr)
         return 1

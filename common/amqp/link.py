@@ -109,8 +109,7 @@ _look_ups: dict[str, asyncio.Task[list[Any]]] = {}  # of host names; the last on
 async def _candidates(address: Address) -> list[tuple[Address, str]]:
     """Return pairs of `address` and an IP address, one for each that its only host has. Raise OSError.
 
-    There is one look-up of a name at a time: uvloop has two threads for them, and a name without an answer must not
-    occupy both.
+    There is one look-up of a name at a time: uvloop has two threads for them, and one name must not occupy both.
     """
     ((host, _),) = address.hosts
     if host not in _look_ups or _look_ups[host].done():
@@ -219,8 +218,7 @@ def _in_words(error: BaseException) -> str:
 async def keep_up(url: Callable[[], str], name: str, listener: LinkListener, high_water_bytes: int = 2**20) -> None:
     """Keep a connection up until cancelled: connect, let the listener set the link up, wait for its loss, repeat.
 
-    `url` is called before each attempt. Raise StartupError if the first attempt fails for a reason that waiting does
-    not fix.
+    `url` is called before each attempt. Raise StartupError if the first one fails and waiting does not help.
     """
     first, pause = True, BACKOFF_FIRST_SECONDS
     logged_at: dict[str, float] = {}  # by the text of a trouble

@@ -58,8 +58,10 @@ def readable_properties(header: bytes) -> dict[str, Any]:
     try:
         content.unmarshal(header)
         properties = {name: value for name, value in content.properties if value not in (None, "")}
-        readable: dict[str, Any] = json.loads(json.dumps(properties, default=_readable, allow_nan=False))
-        return readable
+        # With a level around it, so that the caller can write and read it as a member of something.
+        text = json.dumps({"": properties}, default=_readable, allow_nan=False)
+        readable: dict[str, dict[str, Any]] = json.loads(text)
+        return readable[""]
     except Exception:  # of any kind: pamqp decodes what other publishers wrote
         return {"undecoded": header.hex()}
 

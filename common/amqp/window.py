@@ -30,10 +30,7 @@ class ConfirmWindow(Generic[T]):
         self._next_tag += 1
 
     def settle(self, confirms: Iterable[Confirm]) -> list[tuple[T, bool]]:
-        """Remove what `confirms` cover; return each message with True for an ack, False for a nack.
-
-        Tags that were settled before are ignored.
-        """
+        """Remove what `confirms` cover and is here; return each message with True for an ack, False for a nack."""
         unsettled = self._unsettled
         settled = []
         for tag, multiple, ok in confirms:

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 from common.amqp.properties import readable_properties
 from common.consumer.prepare import Poison
-from common.event.document import write_json
 from common.event.ids import id_digest
 from common.storage.files import is_at, mode_of, naming, open_regular, sync_directory, write_all
 
@@ -90,12 +89,14 @@ def _line(poison: Poison, when: str) -> bytes:
     entry: dict[str, Any] = {"when": when, "why": poison.why, "id": _text_id(poison.id)}
     if poison.line:
         entry["line"] = poison.line
-    entry["properties"] = readable_properties(poison.header)
+    if poison.header:
+        entry["properties"] = readable_properties(poison.header)
     try:
         entry["body"] = poison.body.decode()
     except UnicodeDecodeError:
         entry["body_base64"] = base64.b64encode(poison.body).decode()
-    return write_json(entry) + b"\n"
+    # Not by orjson, which takes less depth than what `readable_properties` returns.
+    return json.dumps(entry, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
 
 
 def _text_id(event_id: bytes | None) -> str:

@@ -1,7 +1,6 @@
 """The partitions that a consumer serves: the settings of each, a process for each, and a health port for all.
 
-The processes share a Board, memory that is mapped before they are forked. Each has a row of metrics and a slot of text
-in it.
+The processes share a Board, mapped before they are forked. Each has a row of metrics and a slot of text in it.
 """
 
 from __future__ import annotations

@@ -14,6 +14,8 @@ from common.event.ids import id_digest, line_id
 from common.event.rows import csv_rows
 
 POISON_KINDS = ("not_json", "not_an_event")
+SMALL_BYTES = 8 * 1024  # of a message whose rows cannot be large
+FULL_CHARS = 32 * 1024 * 1024  # of rows: no message is added beyond this, since a batch is in memory several times
 
 # An event as it came: the number of its line, its bytes, its id. The number is 0 in a message with one event.
 Item = tuple[int, bytes, bytes | None]
@@ -26,7 +28,7 @@ class Poison(NamedTuple):
     why: str  # for a person
     id: bytes | None  # of the event; None if the publisher set none
     line: int  # in the message, from 1; 0 for the whole message
-    header: bytes  # the payload of the message's content header
+    header: bytes  # the payload of the message's content header; empty after the first bad line of a message
     body: bytes
 
 
@@ -39,13 +41,21 @@ class Prepared(NamedTuple):
     duplicates: int  # events
     poison: list[Poison]
     most_events: int  # in one message
+    messages: int  # that it is made of
 
 
 def prepare_batch(deliveries: Sequence[Delivery], seen: Callable[[bytes], bool], low_prob_threshold: float) -> Prepared:
-    """Decode a batch, drop what is stored already, encode the rest. An event gives all of its rows or none."""
+    """Decode a batch, drop what is stored already, encode the rest. An event gives all of its rows or none.
+
+    It takes the first deliveries only if the rows of all would be too large.
+    """
     parts, poison, fresh = list[str](), list[Poison](), dict[bytes, None]()
-    duplicates = rows = most_events = 0
+    duplicates = rows = most_events = messages = chars = 0
     for _, _, header, whole in deliveries:
+        if chars > FULL_CHARS:
+            break
+        messages += 1
+        first_part = len(parts)
         try:
             if content_type_of(header) == NDJSON:
                 items: Iterable[Item] = ndjson_items(whole)
@@ -62,6 +72,7 @@ def prepare_batch(deliveries: Sequence[Delivery], seen: Callable[[bytes], bool],
             except InvalidEvent as error:
                 kind = "not_json" if is_not_json(error.faults) else "not_an_event"
                 poison.append(Poison(kind, describe_faults(error.faults), event_id, line, header, body))
+                header = b""
                 continue
             if event_id is not None:
                 digest = id_digest(event_id)
@@ -73,7 +84,9 @@ def prepare_batch(deliveries: Sequence[Delivery], seen: Callable[[bytes], bool],
             rows += count
         if events > most_events:
             most_events = events
-    return Prepared("".join(parts).encode(), rows, list(fresh), duplicates, poison, most_events)
+        if len(whole) > SMALL_BYTES:
+            chars += sum(map(len, parts[first_part:]))
+    return Prepared("".join(parts).encode(), rows, list(fresh), duplicates, poison, most_events, messages)
 
 
 def ndjson_items(body: bytes) -> Iterator[Item]:

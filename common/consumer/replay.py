@@ -11,7 +11,6 @@ import asyncio
 import fcntl
 import os
 import sys
-import time
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from itertools import accumulate
@@ -32,7 +31,6 @@ from common.storage.files import explain_os_error, is_at, naming, sync_directory
 
 PAGE_LETTERS = 16  # in memory and in flight at one time; each can be many megabytes
 CONFIRM_TIMEOUT_SECONDS = 30.0  # of a page
-PROGRESS_SECONDS = 1.0  # between two lines, when stderr is not a terminal
 
 Message = tuple[bytes, Basic.Properties]
 # Each page comes with the number of letters in its source. It is removed when the next one is asked for, which means
@@ -91,21 +89,16 @@ async def _replay(settings: ConsumerSettings, connection: AbstractConnection) ->
     channel = await connection.channel()
     await declare(channel, queue_name, QUEUE_ARGUMENTS)
     for pages in sources:
-        done, line_at = 0, time.monotonic() + PROGRESS_SECONDS
+        done = 0
         async with aclosing(pages):
             async for page, total in pages:
                 await _publish(channel, queue_name, page)
                 done += len(page)
-                if sys.stderr.isatty() or time.monotonic() >= line_at:
-                    line_at = time.monotonic() + PROGRESS_SECONDS
-                    _show_progress(done, total)
+                if sys.stderr.isatty():
+                    bar, end = "#" * (30 * done // total), "\r" if done < total else "\n"
+                    print(f"[{bar:30}] {done}/{total}", end=end, file=sys.stderr, flush=True)
         published += done
     print(f"published {published} from {printable(path)} to '{queue_name}'")
-
-
-def _show_progress(done: int, total: int) -> None:
-    end = "\r" if done < total and sys.stderr.isatty() else "\n"
-    print(f"[{'#' * (30 * done // total):30}] {done}/{total}", end=end, file=sys.stderr, flush=True)
 
 
 async def _publish(channel: AbstractChannel, queue_name: str, page: Iterable[Message]) -> None:

@@ -128,10 +128,12 @@ class Worker(LinkListener):
             link, since, deliveries = self._link, self._pending.since, self._pending.take()
             if link is not None and self._pending.bytes <= HELD_BACK_BYTES:
                 link.lane.hold_back(False)
-            self._storing = len(deliveries), since
-            await self._store_batch(deliveries)
+            while deliveries:
+                self._storing = len(deliveries), since
+                stored = await self._store_batch(deliveries)
+                self._ack(link, deliveries[stored - 1].delivery_tag)
+                del deliveries[:stored]
             self._storing = 0, inf
-            self._ack(link, deliveries[-1].delivery_tag)
 
     def _ack(self, link: Link | None, delivery_tag: int) -> None:
         """Ack all up to `delivery_tag`, unless the link is lost: then all is delivered again, under other tags."""
@@ -167,8 +169,8 @@ class Worker(LinkListener):
                 log.error("cannot begin a new file: %s: %s; retrying", error.filename, error.strerror)
             self._rotation_failed = True
 
-    async def _store_batch(self, deliveries: Sequence[Delivery]) -> None:
-        """Prepare and store a batch. In disk trouble (full, I/O error) wait and retry until all of it is safe."""
+    async def _store_batch(self, deliveries: Sequence[Delivery]) -> int:
+        """Store the first of `deliveries`; return how many. In disk trouble (full, I/O error), retry."""
         values, counters = self._counters.metrics.values, self._counters
         while True:
             try:
@@ -195,6 +197,7 @@ class Worker(LinkListener):
             counters.write_seconds.observe(timing.write_seconds)
             counters.fsync_seconds.observe(timing.fsync_seconds)
             counters.commit_seconds.observe(timing.commit_seconds)
+        return prepared.messages
 
     async def _in_thread(self, call: Callable[..., T], *args: object) -> T:
         return await self._loop.run_in_executor(self._thread, call, *args)

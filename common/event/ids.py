@@ -51,7 +51,6 @@ def line_id(line: bytes) -> bytes | None:
 def partition_of(device_id: str, partitions: int) -> int:
     """Return zlib's unsigned crc32 of the UTF-8 bytes of a `device_id` in normal form, modulo `partitions`.
 
-    Other publishers must use the same function: it keeps a device's rows in one file, where a retry meets the ids of
-    the first attempt.
+    Other publishers must use it too: it keeps a device's rows in one file, where a retry meets the first attempt's ids.
     """
     return crc32(device_id.encode()) % partitions

@@ -6,7 +6,7 @@ from typing import Any
 
 import orjson
 
-from common.event.schema import Event, read_event
+from common.event.schema import MAX_ID_CHARS, Event, read_event
 
 CSV_HEADER = b"device_id;client_id;created_at;license_id;image_frame;prob;tags\r\n"
 LOW_PROB_TAG = "low_prob"
@@ -47,6 +47,8 @@ def _rows_quickly(document: Any, low_prob_threshold: float) -> tuple[list[str], 
         if type(preds) is not list:
             return None
         prefix = f"{device_id};{client_id};{created_at};{license_id};"
+        if len(prefix) * len(preds) > MAX_ID_CHARS:
+            return None
         parts, texts, all_tags = [], [device_id, client_id, created_at, license_id], []
         for pred in preds:
             frame, prob, tags = pred["image_frame"], pred["prob"], pred["tags"]

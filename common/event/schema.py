@@ -17,10 +17,10 @@ MAX_EVENTS = 10_000  # in one batch
 # The bound on the values and names of an event. A prediction with `n` tags has 7 + n, so each may have 8 tags.
 VALUES_PER_PRED = 15
 SPARE_VALUES = 10_000
-# The same for a batch that is an array, and so is parsed in one stage. 5,000 events with 5 predictions each, and 2 tags
-# each, have 290,000.
+# The same for an array of events, which is parsed in one stage: 5,000 with 5 predictions of 2 tags each have 290,000.
 BATCH_VALUES = 300_000
 MAX_NUMBER_CHARS = 1000
+MAX_ID_CHARS = 16 * 1024 * 1024  # of all rows of an event: each repeats the four ids
 MAX_FAULTS = 2_000  # that are listed in an answer
 _NUL = rb"\u0000"  # as JSON writes it
 _BACKSLASH = ord("\\")
@@ -157,6 +157,9 @@ def _validate_quickly(document: Any, max_preds: int | None) -> Event | None:
                 if type(tag) is not str:
                     return None
             normal.append({"image_frame": image_frame, "prob": prob, "tags": tags})
+        if len(device_id + client_id + created_at + license_id) * len(normal) > MAX_ID_CHARS:
+            message = f"The ids should have at most {MAX_ID_CHARS} characters in all rows, which repeat them"
+            raise InvalidEvent([make_fault(["body"], "json_too_large", message)])
     except (KeyError, TypeError, ValueError):
         return None
     return {
@@ -180,6 +183,7 @@ def validate_event(
         event = walk.read(document, _EVENT)
         if walk.faults:
             raise InvalidEvent(walk.faults)
+        event = _validate_quickly(event, None) or event  # it has the bound on the ids
     return event
 
 

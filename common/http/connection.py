@@ -141,16 +141,18 @@ class Connection(asyncio.Protocol):
         """Return what a client has sent within TLS: nothing while its handshake lasts, or once our side is closed."""
         if self.phase >= LINGERING:
             return data  # which is dropped
-        tls.receive(data)
         if self.phase is HANDSHAKE:
+            tls.receive(data)
             self._account()
             self.state.turns.add(self, self._shake_hands(tls))
             return b""
         try:
-            data, ended = tls.decrypt()
+            data, ended = tls.decrypt(data)
         except ssl.SSLError:
             self.abort()
             return b""
+        if reply := tls.outgoing():  # to a change of keys
+            self._transport.write(reply)
         if ended and not self.eof_received() and not data:
             self._close()
         return data
@@ -248,7 +250,10 @@ class Connection(asyncio.Protocol):
             return
         head = parser.head
         if head is None:
-            if not parser.idle and phase is not HEAD:
+            if parser.begins_no_request():  # only empty lines have come
+                if phase is ANSWERING:
+                    self._enter(IDLE, self.now())
+            elif phase is not HEAD:
                 self._enter(HEAD, self.now())
         elif phase is not BODY:
             # A request is refused before its body is read, and before 100 Continue invites the body.

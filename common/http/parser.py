@@ -204,10 +204,7 @@ def parse_head(raw: bytes, limits: Limits) -> Head:
 
 
 def _content(fields: dict[bytes, bytes], http10: bool, limits: Limits) -> tuple[int, bool]:
-    """Return the length of the content, and whether it is chunked instead (RFC 9112 section 6.3, strictly).
-
-    Raise HttpError 400, 413 or 501.
-    """
+    """Return the content's length, and whether it is chunked (RFC 9112 section 6.3). Raise HttpError 400, 413, 501."""
     coding = fields.get(b"transfer-encoding")
     length = fields.get(b"content-length")
     if coding is not None:
@@ -326,6 +323,10 @@ class RequestParser:
     def buffered_bytes(self) -> int:
         """The number of bytes stored for requests not returned yet."""
         return len(self._buffer) + (len(self._chunked.data) if self._chunked else 0)
+
+    def begins_no_request(self) -> bool:
+        """Return whether nothing came after the requests that were returned, or half of an empty line."""
+        return self.idle or self._buffer == b"\r"
 
     def receive_data(self, data: bytes) -> None:
         """Store bytes from the socket."""

@@ -39,10 +39,7 @@ def parse_tokens(text: str) -> list[Token]:
 
 
 def owner_of(authorization: bytes, tokens: Sequence[Token]) -> str | None:
-    """Return the name of the owner of an Authorization value's token; None if it is not known.
-
-    Every token is compared, each in constant time.
-    """
+    """Return the owner of an Authorization value's token, or None. Every token is compared, each in constant time."""
     if authorization[:7].lower() != b"bearer ":
         return None
     given = authorization[7:].strip()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 
 from common.http.phases import after_progress
 from common.http.tls import Tls
@@ -21,7 +22,11 @@ class Writer:
     def write(self, parts: tuple[bytes, ...]) -> None:
         """Send bytes, which are copied only by the kernel, or by TLS."""
         if self._tls is not None:
-            parts = (self._tls.encrypt(b"".join(parts)),)
+            try:
+                parts = (self._tls.encrypt(b"".join(parts)),)
+            except ssl.SSLError:  # the client has sent half of a handshake message, so OpenSSL takes no more from us
+                self._transport.abort()
+                return
         if self.stuck:
             self.unsent_bytes += sum(map(len, parts))
         if len(parts) == 1:

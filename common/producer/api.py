@@ -1,7 +1,6 @@
 """The producer's API: what each request means, its answer, and what is counted. Independent of sockets and the broker.
 
-`Api` is the HTTP server's application. An accepted event goes to its partition's publisher, whose confirm answers the
-exchange.
+`Api` is the HTTP server's application. An accepted event goes to its partition's publisher; its confirm is the answer.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Events on their way to the broker: the id, partition, metrics and outcome of each; single ones and batches.
-
-Independent of sockets.
-"""
+"""Events on their way to the broker, single ones and batches: id, partition, metrics, outcome. It knows no sockets."""
 
 from __future__ import annotations
 
@@ -88,10 +85,7 @@ class Batch:
         self._open = 1  # events without a result, and 1 until all are read
 
     def steps(self, content: bytes, lines: bool, max_preds: int) -> Job:
-        """Read the events and publish each once the window has room. Answer when the last has its outcome.
-
-        Raise InvalidEvent.
-        """
+        """Publish each event once the window has room; answer when the last has its outcome. Raise InvalidEvent."""
         for event in normalise_batch(content, lines, max_preds):
             if isinstance(event, InvalidEvent):
                 self._results.append({"status": 422, "detail": event.faults})

@@ -127,10 +127,7 @@ class Producer:
         await first_of(stop, *self._tasks)
 
     async def drain(self) -> None:
-        """Stop listening, finish what was accepted, and answer what cannot be finished in time.
-
-        The health port still answers, until `close`.
-        """
+        """Stop listening, finish what was accepted, and answer what is late. The health port answers until `close`."""
         settings = self._settings
         log.info("stopping: %d event(s) in flight", self._unconfirmed())
         self._api.announce_stop()
@@ -156,10 +153,7 @@ class Producer:
         log.info("stopped")
 
     def reload(self) -> None:
-        """Load the certificate and the files of secrets again; keep the old ones when they cannot be used.
-
-        A new AMQP_URL is for the next connection.
-        """
+        """Load certificate and secrets again, or keep the old ones. A new AMQP_URL is for the next connection."""
         if self._certificate is not None:
             self._certificate.reload()
         try:

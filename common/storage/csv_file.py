@@ -1,7 +1,6 @@
 """The CSV file on disk: append, sync, find where its rows end, set bytes aside.
 
-recovery.py and store.py decide which bytes are committed, and what becomes of the others. Every function can raise
-OSError.
+recovery.py and store.py decide which bytes are committed, and what becomes of the others. All can raise OSError.
 """
 
 from __future__ import annotations

@@ -20,10 +20,7 @@ class Lock:
         self._fd = -1
 
     def acquire(self) -> bool:
-        """Take the lock, or return False at once when another process has it. Make the folder.
-
-        Raise what Store.open raises.
-        """
+        """Make the folder and take the lock; return False if another process has it. Raise what Store.open raises."""
         try:
             make_directory(os.path.dirname(self.path))
             self._fd = open_regular(self.path, os.O_RDWR | os.O_CREAT, mode_of(self._csv_path))

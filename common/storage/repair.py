@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 
@@ -45,7 +46,12 @@ def cut_renamed(path: str, state: FileState, notes: list[str]) -> bool:
         # Not `path` itself, which is open already: a reboot may have given its disk another device number.
         names = [e.path for e in entries if e.inode() == state.inode and e.is_file() and e.path != path]
     for name in names:
-        file = CsvFile(name)
+        try:
+            file = CsvFile(name)
+        except OSError as error:
+            if error.errno == errno.EBUSY:  # it is another consumer's, and has the number of a file that was removed
+                continue
+            raise
         try:
             if file.device == state.device and is_intact(file, state):
                 found = True

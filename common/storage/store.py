@@ -2,8 +2,7 @@
 
 Store.open() recovers from what a crash, a person or another program left. Store.append() is the durable step after
 which the caller acks. Committed rows are never touched, and nothing is destroyed: bytes that must leave the CSV move to
-`<csv>.uncommitted-<UTC time>`. Everything is synchronous and for one thread. The caller decides when to append, retry
-or rotate.
+`<csv>.uncommitted-<UTC time>`. Everything is synchronous, for one thread. Its owner decides when to do what.
 """
 
 from __future__ import annotations
@@ -121,8 +120,7 @@ class Store:
         """Make whole rows `data` and the new, distinct `ids` (16 bytes each) of their messages durable, as one.
 
         Raise OSError when a step fails. The caller then acks nothing and repeats the call with the same arguments until
-        it succeeds, which continues from the step that failed. It takes two fsyncs, and a third when the journal is
-        rewritten.
+        it succeeds, which continues from the step that failed. It takes two fsyncs, or three with a new journal.
         """
         if sum(map(len, ids)) != ID_BYTES * len(ids):
             raise ValueError(f"an id is not {ID_BYTES} bytes")
@@ -189,11 +187,14 @@ class Store:
             written = time.perf_counter()
             self._file.sync()
             synced = time.perf_counter()
-            if self._file.size() != self.committed_bytes + len(data):
+            end = self.committed_bytes + len(data)
+            if (size := self._file.size()) != end:
+                if size < end:  # truncated by another program: `data` can be at the end of what is left
+                    self._cut_own(data, size - len(data))
                 raise OSError(errno.EBUSY, "another program wrote to it at the same moment", self.path)
         except OSError:
             with suppress(OSError):
-                self._cut_own(data)
+                self._cut_own(data, self.committed_bytes)
             raise
         return written - began, synced - written
 
@@ -216,7 +217,7 @@ class Store:
         if in_place and size == committed:
             return
         self._journal.check()  # the change may be another consumer's
-        size = self._cut_own(data)
+        size = self._cut_own(data, committed)
         if not in_place:
             make_directory(os.path.dirname(self.path))
             self._start_file(logging.WARNING, "was renamed, removed or replaced")
@@ -226,11 +227,10 @@ class Store:
         elif size != committed:
             self._start_file(logging.WARNING, f"was truncated or changed: {committed} bytes were committed, not {size}")
 
-    def _cut_own(self, data: bytes) -> int:
-        """Cut what a failed write of `data` left after the committed bytes; return the size."""
-        end = self.committed_bytes
+    def _cut_own(self, data: bytes, end: int) -> int:
+        """Cut what a failed write of `data` left after `end`; return the size."""
         size = self._file.size()
-        if end < size <= end + len(data) and b"".join(self._file.read(end, size)) == data[: size - end]:
+        if 0 <= end < size <= end + len(data) and b"".join(self._file.read(end, size)) == data[: size - end]:
             self._journal.check()
             self._file.cut(end)
             return end

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from common.amqp.codec import Delivery, FrameDecoder, PublishEncoder, packed_seconds
-from common.consumer.prepare import prepare_batch
+from common.consumer.prepare import Prepared, prepare_batch
 from common.event.document import write_json
 from common.event.ids import line_id
 from common.event.rows import CSV_HEADER
@@ -191,7 +191,7 @@ def test_lines_of_others_end_as_they_like(between: bytes, end: bytes, kind: str)
 
 
 def test_a_group_without_lines_is_settled(store: Store) -> None:
-    assert prepare_batch([group(1, b" ", b"\r")], store.seen, 0.25) == (b"", 0, [], 0, [], 0)
+    assert prepare_batch([group(1, b" ", b"\r")], store.seen, 0.25) == Prepared(b"", 0, [], 0, [], 0, 1)
 
 
 def test_lines_without_an_id_are_stored_each_time(store: Store) -> None:
@@ -209,7 +209,7 @@ def test_a_bad_line_has_its_number_and_its_header(store: Store) -> None:
         ("not_json", 3, None, b"["),
         ("not_an_event", 4, b"%032x" % 9, bad),
     ]
-    assert {each.header for each in prepared.poison} == {delivered.header}
+    assert [each.header for each in prepared.poison] == [delivered.header, b""]
     assert len(prepared.ids) == 2
 
 
