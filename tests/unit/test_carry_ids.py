@@ -89,3 +89,21 @@ def test_the_latest_ids_are_the_same_share_of_each_list() -> None:
 
 def test_an_id_of_two_lists_is_carried_once() -> None:
     assert sorted(latest([ids(1, 2), ids(2, 3)], 10)) == ids(1, 2, 3)
+
+
+def test_a_window_below_the_least_carries_as_many_as_the_consumer_keeps(tmp_path: Path) -> None:
+    csv = str(tmp_path / "data.csv")
+    store(csv, 1, 2)
+    assert main(["--csv-file", csv, "--from", "1", "--to", "2", "--dedup-window", "0"]) == 0
+    assert [known(path, 1, 2) for path in csv_files(csv, 2)] == [[True, True]] * 2
+
+
+def test_a_csv_behind_a_link_is_carried(tmp_path: Path) -> None:
+    csv = str(tmp_path / "data.csv")
+    first, second = csv_files(csv, 2)
+    (tmp_path / "disk").mkdir()
+    Path(first).symlink_to(tmp_path / "disk" / "data.0.csv")
+    store(first, 1)
+    store(second, 2)
+    assert carry(csv, 2, 3) == 0
+    assert known(csv_files(csv, 3)[2], 1, 2) == [True, True]

@@ -67,6 +67,17 @@ def test_a_header_that_cannot_be_read_is_kept_too(csv_file: str) -> None:
     assert lines_of(csv_file)[0]["properties"] == {"undecoded": "003c000000000000000000002000ff"}
 
 
+@pytest.mark.parametrize("depth", [100, 250, 254, 255, 256, 300, 450, 900, 980, 1000, 2000])
+def test_headers_of_any_depth_become_a_letter(csv_file: str, depth: int) -> None:
+    table = b"\x01aI" + bytes(4)  # {"a": 0}
+    for _ in range(depth):
+        table = b"\x01aF" + len(table).to_bytes(4) + table
+    header = b"\x00\x3c\x00\x00" + bytes(8) + b"\x20\x00" + len(table).to_bytes(4) + table
+    append(csv_file, [poison()._replace(header=header)])
+    [line] = Path(f"{csv_file}.dead-letters").read_bytes().splitlines()
+    assert parse(line).body == poison().body
+
+
 def test_the_file_has_the_mode_of_the_csv(csv_file: str) -> None:
     os.chmod(csv_file, 0o600)
     append(csv_file, [poison()])

@@ -27,6 +27,7 @@ from common.event.schema import (
     _EVENT,
     MAX_EVENTS,
     MAX_FAULTS,
+    MAX_ID_CHARS,
     NormalEvent,
     _validate_quickly,
     _Walk,
@@ -691,3 +692,21 @@ def test_too_many_lines_are_refused_before_they_are_split() -> None:
     with pytest.raises(InvalidEvent) as caught:
         events_of(b"\n" * 1_000_000, True, MAX_PREDS)
     assert [fault["type"] for fault in caught.value.faults] == ["json_too_large"]
+
+
+@pytest.mark.parametrize("more", ["", r', "more": "\u0000"'], ids=["quickly", "by a walk"])
+def test_an_event_whose_rows_repeat_too_long_ids_is_refused(more: str) -> None:
+    """A body of half a megabyte could have rows of gigabytes. The consumer refuses such an event, too."""
+
+    def body(id_chars: int) -> bytes:
+        preds = ", ".join(['{"image_frame": "f", "prob": 0.5, "tags": []}'] * MAX_PREDS)
+        ids = f'"device_id": "{"x" * (id_chars - 3)}", "client_id": "c", "created_at": "t"{more}'
+        return f'{{{ids}, "data": {{"license_id": "l", "preds": [{preds}]}}}}'.encode()
+
+    longest, too_long = body(MAX_ID_CHARS // MAX_PREDS), body(MAX_ID_CHARS // MAX_PREDS + 1)
+    assert normalise_event(longest, MAX_PREDS).rows == csv_rows(longest, 0.25)[1] == MAX_PREDS
+    for read in (lambda: normalise_event(too_long, MAX_PREDS), lambda: csv_rows(too_long, 0.25)):
+        with pytest.raises(InvalidEvent) as refusal:
+            read()
+        [fault] = refusal.value.faults
+        assert (fault["loc"], fault["type"]) == (["body"], "json_too_large")

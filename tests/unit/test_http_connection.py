@@ -509,6 +509,24 @@ def test_a_client_that_ends_after_an_empty_line_is_closed(server: Server) -> Non
     assert transport.closing
 
 
+@pytest.mark.parametrize("pieces", [[b"\r\n"], [b"\r", b"\n"], [b"\r"]], ids=["at once", "in two", "the half"])
+@pytest.mark.parametrize("slow", [0.0, 0.01], ids=["in one slice", "over a slice"])
+def test_after_an_empty_line_a_client_is_idle(server: Server, pieces: list[bytes], slow: float) -> None:
+    """It is closed after the idle time, without an answer to nothing."""
+    server.slow_seconds = slow
+    connection, transport = server.connect()
+    connection.data_received(GET + pieces[0])
+    for piece in pieces[1:]:
+        connection.data_received(piece)
+    server.run()
+    assert connection.phase is IDLE
+    server.sweep(4)
+    assert not transport.closing
+    server.sweep(2)
+    assert transport.closing
+    assert transport.sent.count(b"HTTP/1.1 ") == 1
+
+
 async def test_a_late_sweep_takes_nobody_for_silent(monkeypatch: pytest.MonkeyPatch) -> None:
     """What clients sent while the process did not run is not read yet, and comes first."""
     server = HttpServer(LIMITS, Server())

@@ -11,6 +11,7 @@ import socket
 import ssl
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,9 +20,10 @@ import uvloop
 
 from common.http.exchange import Application, Exchange
 from common.http.parser import Head, Limits, Request
-from common.http.phases import ServerLimits
+from common.http.phases import IDLE, ServerLimits
 from common.http.pool import SILENT_SECONDS
 from common.http.server import HttpServer
+from tests.support.tls13 import HANDSHAKE, KEY_UPDATE, HandmadeClient
 
 LIMITS = ServerLimits(
     request=Limits(),
@@ -59,6 +61,16 @@ class Large(Hello):
     def handle(self, request: Request, exchange: Exchange) -> None:
         self.handled += 1
         exchange.answer(200, b"x" * 100_000)
+
+
+class Later(Hello):
+    """An application that answers when the test does."""
+
+    def __init__(self) -> None:
+        self.waiting: list[Exchange] = []
+
+    def handle(self, request: Request, exchange: Exchange) -> None:
+        self.waiting.append(exchange)
 
 
 @contextlib.asynccontextmanager
@@ -194,6 +206,44 @@ async def test_tls_carries_requests_and_answers_of_any_size(tls: ssl.SSLContext,
         assert not await exchange(port, GET)  # without TLS
         await until(lambda: not server.connections)
         assert server.state.pool.held_bytes == 0
+
+
+@on_uvloop
+async def test_half_a_tls_message_harms_only_its_sender(tls: ssl.SSLContext, tmp_path: Path) -> None:
+    """OpenSSL encrypts nothing before the rest has come, and an answer is due. Who gives it must get no error."""
+    application = Later()
+    async with serving(application, tls) as (server, port):
+        client = await asyncio.to_thread(HandmadeClient, port, tmp_path)
+        client.socket.sendall(client.record(GET) + client.record(KEY_UPDATE[:-1], HANDSHAKE))
+        await until(lambda: len(application.waiting) == 1)
+        application.waiting[0].answer(200, b"hello")
+        await until(lambda: not server.connections)
+        client.socket.close()
+
+
+@on_uvloop
+async def test_a_client_that_only_changes_its_keys_is_cut_off(tls: ssl.SSLContext, tmp_path: Path) -> None:
+    """Each change takes as long as many bytes, and asks for an answer."""
+    async with serving(tls=tls) as (server, port):
+        client = await asyncio.to_thread(HandmadeClient, port, tmp_path)
+        flood = b"".join(client.key_update() for _ in range(2000))
+        await asyncio.get_running_loop().sock_sendall(client.socket, flood)
+        await until(lambda: not server.connections)
+        client.socket.close()
+
+
+@on_uvloop
+async def test_a_client_may_change_its_keys(tls: ssl.SSLContext, tmp_path: Path) -> None:
+    async with serving(tls=tls) as (server, port):
+        client = await asyncio.to_thread(HandmadeClient, port, tmp_path)
+        for _ in range(3):
+            client.socket.sendall(client.key_update() + client.record(POST[:100]) + client.key_update())
+            client.socket.sendall(
+                b"".join(client.record(POST[at : at + 16_000]) for at in range(100, len(POST), 16_000))
+            )
+        [connection] = server.connections
+        await until(lambda: connection.phase is IDLE)
+        client.socket.close()
 
 
 @pytest.mark.parametrize("sent", [b"", b"\r\n", b"GET / HT"])

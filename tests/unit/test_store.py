@@ -740,6 +740,54 @@ def test_copytruncate_of_logrotate_keeps_the_file_whole(case: Case) -> None:
     assert "was truncated or changed" in case.lines[-1]
 
 
+@pytest.mark.parametrize("left", [0, len(CSV_HEADER), len(CSV_HEADER) + 10])
+def test_a_truncation_just_before_the_write_leaves_no_rows_without_a_header(
+    case: Case, monkeypatch: pytest.MonkeyPatch, left: int
+) -> None:
+    write = CsvFile.write
+
+    def truncated(file: CsvFile, data: bytes) -> None:
+        monkeypatch.undo()
+        os.truncate(case.path, left)
+        write(file, data)
+
+    monkeypatch.setattr(CsvFile, "write", truncated)
+    with pytest.raises(OSError, match="at the same moment"):
+        append(case.store, 3)
+    append(case.store, 3)
+    assert case.content == CSV_HEADER + row(3)
+
+
+def test_an_equal_batch_is_never_taken_for_the_rest_of_a_write(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The write of a batch fails in its middle, and the same rows are committed just before it."""
+    case.store.append(row(3) * 2, [])
+    write = CsvFile.write
+
+    def fails(file: CsvFile, data: bytes) -> None:
+        monkeypatch.undo()
+        write(file, data[: len(row(3))])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(CsvFile, "write", fails)
+    with pytest.raises(OSError, match="No space"):
+        case.store.append(row(3) * 2, [])
+    case.store.append(row(3) * 2, [])
+    assert case.content == CSV_HEADER + rows(1, 2, 3, 3, 3, 3)
+
+
+def test_a_file_of_another_consumer_with_the_same_inode_number_keeps_no_start_waiting(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The CSV was removed after a crash, and a file system uses its number again: here the same file is locked."""
+    crash(case.store)
+    other = CsvFile(str(case.path.rename(case.folder / "data.1.csv")))
+    try:
+        case.open()
+    finally:
+        other.close()
+    assert "not in this folder under any name" in case.lines[0]
+
+
 def test_a_foreign_file_put_there_while_running_is_left_alone(case: Case) -> None:
     """Rows wait until that file is gone."""
     case.path.unlink()

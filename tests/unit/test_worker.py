@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from common.config import ConsumerSettings
+from common.consumer import prepare as prepare_module
 from common.consumer import worker as worker_module
 from common.consumer.metrics import Counters
 from common.consumer.prepare import prepare_batch
@@ -126,6 +127,19 @@ async def test_a_batch_of_a_lost_link_is_acked_on_no_link(bench: MakeBench, monk
         assert b.devices() == ["device-1", "device-2", "device-3"]
         assert b.metric(b.counters.duplicates) == 2
         assert b.metric(b.counters.reconnects) == 1
+
+
+async def test_rows_that_are_too_large_together_are_stored_in_pieces(
+    bench: MakeBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An event can have rows that are far larger than it. Each piece is acked once it is stored."""
+    monkeypatch.setattr(prepare_module, "FULL_CHARS", 15_000)
+    async with bench() as b:
+        link = await b.link()
+        b.worker.deliveries([delivery(tag, event(f"device-{tag}", "x" * 10_000)) for tag in range(1, 6)])
+        await until("all is acked", lambda: link.lane.acks[-1:] == [(5, True)])
+        assert link.lane.acks == [(2, True), (4, True), (5, True)]
+        assert b.devices() == [f"device-{tag}" for tag in range(1, 6)]
 
 
 async def test_nothing_is_acked_that_is_not_stored(bench: MakeBench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -190,6 +190,8 @@ def test_a_port_in_use_is_one_line_even_if_it_is_shared() -> None:
         port = other.getsockname()[1]
         with pytest.raises(StartupError, match=f"cannot listen on 127.0.0.1:{port}: .*set HTTP_PORT"):
             workers.reserve_port("127.0.0.1", port)
+        with pytest.raises(StartupError, match=f"cannot listen on 127.0.0.1:{port}: .*set HEALTH_PORT"):
+            workers.reserve_port("127.0.0.1", port, "HEALTH_PORT")
 
 
 def test_workers_that_end_together_are_not_signalled(supervise: Supervise) -> None:
