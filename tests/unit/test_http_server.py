@@ -224,7 +224,7 @@ async def test_half_a_tls_message_harms_only_its_sender(tls: ssl.SSLContext, tmp
 @on_uvloop
 async def test_a_client_that_only_changes_its_keys_is_cut_off(tls: ssl.SSLContext, tmp_path: Path) -> None:
     """Each change takes as long as many bytes, and asks for an answer."""
-    async with serving(tls=tls) as (server, port):
+    async with serving(tls=tls, idle_seconds=1000.0) as (server, port):
         client = await asyncio.to_thread(HandmadeClient, port, tmp_path)
         flood = b"".join(client.key_update() for _ in range(2000))
         await asyncio.get_running_loop().sock_sendall(client.socket, flood)

@@ -12,7 +12,7 @@ import pytest
 
 from common import workers
 from common.config import ProducerSettings
-from common.errors import StartupError
+from common.errors import SettingError, StartupError
 from common.producer.processes import serve_all
 from tests.conftest import ROOT
 
@@ -192,6 +192,13 @@ def test_a_port_in_use_is_one_line_even_if_it_is_shared() -> None:
             workers.reserve_port("127.0.0.1", port)
         with pytest.raises(StartupError, match=f"cannot listen on 127.0.0.1:{port}: .*set HEALTH_PORT"):
             workers.reserve_port("127.0.0.1", port, "HEALTH_PORT")
+
+
+def test_workers_refuse_a_health_port_that_is_their_main_port() -> None:
+    """The kernel would spread clients over both servers."""
+    settings = ProducerSettings(amqp_url="amqp://127.0.0.1:1/", workers=2, http_port=8000, health_port=8000)
+    with pytest.raises(SettingError, match="HEALTH_PORT is the same as HTTP_PORT"):
+        serve_all(settings, None)
 
 
 def test_workers_that_end_together_are_not_signalled(supervise: Supervise) -> None:
