@@ -221,14 +221,32 @@ async def test_half_a_tls_message_harms_only_its_sender(tls: ssl.SSLContext, tmp
         client.socket.close()
 
 
+@pytest.mark.parametrize("kind", ["changes of keys", "one-byte records"])
+def test_a_client_that_sends_little_but_framing_is_cut_off(tls: ssl.SSLContext, tmp_path: Path, kind: str) -> None:
+    """Each record takes as long as many bytes."""
+
+    @on_uvloop
+    async def test() -> None:
+        async with serving(tls=tls, idle_seconds=1000.0, body_seconds=1000.0) as (server, port):
+            client = await asyncio.to_thread(HandmadeClient, port, tmp_path)
+            flood = [client.record(POST[:-100_000])]
+            flood += [client.key_update() if kind == "changes of keys" else client.record(b"x") for _ in range(3000)]
+            client.socket.sendall(b"".join(flood))
+            await until(lambda: not server.connections)
+            client.socket.close()
+
+    test()
+
+
 @on_uvloop
-async def test_a_client_that_only_changes_its_keys_is_cut_off(tls: ssl.SSLContext, tmp_path: Path) -> None:
-    """Each change takes as long as many bytes, and asks for an answer."""
-    async with serving(tls=tls, idle_seconds=1000.0) as (server, port):
+async def test_a_client_may_write_line_by_line(tls: ssl.SSLContext, tmp_path: Path) -> None:
+    async with serving(tls=tls) as (server, port):
         client = await asyncio.to_thread(HandmadeClient, port, tmp_path)
-        flood = b"".join(client.key_update() for _ in range(2000))
-        await asyncio.get_running_loop().sock_sendall(client.socket, flood)
-        await until(lambda: not server.connections)
+        lines = (GET[:-2] + b"Accept: text/plain, */*\r\n" * 90 + b"\r\n").splitlines(keepends=True)
+        for _ in range(100):
+            client.socket.sendall(b"".join(map(client.record, lines)))
+        [connection] = server.connections
+        await until(lambda: connection.phase is IDLE)
         client.socket.close()
 
 
