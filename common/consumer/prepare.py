@@ -14,7 +14,7 @@ from common.event.ids import id_digest, line_id
 from common.event.rows import csv_rows
 
 POISON_KINDS = ("not_json", "not_an_event")
-SMALL_BYTES = 8 * 1024  # of a message whose rows cannot be large
+SMALL_BYTES = 1024  # of a message whose rows cannot be large
 FULL_CHARS = 32 * 1024 * 1024  # of rows: no message is added beyond this, since a batch is in memory several times
 
 # An event as it came: the number of its line, its bytes, its id. The number is 0 in a message with one event.
@@ -45,10 +45,7 @@ class Prepared(NamedTuple):
 
 
 def prepare_batch(deliveries: Sequence[Delivery], seen: Callable[[bytes], bool], low_prob_threshold: float) -> Prepared:
-    """Decode a batch, drop what is stored already, encode the rest. An event gives all of its rows or none.
-
-    It takes the first deliveries only if the rows of all would be too large.
-    """
+    """Prepare `deliveries`, or the first if the rows of all are too large. An event gives all of its rows or none."""
     parts, poison, fresh = list[str](), list[Poison](), dict[bytes, None]()
     duplicates = rows = most_events = messages = chars = 0
     for _, _, header, whole in deliveries:

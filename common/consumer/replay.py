@@ -33,8 +33,7 @@ PAGE_LETTERS = 16  # in memory and in flight at one time; each can be many megab
 CONFIRM_TIMEOUT_SECONDS = 30.0  # of a page
 
 Message = tuple[bytes, Basic.Properties]
-# Each page comes with the number of letters in its source. It is removed when the next one is asked for, which means
-# that all of it is confirmed.
+# A page, and the number of letters in its source. It is removed, being confirmed, when the next one is asked for.
 Pages = AsyncGenerator[tuple[list[Message], int], None]
 
 

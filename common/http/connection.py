@@ -232,6 +232,8 @@ class Connection(asyncio.Protocol):
             exchange.close = True
         self._enter(LAST if exchange.close else ANSWERING, now)
         self._due.append(exchange)
+        if self._tls is not None:  # so that a client may send each line of a head in two records
+            self._tls.excess_bytes = max(0, self._tls.excess_bytes - 1024)
         application = self.application
         try:
             exchange.fields = self._fields if was_checked else application.check(head)

@@ -20,7 +20,8 @@ class Tls:
     def __init__(self, context: ssl.SSLContext) -> None:
         self.held_bytes = 0  # for the handshake
         self._is_open = False
-        self._excess_bytes = 0  # of what came, over twice its content
+        self.excess_bytes = 0  # of what came, over twice its content
+        self._received = b""  # and not given to OpenSSL, which would read all of it at once
         self._context = context
         self._incoming = ssl.MemoryBIO()
         self._outgoing = ssl.MemoryBIO()
@@ -28,7 +29,7 @@ class Tls:
 
     def receive(self, data: bytes) -> None:
         """Store bytes from the socket."""
-        self._incoming.write(data)
+        self._received += data
         if not self._is_open:
             self.held_bytes = (self.held_bytes or HANDSHAKE_BYTES) + len(data)
 
@@ -36,31 +37,32 @@ class Tls:
         """Continue the handshake, which takes a millisecond; return whether it is over. Raise ssl.SSLError."""
         if self._object is None:
             self._object = self._context.wrap_bio(self._incoming, self._outgoing, server_side=True)
+        self._incoming.write(self._received)
+        self._received = b""
         try:
             self._object.do_handshake()
         except ssl.SSLWantReadError:
             return False
         self.held_bytes = 0
         self._is_open = True
+        self._received = self._incoming.read()
         return True
 
     def decrypt(self, data: bytes) -> tuple[bytes, bool]:
-        """Return the content of `data`, and whether the client has closed its side. Raise ssl.SSLError.
-
-        Too much framing raises it, too: a change of keys takes 24 µs, and one read goes on until there is content.
-        """
+        """Return the content, and whether the client has closed its side. Raise ssl.SSLError, for much framing too."""
         assert self._object is not None
         pieces: list[bytes] = []
+        data, self._received = self._received + data, b""
         for at in range(0, max(1, len(data)), _RECORD_BYTES):
-            self._excess_bytes += self._incoming.write(data[at : at + _RECORD_BYTES])
+            self.excess_bytes += self._incoming.write(data[at : at + _RECORD_BYTES])
             with suppress(ssl.SSLWantReadError):
                 while self._incoming.pending or self._object.pending():
                     piece = self._object.read(_RECORD_BYTES)
                     if not piece:
                         return b"".join(pieces), True
                     pieces.append(piece)
-                    self._excess_bytes = max(0, self._excess_bytes - 2 * len(piece))
-            if self._excess_bytes > 2 * _RECORD_BYTES:
+                    self.excess_bytes = max(0, self.excess_bytes - 2 * len(piece))
+            if self.excess_bytes > 2 * _RECORD_BYTES:  # a change of keys takes 24 µs
                 raise ssl.SSLError("too much framing")
         return b"".join(pieces), False
 

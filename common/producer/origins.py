@@ -27,8 +27,7 @@ class Origins:
     def __init__(self, allowed_hosts: str, cors_origins: str) -> None:
         self._hosts = frozenset(host.lower().encode() for host in allowed_hosts.split(",") if host)
         self._origins = frozenset(origin.lower().encode() for origin in cors_origins.split(",") if origin)
-        # A cache must not give one origin's page the answer to another's (Fetch standard, "CORS protocol and HTTP
-        # caches").
+        # A cache must not give one origin's page another's answer (Fetch standard, "CORS protocol and HTTP caches").
         self._vary = b"Vary: Origin\r\n" if self._origins else b""
 
     def check(self, head: Head) -> bytes:

@@ -189,7 +189,7 @@ class Store:
             synced = time.perf_counter()
             end = self.committed_bytes + len(data)
             if (size := self._file.size()) != end:
-                if size < end:  # truncated by another program: `data` can be at the end of what is left
+                if size < end and not is_intact(self._file, self._state):  # truncated just before the write
                     self._cut_own(data, size - len(data))
                 raise OSError(errno.EBUSY, "another program wrote to it at the same moment", self.path)
         except OSError:

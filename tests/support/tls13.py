@@ -21,27 +21,18 @@ def expand_label(secret: bytes, label: bytes, length: int) -> bytes:
     return HKDFExpand(SHA384(), length, info).derive(secret)
 
 
-class HandmadeClient:
-    """A client whose handshake is over, with AES-256-GCM, and whose records are made here."""
+class Keys:
+    """The keys by which a client encrypts, with AES-256-GCM, from the file that OpenSSL logs them to."""
 
-    def __init__(self, port: int, folder: Path) -> None:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        context.keylog_filename = str(folder / "keys")
-        self._tls = context.wrap_socket(socket.create_connection(("127.0.0.1", port), 10))
-        cipher = self._tls.cipher()
-        assert cipher is not None
-        assert cipher[0] == "TLS_AES_256_GCM_SHA384"
-        lines = (folder / "keys").read_text().splitlines()
+    def __init__(self, log: Path) -> None:
+        lines = log.read_text().splitlines()
         [secret] = [line.split()[2] for line in lines if line.startswith("CLIENT_TRAFFIC_SECRET_0")]
-        self._secret = bytes.fromhex(secret)
-        self._begin()
-        self.socket = socket.socket(fileno=self._tls.detach())
-        self.socket.settimeout(10)
+        self._begin(bytes.fromhex(secret))
 
-    def _begin(self) -> None:
-        self._aead = AESGCM(expand_label(self._secret, b"key", 32))
-        self._iv = int.from_bytes(expand_label(self._secret, b"iv", 12))
+    def _begin(self, secret: bytes) -> None:
+        self._secret = secret
+        self._aead = AESGCM(expand_label(secret, b"key", 32))
+        self._iv = int.from_bytes(expand_label(secret, b"iv", 12))
         self._records = 0
 
     def record(self, content: bytes, kind: int = APPLICATION_DATA) -> bytes:
@@ -54,6 +45,21 @@ class HandmadeClient:
     def key_update(self) -> bytes:
         """Return a record that changes the keys of later ones."""
         record = self.record(KEY_UPDATE, HANDSHAKE)
-        self._secret = expand_label(self._secret, b"traffic upd", 48)
-        self._begin()
+        self._begin(expand_label(self._secret, b"traffic upd", 48))
         return record
+
+
+class HandmadeClient(Keys):
+    """A client whose handshake is over, and whose records are made here."""
+
+    def __init__(self, port: int, folder: Path) -> None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        context.keylog_filename = str(folder / "keys")
+        tls = context.wrap_socket(socket.create_connection(("127.0.0.1", port), 10))
+        cipher = tls.cipher()
+        assert cipher is not None
+        assert cipher[0] == "TLS_AES_256_GCM_SHA384"
+        super().__init__(folder / "keys")
+        self.socket = socket.socket(fileno=tls.detach())
+        self.socket.settimeout(10)

@@ -23,7 +23,8 @@ from common.http.parser import Head, Limits, Request
 from common.http.phases import IDLE, ServerLimits
 from common.http.pool import SILENT_SECONDS
 from common.http.server import HttpServer
-from tests.support.tls13 import HANDSHAKE, KEY_UPDATE, HandmadeClient
+from common.http.tls import Tls
+from tests.support.tls13 import HANDSHAKE, KEY_UPDATE, HandmadeClient, Keys
 
 LIMITS = ServerLimits(
     request=Limits(),
@@ -221,6 +222,26 @@ async def test_half_a_tls_message_harms_only_its_sender(tls: ssl.SSLContext, tmp
         client.socket.close()
 
 
+def test_what_comes_with_the_end_of_a_handshake_is_bounded_too(tls: ssl.SSLContext, tmp_path: Path) -> None:
+    """Else OpenSSL reads all of it at once, within one step."""
+    server, incoming = Tls(tls), ssl.MemoryBIO()
+    client, outgoing = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), ssl.MemoryBIO()
+    client.check_hostname, client.verify_mode = False, ssl.CERT_NONE
+    client.keylog_filename = str(tmp_path / "keys")
+    hands = client.wrap_bio(incoming, outgoing)
+    with pytest.raises(ssl.SSLWantReadError):
+        hands.do_handshake()
+    server.receive(outgoing.read())
+    assert not server.shake_hands()
+    incoming.write(server.outgoing())
+    hands.do_handshake()
+    keys = Keys(tmp_path / "keys")
+    server.receive(outgoing.read() + b"".join(keys.key_update() for _ in range(2000)))
+    assert server.shake_hands()
+    with pytest.raises(ssl.SSLError, match="framing"):
+        server.decrypt(b"")
+
+
 @pytest.mark.parametrize("kind", ["changes of keys", "one-byte records"])
 def test_a_client_that_sends_little_but_framing_is_cut_off(tls: ssl.SSLContext, tmp_path: Path, kind: str) -> None:
     """Each record takes as long as many bytes."""
@@ -239,12 +260,13 @@ def test_a_client_that_sends_little_but_framing_is_cut_off(tls: ssl.SSLContext, 
 
 
 @on_uvloop
-async def test_a_client_may_write_line_by_line(tls: ssl.SSLContext, tmp_path: Path) -> None:
+async def test_a_client_may_write_each_line_and_its_end_alone(tls: ssl.SSLContext, tmp_path: Path) -> None:
+    """A microcontroller's println does so, in as many requests as it likes."""
     async with serving(tls=tls) as (server, port):
         client = await asyncio.to_thread(HandmadeClient, port, tmp_path)
-        lines = (GET[:-2] + b"Accept: text/plain, */*\r\n" * 90 + b"\r\n").splitlines(keepends=True)
-        for _ in range(100):
-            client.socket.sendall(b"".join(map(client.record, lines)))
+        lines = (GET[:-2] + b"Accept: text/plain\r\n" * 25 + b"\r\n").splitlines()
+        for _ in range(500):
+            client.socket.sendall(b"".join(client.record(line) + client.record(b"\r\n") for line in lines))
         [connection] = server.connections
         await until(lambda: connection.phase is IDLE)
         client.socket.close()

@@ -758,6 +758,25 @@ def test_a_truncation_just_before_the_write_leaves_no_rows_without_a_header(
     assert case.content == CSV_HEADER + row(3)
 
 
+@pytest.mark.parametrize("left", ["the committed rows", "a part of them"])
+def test_a_truncation_just_after_the_write_cuts_no_equal_rows(
+    case: Case, monkeypatch: pytest.MonkeyPatch, left: str
+) -> None:
+    case.store.append(row(3), [])
+    committed, sync = case.content, CsvFile.sync
+
+    def truncated(file: CsvFile) -> None:
+        monkeypatch.undo()
+        sync(file)
+        os.truncate(case.path, len(committed) if left == "the committed rows" else len(committed) - len(row(3)))
+
+    monkeypatch.setattr(CsvFile, "sync", truncated)
+    with pytest.raises(OSError, match="at the same moment"):
+        case.store.append(row(3), [])
+    case.store.append(row(3), [])
+    assert case.content == CSV_HEADER + rows(1, 2) + row(3) * (2 if left == "the committed rows" else 1)
+
+
 def test_an_equal_batch_is_never_taken_for_the_rest_of_a_write(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """The write of a batch fails in its middle, and the same rows are committed just before it."""
     case.store.append(row(3) * 2, [])

@@ -196,7 +196,7 @@ def test_a_port_in_use_is_one_line_even_if_it_is_shared() -> None:
 
 def test_workers_refuse_a_health_port_that_is_their_main_port() -> None:
     """The kernel would spread clients over both servers."""
-    settings = ProducerSettings(amqp_url="amqp://127.0.0.1:1/", workers=2, http_port=8000, health_port=8000)
+    settings = ProducerSettings(amqp_url="amqp://127.0.0.1:1/", workers=2, http_host="127.0.0.1", health_port=8000)
     with pytest.raises(SettingError, match="HEALTH_PORT is the same as HTTP_PORT"):
         serve_all(settings, None)
 
