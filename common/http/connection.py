@@ -35,7 +35,7 @@ from common.http.phases import (
     seconds_by_phase,
 )
 from common.http.pool import Pool
-from common.http.tls import Tls
+from common.http.tls import FORGIVEN_BYTES, Tls
 from common.http.turns import Job, Turns
 from common.http.writer import Writer
 
@@ -232,8 +232,8 @@ class Connection(asyncio.Protocol):
             exchange.close = True
         self._enter(LAST if exchange.close else ANSWERING, now)
         self._due.append(exchange)
-        if self._tls is not None:  # so that a client may send each line of a head in two records
-            self._tls.excess_bytes = max(0, self._tls.excess_bytes - 1024)
+        if self._tls is not None:
+            self._tls.excess_bytes = max(0, self._tls.excess_bytes - FORGIVEN_BYTES)
         application = self.application
         try:
             exchange.fields = self._fields if was_checked else application.check(head)

@@ -11,6 +11,7 @@ from contextlib import suppress
 
 # The memory of a handshake from its first byte to its end (measured over 4,000), besides what the client has sent.
 HANDSHAKE_BYTES = 80 * 1024
+FORGIVEN_BYTES = 1024  # of excess, for each request: its client may send each line of a head in two records
 _RECORD_BYTES = 16 * 1024  # the most that a record carries (RFC 8446 section 5.1)
 
 

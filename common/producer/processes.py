@@ -45,12 +45,11 @@ def serve_all(settings: ProducerSettings, inherited: socket.socket | None) -> in
     counters = Counters(settings.partitions, parse_tokens(settings.api_token))
     if settings.tls_cert:
         Certificate(settings.tls_cert, settings.tls_key)  # so that a bad one is reported once, not by each worker
-    main_port = inherited is None and (settings.http_host, settings.http_port)
-    if settings.health_port and main_port == (settings.health_host, settings.health_port):
-        raise SettingError("HEALTH_PORT is the same as HTTP_PORT: set another one")
-    port = inherited or workers.reserve_port(settings.http_host, settings.http_port)
     if settings.health_port:
+        if not inherited and (settings.health_host, settings.health_port) == (settings.http_host, settings.http_port):
+            raise SettingError("HEALTH_PORT is the same as HTTP_PORT: set another one")
         _held = workers.reserve_port(settings.health_host, settings.health_port, "HEALTH_PORT")
+    port = inherited or workers.reserve_port(settings.http_host, settings.http_port)
     rows = workers.shared_rows(settings.workers, counters.metrics.size)
 
     def work(index: int, alive_fd: int, replaces: bool) -> int:
