@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Callable
 from http.client import HTTPException
 from pathlib import Path
 from types import FrameType
@@ -93,7 +94,7 @@ def main() -> int:
                 environment["AMQP_URL"] = broker.url
             for name in ("producer", "consumer"):
                 processes[name] = spawn(name, environment)
-            code = watch(processes, broker.process if broker else None)
+            code = watch(processes, broker.process if broker else None, lambda: stopping)
         except BrokerError as error:
             print(f"make run: {error}", file=sys.stderr)
             code = 1
@@ -140,11 +141,20 @@ def spawn(name: str, environment: dict[str, str]) -> subprocess.Popen[bytes]:
     )
 
 
-def watch(processes: dict[str, subprocess.Popen[bytes]], broker: subprocess.Popen[bytes] | None) -> int:
-    """Say when and where to POST; return as soon as one of them ends, with its exit code (never 0)."""
+def watch(
+    processes: dict[str, subprocess.Popen[bytes]],
+    broker: subprocess.Popen[bytes] | None,
+    interrupted: Callable[[], bool],
+) -> int:
+    """Say when and where to POST; return as soon as one of them ends, with its exit code (never 0).
+
+    Raise KeyboardInterrupt once `interrupted`: Python drops one that is raised in a callback, such as an import's.
+    """
     watched = processes | ({"RabbitMQ": broker} if broker else {})
     announced = False
     while not (ended := [name for name, process in watched.items() if process.poll() is not None]):
+        if interrupted():
+            raise KeyboardInterrupt
         if not announced and is_ready():
             say(announcement())
             announced = True
